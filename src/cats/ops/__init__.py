@@ -1,0 +1,212 @@
+"""The operator ``cats::gated_mlp``: one schema, checked once, then sent to a backend.
+
+A backend is a module beside this one with three functions:
+
+* ``unavailable() -> str | None``: why it cannot run on this machine, or None where it is live;
+* ``refuses(x, gate, up, down) -> str | None``: why it leaves this call to another one, or None;
+* ``gated_mlp(...)``: the arguments of the operator, without ``backend``.
+"""
+
+import importlib
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cats.errors import BackendError, ShapeError
+from cats.functional import ACTIVATIONS
+
+__all__ = ["BACKENDS", "backend_for", "backends", "gated_mlp"]
+
+# Which backends a device tries, the fastest first. `dense` takes every call; `reference` runs only when asked for.
+_ORDER = {"cuda": ("cuda", "triton", "dense"), "cpu": ("cpu", "dense")}
+BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
+_ROUTERS = ("gate", "up")
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    thresholds: Tensor | float,
+    activation: str,
+    router: str = "gate",
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    product_thresholds: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sparse gated MLP: ``down @ (keep(act(gate @ x)) * (up @ x))``.
+
+    Args:
+        x: Inputs of ``B`` tokens, ``[B, D]``; bfloat16, float16 or float32.
+        gate: ``[F, D]``, row-major, in the dtype of ``x`` like every weight and bias.
+        up: ``[F, D]``, row-major.
+        down: ``[D, F]``, column-major, so that the weights of one neuron are contiguous.
+        thresholds: ``[F]``, float32, or one number for all. A neuron is dropped where the absolute
+            output of the router is below its threshold; NaN is kept.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        router: The branch that is read whole and compared: ``"gate"`` (after the activation, CATS)
+            or ``"up"``. Of the other branch only the rows of kept neurons are read.
+        gate_bias: ``[F]``, optional.
+        up_bias: ``[F]``, optional.
+        down_bias: ``[D]``, optional.
+        product_thresholds: ``[F]``, float32, optional: a neuron whose product ``act(g) * u`` is
+            absolutely smaller is dropped as well, and its column of ``down`` is not read.
+        backend: ``"auto"``, or one of :data:`BACKENDS`.
+
+    Returns:
+        ``[B, D]`` in the dtype of ``x``; products are summed in float32.
+
+    Raises:
+        ShapeError: If a shape, dtype or layout does not fit.
+        BackendError: If ``backend`` is named and cannot run this call.
+
+    Source: arXiv:2404.08763, section on the custom kernel.
+    """
+    if not isinstance(thresholds, Tensor):
+        thresholds = torch.full((gate.shape[0],), thresholds, device=x.device)
+    elif thresholds.numel() == 1:
+        thresholds = thresholds.reshape(1).expand(gate.shape[0]).contiguous()
+    out: Tensor = torch.ops.cats.gated_mlp(
+        x, gate, up, down, thresholds, activation, router,
+        gate_bias, up_bias, down_bias, product_thresholds, backend,
+    )  # fmt: skip
+    return out
+
+
+def backends() -> dict[str, str]:
+    """Each backend's name to ``"live"``, or to the reason why it is not."""
+    return {name: _unavailable(name) or "live" for name in BACKENDS}
+
+
+def backend_for(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str:
+    """The name of the backend that ``backend="auto"`` uses for these tensors."""
+    refusals = []
+    for name in _ORDER.get(x.device.type, ("dense",)):
+        reason = _unavailable(name) or _module(name).refuses(x, gate, up, down)
+        if reason is None:
+            if name == "dense" and all(_unavailable(n) for n in _ORDER[x.device.type][:-1]):
+                _warn_once(x.device.type, "; ".join(refusals))
+            return name
+        refusals.append(f"{name}: {reason}")
+    raise AssertionError("the dense backend takes every call")
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"cats.ops.{name}")
+
+
+@cache
+def _unavailable(name: str) -> str | None:
+    reason: str | None = _module(name).unavailable()
+    return reason
+
+
+@cache
+def _warn_once(device: str, reasons: str) -> None:
+    warnings.warn(
+        f"no sparse backend is live on {device}, so nothing is skipped ({reasons})", stacklevel=4
+    )
+
+
+def _check(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    thresholds: Tensor,
+    activation: str,
+    router: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    product_thresholds: Tensor | None,
+) -> None:
+    f, d = gate.shape if gate.ndim == 2 else (-1, -1)
+    shapes = {
+        "x": (x, (x.shape[0] if x.ndim == 2 else -1, d), x.dtype),
+        "gate": (gate, (f, d), x.dtype),
+        "up": (up, (f, d), x.dtype),
+        "down": (down, (d, f), x.dtype),
+        "thresholds": (thresholds, (f,), torch.float32),
+        "gate_bias": (gate_bias, (f,), x.dtype),
+        "up_bias": (up_bias, (f,), x.dtype),
+        "down_bias": (down_bias, (d,), x.dtype),
+        "product_thresholds": (product_thresholds, (f,), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
+            raise ShapeError(
+                f"expected {name} {list(shape)} {dtype} on {x.device}, "
+                f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+        if not (tensor.t() if name == "down" else tensor).is_contiguous():
+            raise ShapeError(
+                "down must be column-major: store it once as w.t().contiguous().t()"
+                if name == "down"
+                else f"{name} must be contiguous: call .contiguous() once, when the model is loaded"
+            )
+    if activation not in ACTIVATIONS:
+        raise ShapeError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if router not in _ROUTERS:
+        raise ShapeError(f"router must be one of {', '.join(_ROUTERS)}; got {router!r}")
+
+
+_LIBRARY = torch.library.Library("cats", "DEF")
+# a plain definition, not a custom_op: a third of its overhead, and a C++ kernel can register for one device
+_LIBRARY.define(
+    "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor thresholds, str activation, "
+    "str router='gate', Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
+    "Tensor? product_thresholds=None, str backend='auto') -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("cats::gated_mlp", "default", lib=_LIBRARY)
+def _gated_mlp(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    thresholds: Tensor,
+    activation: str,
+    router: str = "gate",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    product_thresholds: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    rest = (thresholds, activation, router, gate_bias, up_bias, down_bias, product_thresholds)
+    _check(x, gate, up, down, *rest)
+    if backend == "auto":
+        backend = backend_for(x, gate, up, down)
+    elif backend not in BACKENDS:
+        raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
+    elif reason := _unavailable(backend) or _module(backend).refuses(x, gate, up, down):
+        raise BackendError(f"the backend {backend} cannot run this call: {reason}")
+    out: Tensor = _module(backend).gated_mlp(x, gate, up, down, *rest)
+    return out
+
+
+@torch.library.register_fake("cats::gated_mlp", lib=_LIBRARY)
+def _(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _no_gradient(ctx: object, grad: Tensor) -> None:
+    raise BackendError(
+        "the fused operator has no gradient: call cats.unfuse_(model) before training"
+    )
+
+
+torch.library.register_autograd("cats::gated_mlp", _no_gradient, lib=_LIBRARY)

@@ -1,0 +1,5 @@
+from torch import Tensor
+
+
+def unavailable() -> str | None:
+    return "not written yet"
