@@ -1,0 +1,105 @@
+"""Safetensors files that are whole or absent, and errors that say what is wrong with one."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from cats.errors import FormatError, StorageError
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "cats"
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write one safetensors file with a JSON block under the metadata key ``cats``.
+
+    The file appears under its name only when it is complete.
+
+    Raises:
+        StorageError: If it cannot be written; nothing is left behind.
+    """
+    block = {"version": FORMAT_VERSION, **metadata}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(contiguous, {_METADATA_KEY: json.dumps(block)})
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote: the tensors and the checked ``cats`` block.
+
+    Raises:
+        StorageError: If there is no such file or it cannot be read.
+        FormatError: If it is no safetensors file, is truncated, or comes from a newer release.
+    """
+    if not Path(path).is_file():
+        raise StorageError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise FormatError(
+            f"{path}: not a whole safetensors file ({error}); make it again with cats calibrate"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from error
+    if _METADATA_KEY not in metadata:
+        raise FormatError(f"{path}: a safetensors file, but not one that cats wrote")
+    try:
+        block = json.loads(metadata[_METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path}: its cats block is not valid JSON ({error})") from error
+    check_version(block, str(path))
+    return tensors, block
+
+
+def check_version(block: Any, source: str) -> None:
+    """Raise FormatError where ``block`` is not a mapping of a format version that is read here."""
+    version = block.get("version") if isinstance(block, dict) else None
+    if not isinstance(version, int):
+        raise FormatError(f"{source}: its cats block has no format version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{source}: format version {version}, this release reads {FORMAT_VERSION}; "
+            "upgrade with pip install -U cats-llm"
+        )
+
+
+@contextmanager
+def replacing(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends well.
+
+    Args:
+        path: The file, or the folder that must not exist or be empty.
+        directory: Whether a folder is written.
+
+    Raises:
+        StorageError: If writing fails or a folder is in the way.
+    """
+    path = Path(path)
+    if directory and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StorageError(f"{path}: exists already; choose another name or delete it first")
+    if not directory and path.is_dir():
+        raise StorageError(f"{path}: is a folder, expected the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            temporary = Path(folder) / path.name
+            if directory:
+                temporary.mkdir()
+            yield temporary
+            os.replace(temporary, path)
+    # safetensors reports a full disk as an error of its own kind
+    except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: cannot be written: {error}") from error
