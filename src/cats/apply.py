@@ -1,0 +1,84 @@
+"""Make a model sparse with a config, and dense again, in place."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from cats.config import CatsConfig
+from cats.errors import ModelMismatchError
+from cats.methods import get_method
+from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
+
+M = TypeVar("M", bound=nn.Module)
+
+# Another dtype moves a weight by less than one part in 100; another model's weights differ by more.
+_FINGERPRINT_TOLERANCE = 0.02
+
+
+def sparsify_(model: M, config: CatsConfig) -> M:
+    """Apply ``config`` to ``model`` in place, and record it in ``model.config.cats``.
+
+    Weights and their names do not change: ``model.save_pretrained`` still writes a checkpoint that
+    plain transformers loads as the dense model, beside float32 tensors ``<mlp>.act_fn.threshold``.
+    MLPs that the config does not name stay dense. A sparse model gets the new thresholds.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelMismatchError: If the config names other MLPs, other sizes or other weights; the model
+            is then left as it was.
+        UnsupportedModelError: If the model has no gated MLP.
+    """
+    method = get_method(config.method)
+    mlps = _check_fits(model, config)
+    densify_(model)
+    for name, tensors in config.tensors.items():
+        method.apply_(mlps[name], tensors)
+    if hasattr(model, "config"):
+        model.config.cats = config.to_dict()  # type: ignore[union-attr]
+    return model
+
+
+def densify_(model: M) -> M:
+    """Take the thresholds off again, in place; the model is the dense one again, bit for bit."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CatsActivation):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.dense)
+    if hasattr(model, "config") and hasattr(model.config, "cats"):
+        del model.config.cats
+    return model
+
+
+def _check_fits(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
+    """The MLPs that the config names, if they are of the right sizes and weights."""
+    advice = "calibrate this model with cats calibrate, or load the one that the thresholds are of"
+    modules = dict(model.named_modules())
+    if missing := [name for name in config.tensors if name not in modules]:
+        raise ModelMismatchError(
+            f"{type(model).__name__} lacks {len(missing)} of the {len(config.tensors)} MLPs that "
+            f"the thresholds name, such as {missing[0]}: {advice}"
+        )
+    mlps = {mlp.name: mlp for mlp in find_gated_mlps(model, names=config.tensors)}
+    for name, tensors in config.tensors.items():
+        if name not in mlps:
+            raise ModelMismatchError(f"{name} is not a gated MLP in this model: {advice}")
+        size = mlps[name].intermediate_size
+        for key, tensor in tensors.items():
+            if tensor.numel() not in (1, size):
+                raise ModelMismatchError(
+                    f"{name}.{key} has {tensor.numel()} entries for {size} neurons: {advice}"
+                )
+        stored = config.fingerprints.get(name)
+        if stored is None or next(mlps[name].module.parameters()).is_meta:
+            continue
+        here = mlps[name].fingerprint()
+        if here.shape != stored.shape or not torch.allclose(
+            here, stored, rtol=0, atol=_FINGERPRINT_TOLERANCE * float(stored.abs().max())
+        ):
+            raise ModelMismatchError(f"the weights of {name} are not the calibrated ones: {advice}")
+    return mlps

@@ -1,0 +1,21 @@
+"""A method says what calibration counts, which thresholds follow, and how an MLP becomes sparse."""
+
+from cats.errors import ConfigError
+from cats.methods.base import Method
+from cats.methods.cats import Cats
+from cats.methods.relu import Relu
+
+__all__ = ["METHODS", "Method", "get_method"]
+
+METHODS: dict[str, Method] = {method.name: method for method in (Cats(), Relu())}
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"no method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,20 @@
+"""ReLUfication: ReLU in the place of the activation ("ReLU Strikes Back", arXiv:2310.04564)."""
+
+import torch
+from torch import Tensor, nn
+
+from cats.methods.base import Method
+from cats.mlp import GatedMLP
+
+
+class Relu(Method):
+    """Drop a neuron where its gate is negative; the sparsity is whatever that gives."""
+
+    name = "relu"
+    has_target = False
+
+    def score(self, values: Tensor, activation: str) -> Tensor:
+        return torch.relu(values)
+
+    def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
+        self._threshold_on(mlp, nn.ReLU(), tensors["threshold"])
