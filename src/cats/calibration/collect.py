@@ -1,0 +1,168 @@
+"""Run text through the dense model and count what each MLP's router gives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats.calibration import counts as _counts
+from cats.calibration.statistics import Statistics
+from cats.config import CatsConfig, check_target
+from cats.data import Batch, as_batch
+from cats.errors import ConfigError, DataError, UnsupportedModelError
+from cats.methods import get_method
+from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
+
+# First bin of infinity, sign taken off; NaN lies above it.
+_INFINITY_BIN = int(_counts.count(torch.tensor([float("inf")])).argmax())
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    target_sparsity: float | None = None,
+    method: str = "cats",
+    exclude: Sequence[str] = (),
+) -> CatsConfig:
+    """Thresholds that drop ``target_sparsity`` of each MLP's neurons on the given text.
+
+    The dense model is left unchanged. For several targets, :func:`collect` once and ask its result.
+
+    Args:
+        model: A dense Hugging Face model with gated MLPs.
+        batches: Token ids ``[B, T]``, or mappings with ``input_ids`` and, where rows are padded,
+            ``attention_mask``; padding is not counted. See :func:`cats.data.token_blocks`.
+        target_sparsity: Fraction to drop, inside (0, 1); None where the method has no target.
+        method: ``"cats"`` or ``"relu"``.
+        exclude: Patterns of module names to leave dense, such as ``"model.layers.0.*"``.
+
+    Raises:
+        ConfigError: If the target or the method is wrong.
+        UnsupportedModelError: If the model has no gated MLP, or is sparse already.
+        DataError: If there are no tokens, or an activation is NaN or infinite.
+    """
+    if target_sparsity is None and get_method(method).has_target:
+        raise ConfigError(f"method {method!r} needs target_sparsity, such as 0.5")
+    check_target(target_sparsity)
+    return collect(model, batches, method=method, exclude=exclude).config(target_sparsity)
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    method: str = "cats",
+    exclude: Sequence[str] = (),
+    statistics: Statistics | None = None,
+) -> Statistics:
+    """The slow half of :func:`calibrate`: one pass over the text that serves every target.
+
+    Args:
+        model: A dense model.
+        batches: As for :func:`calibrate`.
+        method: Name of the method, which says what is counted.
+        exclude: As for :func:`calibrate`.
+        statistics: Counts of an earlier part of the text, to be continued; not changed.
+
+    Returns:
+        Statistics that take the same memory after ten times the tokens.
+    """
+    mlps = find_gated_mlps(model, exclude=exclude)
+    for mlp in mlps:
+        if isinstance(mlp.act, CatsActivation):
+            raise UnsupportedModelError(
+                f"{mlp.name} is sparse already: calibrate the dense model (cats.densify_)"
+            )
+    fresh = Statistics(
+        method=method,
+        activations={mlp.name: mlp.activation for mlp in mlps},
+        sizes={mlp.name: mlp.intermediate_size for mlp in mlps},
+        counts={mlp.name: torch.zeros(_counts.BINS, dtype=torch.int64) for mlp in mlps},
+        fingerprints={mlp.name: mlp.fingerprint() for mlp in mlps},
+    )
+    with _Counting(model, mlps, fresh) as counting:
+        for batch in batches:
+            counting.run(*as_batch(batch))
+    _check_finite(fresh)
+    return fresh if statistics is None else statistics + fresh
+
+
+class _Counting:
+    """Hooks on the model for as long as the text runs."""
+
+    def __init__(self, model: nn.Module, mlps: list[GatedMLP], statistics: Statistics) -> None:
+        self._model, self._mlps, self._statistics = model, mlps, statistics
+        self._mask: Tensor | None = None
+        self._stack = ExitStack()
+        self._training = model.training
+
+    def __enter__(self) -> _Counting:
+        method = get_method(self._statistics.method)
+        self._model.eval()
+        for mlp in self._mlps:
+
+            def record(values: Tensor, name: str = mlp.name) -> None:
+                self._record(name, values)
+
+            self._stack.callback(method.observe(mlp, record).remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._model.train(self._training)
+
+    def run(self, ids: Tensor, mask: Tensor | None) -> None:
+        """One forward pass over ``ids [B, T]``; False in ``mask`` marks padding."""
+        device = next(self._model.parameters()).device
+        ids = ids.to(device if device.type != "meta" else "cpu")
+        self._mask = None if mask is None else mask.to(ids.device)
+        forward_hidden(self._model, ids, self._mask)
+        rows = ids if self._mask is None else [r[m] for r, m in zip(ids, self._mask, strict=True)]
+        for row in rows:
+            self._statistics.tokens += row.numel()
+            self._statistics.blocks += 1
+            self._statistics.text_hash = (self._statistics.text_hash + block_hash(row)) % (1 << 64)
+
+    def _record(self, name: str, values: Tensor) -> None:
+        if self._mask is not None:
+            if values.shape[:2] != self._mask.shape:
+                raise UnsupportedModelError(
+                    f"{name} sees activations of shape {list(values.shape)} for a batch of shape "
+                    f"{list(self._mask.shape)}, so padding cannot be left out: calibrate without it"
+                )
+            values = values[self._mask.to(values.device)]
+        counts = self._statistics.counts
+        counts[name] = counts[name].to(values.device).add_(_counts.count(values.detach()))
+
+
+def forward_hidden(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
+    """Forward pass without the output head: its logits are larger than everything else."""
+    body: Any = getattr(model, "base_model", model)
+    with torch.no_grad():
+        if mask is None:
+            body(input_ids=ids, use_cache=False)
+        else:
+            body(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+
+
+def block_hash(ids: Tensor) -> int:
+    """Hash of one row of tokens, below 2**64."""
+    data = ids.to("cpu", torch.int64).contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def _check_finite(statistics: Statistics) -> None:
+    magnitude = torch.arange(_counts.BINS) & (_counts.BINS // 2 - 1)
+    for name, counts in statistics.counts.items():
+        statistics.counts[name] = counts = counts.cpu()
+        if bad := int(counts[magnitude >= _INFINITY_BIN].sum()):
+            raise DataError(
+                f"{name}: {bad} of {int(counts.sum())} activations are NaN or infinite; "
+                "load the model in bfloat16 or float32 (float16 overflows), and check its weights"
+            )
