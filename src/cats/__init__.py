@@ -6,16 +6,41 @@ from typing import TYPE_CHECKING, Any
 from cats.version import __version__
 
 if TYPE_CHECKING:
-    from cats import functional, ops
+    from cats import functional, metrics, ops
+    from cats.apply import densify_, sparsify_
+    from cats.calibration import Statistics, calibrate, collect
+    from cats.checkpoint import from_pretrained
+    from cats.config import CatsConfig
     from cats.errors import CatsError
 
-__all__ = ["CatsError", "__version__", "functional", "ops"]
+__all__ = [
+    "CatsConfig",
+    "CatsError",
+    "Statistics",
+    "__version__",
+    "calibrate",
+    "collect",
+    "densify_",
+    "from_pretrained",
+    "functional",
+    "metrics",
+    "ops",
+    "sparsify_",
+]
 
 # Loaded on first use: `import cats` and `cats --help` must not wait for torch.
 _HOME = {
+    "CatsConfig": "cats.config",
     "CatsError": "cats.errors",
+    "Statistics": "cats.calibration",
+    "calibrate": "cats.calibration",
+    "collect": "cats.calibration",
+    "densify_": "cats.apply",
+    "from_pretrained": "cats.checkpoint",
     "functional": "cats.functional",
+    "metrics": "cats.metrics",
     "ops": "cats.ops",
+    "sparsify_": "cats.apply",
 }
 
 

