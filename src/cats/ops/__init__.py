@@ -87,7 +87,7 @@ def backends() -> dict[str, str]:
 
 def backend_for(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str:
     """The name of the backend that ``backend="auto"`` uses for these tensors."""
-    refusals = []
+    refusals: list[str] = []
     for name in _ORDER.get(x.device.type, ("dense",)):
         reason = _unavailable(name) or _module(name).refuses(x, gate, up, down)
         if reason is None:
@@ -198,7 +198,7 @@ def _gated_mlp(
     return out
 
 
-@torch.library.register_fake("cats::gated_mlp", lib=_LIBRARY)
+@torch.library.register_fake("cats::gated_mlp", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _(x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty_like(x)
 

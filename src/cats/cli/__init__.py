@@ -1,0 +1,33 @@
+"""The command ``cats``. Each command's file imports torch and transformers only when it runs."""
+
+import sys
+
+import typer
+
+from cats.cli import calibrate, demo, evaluate, generate, info
+from cats.errors import CatsError
+
+app = typer.Typer(
+    help="Faster decoding of gated-MLP language models: skip the neurons that their gate drops.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(demo.demo)
+app.command()(calibrate.calibrate)
+app.command()(evaluate.evaluate)
+app.command()(generate.generate)
+app.command()(info.info)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line, not in a traceback."""
+    try:
+        app()
+    except CatsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; nothing was left half written", file=sys.stderr)
+        sys.exit(130)

