@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cats.checkpoint import from_pretrained
     from cats.config import CatsConfig
     from cats.errors import CatsError
+    from cats.fusion import fuse_, unfuse_
 
 __all__ = [
     "CatsConfig",
@@ -23,9 +24,11 @@ __all__ = [
     "densify_",
     "from_pretrained",
     "functional",
+    "fuse_",
     "metrics",
     "ops",
     "sparsify_",
+    "unfuse_",
 ]
 
 # Loaded on first use: `import cats` and `cats --help` must not wait for torch.
@@ -38,9 +41,11 @@ _HOME = {
     "densify_": "cats.apply",
     "from_pretrained": "cats.checkpoint",
     "functional": "cats.functional",
+    "fuse_": "cats.fusion",
     "metrics": "cats.metrics",
     "ops": "cats.ops",
     "sparsify_": "cats.apply",
+    "unfuse_": "cats.fusion",
 }
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from cats.config import CatsConfig
 from cats.errors import ModelMismatchError
+from cats.fusion import unfuse_
 from cats.methods import get_method
 from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
 
@@ -23,7 +24,8 @@ def sparsify_(model: M, config: CatsConfig) -> M:
 
     Weights and their names do not change: ``model.save_pretrained`` still writes a checkpoint that
     plain transformers loads as the dense model, beside float32 tensors ``<mlp>.act_fn.threshold``.
-    MLPs that the config does not name stay dense. A sparse model gets the new thresholds.
+    MLPs that the config does not name stay dense. A sparse model gets the new thresholds; a fused
+    one is no longer fused.
 
     Returns:
         The same model.
@@ -34,7 +36,7 @@ def sparsify_(model: M, config: CatsConfig) -> M:
         UnsupportedModelError: If the model has no gated MLP.
     """
     method = get_method(config.method)
-    mlps = _check_fits(model, config)
+    mlps = _check_fits(unfuse_(model), config)
     densify_(model)
     for name, tensors in config.tensors.items():
         method.apply_(mlps[name], tensors)
@@ -45,7 +47,7 @@ def sparsify_(model: M, config: CatsConfig) -> M:
 
 def densify_(model: M) -> M:
     """Take the thresholds off again, in place; the model is the dense one again, bit for bit."""
-    for name, module in list(model.named_modules()):
+    for name, module in list(unfuse_(model).named_modules()):
         if isinstance(module, CatsActivation):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.dense)

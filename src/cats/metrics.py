@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cats.calibration.collect import forward_hidden
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
+from cats.fusion import fused_mlps
 from cats.mlp import CatsActivation
 
 
@@ -53,7 +54,8 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
 def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Fraction of neurons that each sparse MLP drops on the given tokens.
 
-    A neuron counts as dropped where its thresholded activation is exactly zero.
+    A neuron counts as dropped where its thresholded activation is exactly zero. Of a fused MLP the
+    kernels' decision is counted: they do not round the gate before the comparison.
 
     Args:
         model: A sparse model.
@@ -66,24 +68,33 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
         UnsupportedModelError: If the model is dense.
         DataError: If there are no tokens.
     """
-    acts = {n.rpartition(".")[0]: m for n, m in model.named_modules() if _is_sparse(m)}
-    if not acts:
+    fused = dict(fused_mlps(model))
+    acts = {
+        mlp: module
+        for name, module in model.named_modules()
+        if isinstance(module, CatsActivation) and (mlp := name.rpartition(".")[0]) not in fused
+    }
+    if not acts and not fused:
         raise UnsupportedModelError(
             "the model is dense: apply thresholds with cats.sparsify_ first"
         )
-    zeros: dict[str, Tensor | int] = dict.fromkeys(acts, 0)
-    neurons = dict.fromkeys(acts, 0)
+    dropped: dict[str, Tensor | int] = dict.fromkeys([*acts, *fused], 0)
+    neurons = dict.fromkeys(dropped, 0)
     current: list[Tensor | None] = [None]
 
-    def count(name: str, output: Tensor) -> None:
+    def count(name: str, kept: Tensor) -> None:
         mask = current[0]
-        kept = output if mask is None else output[mask.to(output.device)]
-        zeros[name] = zeros[name] + (kept == 0).sum()
+        kept = kept if mask is None else kept[mask.to(kept.device)]
+        dropped[name] = dropped[name] + (~kept).sum()
         neurons[name] += kept.numel()
 
     handles = [
-        act.register_forward_hook(lambda m, a, output, name=name: count(name, output))
+        act.register_forward_hook(lambda m, args, output, name=name: count(name, output != 0))
         for name, act in acts.items()
+    ]
+    handles += [
+        mlp.register_forward_pre_hook(lambda m, args, name=name: count(name, m.kept(args[0])))
+        for name, mlp in fused.items()
     ]
     try:
         device = next(model.parameters()).device
@@ -97,8 +108,4 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
             handle.remove()
     if not all(neurons.values()):
         raise DataError("no tokens to measure sparsity on")
-    return {name: float(zeros[name]) / neurons[name] for name in acts}
-
-
-def _is_sparse(module: nn.Module) -> bool:
-    return isinstance(module, CatsActivation)
+    return {name: float(dropped[name]) / neurons[name] for name in dropped}

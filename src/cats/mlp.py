@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ def find_gated_mlps(
             continue
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
             continue
-        acts = [(n, kind) for n, c in module.named_children() if (kind := _activation_kind(c))]
+        acts = [(n, kind) for n, c in module.named_children() if (kind := activation_kind(c))]
         if not acts or not _holds_only_linear_layers(module):
             continue
         (activation_name, kind), *more = acts
@@ -159,10 +159,10 @@ def find_gated_mlps(
 _UNGATED = "ungated"
 
 
-def _activation_kind(module: nn.Module) -> str | None:
+def activation_kind(module: nn.Module) -> str | None:
     """The name of an activation module, its class name if it is one we do not know, or None."""
     if isinstance(module, CatsActivation):
-        return _activation_kind(module.dense)
+        return activation_kind(module.dense)
     is_leaf = not any(True for _ in module.children())
     if not is_leaf or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
@@ -215,12 +215,8 @@ def _probe(module: nn.Module, activation_name: str) -> tuple[int, int] | str:
     if not candidates:
         return "no linear layer gives back the size that another one takes"
     hidden_size = candidates[0]
-    weight = next(p for p in module.parameters() if p.ndim >= 2)
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    for scale in _PROBE_SCALES:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, _PROBE_TOKENS, hidden_size, generator=generator) * scale
-        x = x.to(device="cpu" if weight.is_meta else weight.device, dtype=dtype)
+    weight = _first_matrix(module)
+    for x in _inputs(weight, hidden_size):
         try:
             zero, calls, shapes = _run(module, activation_name, x, 0.0)
             one, _, _ = _run(module, activation_name, x, 1.0)
@@ -238,6 +234,25 @@ def _probe(module: nn.Module, activation_name: str) -> tuple[int, int] | str:
         if spread_of_one <= 1e-6 * one.abs().max():
             return _UNGATED
     return hidden_size, int(shapes[0][-1])
+
+
+def probe_inputs(mlp: GatedMLP) -> Iterator[Tensor]:
+    """Random hidden states ``[1, T, D]`` of small, unit and large scale, the same at each call."""
+    return _inputs(_first_matrix(mlp.module), mlp.hidden_size)
+
+
+def _inputs(weight: Tensor, hidden_size: int) -> Iterator[Tensor]:
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    # weights that a hook loads on demand are on meta until then
+    device = "cpu" if weight.is_meta else weight.device
+    for scale in _PROBE_SCALES:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, _PROBE_TOKENS, hidden_size, generator=generator) * scale
+        yield x.to(device=device, dtype=dtype)
+
+
+def _first_matrix(module: nn.Module) -> Tensor:
+    return next(p for p in module.parameters() if p.ndim >= 2)
 
 
 def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> tuple[Any, int, Any]:

@@ -73,12 +73,12 @@ def collect(
     Returns:
         Statistics that take the same memory after ten times the tokens.
     """
-    mlps = find_gated_mlps(model, exclude=exclude)
-    for mlp in mlps:
-        if isinstance(mlp.act, CatsActivation):
+    for name, module in model.named_modules():
+        if isinstance(module, CatsActivation):
             raise UnsupportedModelError(
-                f"{mlp.name} is sparse already: calibrate the dense model (cats.densify_)"
+                f"{name} is sparse already: calibrate the dense model (cats.densify_)"
             )
+    mlps = find_gated_mlps(model, exclude=exclude)
     fresh = Statistics(
         method=method,
         activations={mlp.name: mlp.activation for mlp in mlps},
