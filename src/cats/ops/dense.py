@@ -1,14 +1,14 @@
-"""Dense GEMMs with the thresholded activation: prefill, and batches too large to gain from skipping.
+"""Dense GEMMs with the thresholded activation: prefill, and batches too large to gain from it.
 
-Computes what the unfused model computes, bit for bit: linear layers in the dtype of the weights, the
-activation and the comparison in float32.
+Computes what the unfused model computes: linear layers in the dtype of the weights, the activation
+and the comparison in float32.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cats.functional import ACTIVATIONS, cats_activation
+from cats.ops import triton
 
 
 def gated_mlp(
@@ -26,14 +26,31 @@ def gated_mlp(
 ) -> Tensor:
     """See :func:`cats.ops.gated_mlp`."""
     g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
-    if router == "gate":
-        a = cats_activation(ACTIVATIONS[activation](g.float()), thresholds).to(x.dtype)
+    if x.is_cuda and triton.unavailable() is None:
+        from cats.ops.triton.prefill import thresholded_product as product
     else:
-        a, u = ACTIVATIONS[activation](g.float()).to(x.dtype), cats_activation(u, thresholds)
-    h = a * u
-    if product_thresholds is not None:
-        h = cats_activation(h, product_thresholds)
+        product = thresholded_product
+    h = product(g, u, thresholds, activation, router, product_thresholds)
     return F.linear(h, down, down_bias)
+
+
+def thresholded_product(
+    g: Tensor,
+    u: Tensor,
+    thresholds: Tensor,
+    activation: str,
+    router: str,
+    product_thresholds: Tensor | None,
+) -> Tensor:
+    """``keep(act(g)) * u`` (or ``act(g) * keep(u)``), ``[B, F]``, in the dtype of ``g``."""
+    a = ACTIVATIONS[activation](g.float())
+    if router == "gate":
+        a = cats_activation(a, thresholds)
+    else:
+        u = cats_activation(u, thresholds)
+    # where the router is zero the other branch is not read elsewhere: 0 * inf must not become NaN
+    h = (a.to(g.dtype) * u).masked_fill((a if router == "gate" else u) == 0, 0)
+    return h if product_thresholds is None else cats_activation(h, product_thresholds)
 
 
 def unavailable() -> str | None:
