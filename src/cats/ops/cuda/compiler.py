@@ -1,0 +1,123 @@
+"""CUDA C++ to machine code through NVRTC, kept on disk: no compiler and no GPU is needed on the machine."""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cuda.bindings import nvrtc
+
+from cats.errors import BackendError
+
+__all__ = ["architecture", "cache_directory", "compile_kernel", "supported_architectures"]
+
+_SOURCE = "gated_mlp.cu"
+_HEADER = "primitives.cuh"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """The number that NVRTC uses for a compute capability: 90 for ``(9, 0)``."""
+    major, minor = capability
+    return 10 * major + minor
+
+
+@cache
+def supported_architectures() -> frozenset[int]:
+    """The architectures that the installed NVRTC compiles for."""
+    return frozenset(_check(nvrtc.nvrtcGetSupportedArchs()))
+
+
+def cache_directory() -> Path:
+    """Where machine code is kept: ``$CATS_CACHE_DIR``, or ``cats`` below the user's cache folder."""
+    if chosen := os.environ.get("CATS_CACHE_DIR"):
+        return Path(chosen) / "cuda"
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "cats" / "cuda"
+
+
+def compile_kernel(defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code of ``gated_mlp.cu`` for one GPU generation, from disk where it was compiled before.
+
+    Args:
+        defines: Macros of the source, :meth:`cats.ops.cuda.variant.Variant.defines`.
+        capability: Compute capability, such as ``(9, 0)``.
+
+    Returns:
+        A cubin.
+
+    Raises:
+        BackendError: If NVRTC rejects the source; the message holds its log.
+    """
+    folder = resources.files(__package__)
+    source, header = ((folder / name).read_bytes() for name in (_SOURCE, _HEADER))
+    options = [
+        f"--gpu-architecture=sm_{architecture(capability)}",
+        "--std=c++17",
+        *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+    ]
+    version = _check(nvrtc.nvrtcVersion())
+    key = hashlib.sha256(repr((source, header, options, version)).encode()).hexdigest()
+    path = cache_directory() / f"{key}.cubin"
+    code = _read(path)
+    if code is None:
+        code = _compile(source, header, options)
+        _write(path, code)
+    return code
+
+
+def _compile(source: bytes, header: bytes, options: list[str]) -> bytes:
+    program = _check(
+        nvrtc.nvrtcCreateProgram(source, _SOURCE.encode(), 1, [header], [_HEADER.encode()])
+    )
+    try:
+        encoded = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            text = log.decode(errors="replace").rstrip("\0")
+            raise BackendError(f"{_SOURCE} does not compile with {' '.join(options)}:\n{text}")
+        code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
+        _check(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return bytes(code)
+
+
+def _read(path: Path) -> bytes | None:
+    """The code in a cache entry; None where there is none, or where it is not what was written."""
+    try:
+        entry = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, code = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Writes a cache entry at once or not at all: processes that compile the same do not mix."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"CUDA kernels are compiled again in each process: {error}. "
+            "Set CATS_CACHE_DIR to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """The value of an NVRTC call, which returns its status first."""
+    status, *values = result
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BackendError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status)[1].decode()}")
+    return values[0] if len(values) == 1 else tuple(values)

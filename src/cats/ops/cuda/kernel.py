@@ -1,0 +1,183 @@
+"""Loads a variant of ``gated_mlp.cu`` on a device and launches it on the current stream."""
+
+import ctypes
+import math
+import struct
+from functools import cache
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+from torch import Tensor
+
+from cats.ops.cuda.compiler import compile_kernel
+from cats.ops.cuda.status import check
+from cats.ops.cuda.variant import Variant, variant_for
+from cats.ops.cuda.workspace import COUNTERS, relaxed_capture, workspace
+
+__all__ = ["launch"]
+
+# `struct Arguments`: 13 pointers, 5 integers, padded to a multiple of 8.
+_ARGUMENTS = struct.Struct("13Q5i4x")
+# Share of the router rows that blocks take by their index; the rest goes to who asks first.
+_FIXED_SHARE = 0.75
+_PREFETCH_RUNS = 8
+# Functions whose launches may be followed by a launch that requests weights early.
+_own_functions: set[int] = set()
+
+
+def launch(
+    x: Tensor,
+    router: Tensor,
+    router_bias: Tensor | None,
+    other: Tensor,
+    other_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    thresholds: Tensor,
+    product_thresholds: Tensor | None,
+    *,
+    activation: str,
+    gate_is_router: bool,
+) -> Tensor:
+    """One launch of the kernel; the tensors are those of :func:`cats.ops.gated_mlp`, by role.
+
+    Raises:
+        BackendError: If the kernel does not compile, load or launch.
+    """
+    device = x.device.index
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(
+                x, router, router_bias, other, other_bias, down, down_bias, thresholds,
+                product_thresholds, activation=activation, gate_is_router=gate_is_router,
+            )  # fmt: skip
+    batch, hidden = x.shape
+    neurons = router.shape[0]
+    kernel = _kernel(device, hidden, x.dtype, batch, activation)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    capture, after_own = _capture(stream) if torch.cuda.is_current_stream_capturing() else (0, False)
+    memory = workspace(device, stream, capture, batch * hidden)
+    in_order = torch.are_deterministic_algorithms_enabled()
+
+    out = torch.empty_like(x)
+    runs = math.ceil(neurons / kernel.variant.rows)
+    blocks = max(1, min(kernel.blocks, runs))
+    partials = (
+        torch.empty(blocks * batch * hidden, dtype=torch.float32, device=x.device) if in_order else None
+    )
+    fixed_runs = math.ceil(runs / blocks)
+    if not in_order and fixed_runs > 2 * kernel.variant.chunks:
+        fixed_runs = int(_FIXED_SHARE * fixed_runs)
+    kernel.launch(
+        _ARGUMENTS.pack(
+            x.data_ptr(),
+            router.data_ptr(),
+            other.data_ptr(),
+            down.data_ptr(),
+            thresholds.data_ptr(),
+            _address(product_thresholds),
+            _address(router_bias),
+            _address(other_bias),
+            _address(down_bias),
+            out.data_ptr(),
+            memory + 4 * COUNTERS,
+            _address(partials),
+            memory,
+            neurons,
+            fixed_runs,
+            gate_is_router,
+            after_own,
+            _PREFETCH_RUNS,
+        ),
+        blocks=blocks,
+        stream=stream,
+        dependent=after_own,
+    )
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Kernel:
+    """One variant, loaded on one device."""
+
+    def __init__(self, device: int, variant: Variant) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self.variant = variant
+        self.blocks = properties.multi_processor_count
+        code = compile_kernel(variant.defines(), (properties.major, properties.minor))
+        with relaxed_capture():
+            # never unloaded: graphs may hold the function
+            library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+            self._function = check(
+                driver.cuKernelGetFunction(check(driver.cuLibraryGetKernel(library, b"gated_mlp")))
+            )
+            attribute = driver.CUfunction_attribute
+            check(
+                driver.cuFuncSetAttribute(
+                    self._function,
+                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    variant.shared_bytes,
+                )
+            )
+            check(
+                driver.cuFuncSetAttribute(
+                    self._function,
+                    attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                    100,
+                )
+            )
+        _own_functions.add(int(self._function))
+        self._config = cache(self._make_config)
+
+    def launch(self, arguments: bytes, *, blocks: int, stream: int, dependent: bool) -> None:
+        buffer = ctypes.create_string_buffer(arguments, len(arguments))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        config = self._config(blocks, stream, dependent)
+        check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+    def _make_config(self, blocks: int, stream: int, dependent: bool) -> Any:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.variant.threads, 1, 1
+        config.sharedMemBytes = self.variant.shared_bytes
+        config.hStream = driver.CUstream(stream)
+        if dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        return config
+
+
+@cache
+def _kernel(
+    device: int, hidden: int, dtype: torch.dtype, batch: int, activation: str
+) -> _Kernel:
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    variant = variant_for(hidden, dtype, batch, activation, shared_limit=shared)
+    assert variant is not None, "refuses() lets only rows through that fit"
+    return _Kernel(device, variant)
+
+
+def _capture(stream: int) -> tuple[int, bool]:
+    """The number of the capture, and whether the one node before this call is a launch of this kernel.
+
+    Only then may the launch overlap that one and request weights before it ends. Any other kernel might write the
+    weights; this one writes its output and its workspace alone, and lets its successor start only when all
+    kernels before it are complete.
+    """
+    _, number, _, nodes, *_ = check(driver.cuStreamGetCaptureInfo(driver.CUstream(stream)))
+    if len(nodes) != 1:
+        return int(number), False
+    kernel_node = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+    if check(driver.cuGraphNodeGetType(nodes[0])) != kernel_node:
+        return int(number), False
+    function = check(driver.cuGraphKernelNodeGetParams(nodes[0])).func
+    return int(number), int(function) in _own_functions

@@ -1,0 +1,222 @@
+// What differs between GPU generations and between weight types: copies into shared memory and the barriers that
+// they complete on, dependent launch, reductions, and the unpacking of 16 bytes of weights into floats.
+//
+// sm_90 and later copy whole rows with the bulk copy engine; sm_80 to sm_89 copy 16 bytes a thread (cp.async). Both
+// complete on an mbarrier, so the kernel does not know which one ran.
+#pragma once
+
+typedef unsigned int uint32;
+typedef unsigned long long uint64;
+
+#if __CUDA_ARCH__ >= 900
+#define HAS_BULK_COPY 1
+#else
+#define HAS_BULK_COPY 0
+#endif
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+    return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- barriers in shared memory
+
+__device__ __forceinline__ void barrier_init(uint64* barrier, uint32 arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_visible() {
+#if HAS_BULK_COPY
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64* barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Waits until the phase of this parity is complete.
+__device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
+    uint32 address = shared_address(barrier), complete = 0;
+    while (!complete) {
+#if HAS_BULK_COPY
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(complete) : "r"(address), "r"(parity) : "memory");
+#else
+        asm volatile(
+            "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(complete) : "r"(address), "r"(parity) : "memory");
+#endif
+    }
+}
+
+// ---- copies from global to shared memory, called by a whole warp
+
+// Announces the bytes that bulk copies will bring, before they are requested; called by one lane.
+__device__ __forceinline__ void expect_bytes(uint64* barrier, uint32 bytes) {
+#if HAS_BULK_COPY
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16.
+template <int BYTES>
+__device__ __forceinline__ void copy_rows(char* target, const char* source, int count, uint64* barrier) {
+    int lane = threadIdx.x % 32;
+#if HAS_BULK_COPY
+    if (lane < count)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                shared_address(target)), "l"(source), "r"(BYTES), "r"(shared_address(barrier)) : "memory");
+#else
+    for (int row = 0; row < count; ++row) {
+        uint32 to = __shfl_sync(~0u, shared_address(target), row);
+        uint64 from = __shfl_sync(~0u, reinterpret_cast<uint64>(source), row);
+        for (int byte = lane * 16; byte < BYTES; byte += 32 * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + byte), "l"(from + byte) : "memory");
+    }
+#endif
+}
+
+// Copies the aligned 4 bytes that hold `source`.
+__device__ __forceinline__ void copy_word(void* target, const void* source) {
+    uint64 aligned = reinterpret_cast<uint64>(source) & ~3ull;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(aligned) : "memory");
+}
+
+// Arrives at the barrier once all cp.async copies of this thread are complete.
+__device__ __forceinline__ void arrive_after_copies(uint64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_to_l2(const char* source, uint32 bytes) {
+#if HAS_BULK_COPY
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+#endif
+}
+
+// ---- dependent launch
+
+// Waits until the kernel before this one on the stream is complete and its writes are visible.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the kernel after this one start, where it was launched as a dependent and finds room.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- global memory past the L1 cache, which may hold what it held before the kernel before this one wrote
+
+__device__ __forceinline__ uint4 load_from_l2(const void* source) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(source) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void load_floats_from_l2(const float* source, float* out) {
+    uint4 v = load_from_l2(source);
+    out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y);
+    out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+}
+
+// ---- sums
+
+__device__ __forceinline__ void add_to_global(float* target, const float* v) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+#else
+    for (int i = 0; i < 4; ++i) atomicAdd(target + i, v[i]);
+#endif
+}
+
+// Sums each of COUNT values over the lanes of a warp, COUNT a power of two up to 32. Lane i returns the sum of value
+// i / (32 / COUNT): exchanging halves takes COUNT - 1 + log2(32 / COUNT) shuffles instead of 5 * COUNT.
+template <int COUNT>
+__device__ __forceinline__ float warp_sums(float (&values)[COUNT]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 0; step < 5; ++step) {
+        // step by step half as many values in lanes half as far apart
+        int half = COUNT >> (step + 1), distance = 16 >> step;
+        bool upper = lane & distance;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) {
+            if (i >= half) break;
+            float mine = upper ? values[i + half] : values[i];
+            float other = upper ? values[i] : values[i + half];
+            values[i] = mine + __shfl_xor_sync(~0u, other, distance);
+        }
+    }
+#pragma unroll
+    for (int rest = 16 / COUNT; rest > 0; rest /= 2) values[0] += __shfl_xor_sync(~0u, values[0], rest);
+    return values[0];
+}
+
+// ---- weight types: 16 bytes hold VECTOR elements
+
+#define BFLOAT16 0
+#define FLOAT16 1
+#define FLOAT32 2
+
+#if DTYPE == FLOAT32
+constexpr int ELEMENT_BYTES = 4;
+#else
+constexpr int ELEMENT_BYTES = 2;
+#endif
+constexpr int VECTOR = 16 / ELEMENT_BYTES;
+
+// The two 16-bit elements of a word, or its one float.
+__device__ __forceinline__ void unpack_word(uint32 word, float* out) {
+#if DTYPE == BFLOAT16
+    out[0] = __uint_as_float(word << 16);
+    out[1] = __uint_as_float(word & 0xffff0000u);
+#elif DTYPE == FLOAT16
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(out[0]), "=f"(out[1]) : "r"(word));
+#else
+    out[0] = __uint_as_float(word);
+#endif
+}
+
+__device__ __forceinline__ void unpack(uint4 words, float* out) {
+    constexpr int step = 4 / ELEMENT_BYTES;
+    unpack_word(words.x, out);
+    unpack_word(words.y, out + step);
+    unpack_word(words.z, out + 2 * step);
+    unpack_word(words.w, out + 3 * step);
+}
+
+__device__ __forceinline__ uint32 pack_word(const float* in) {
+    uint32 word;
+#if DTYPE == BFLOAT16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(in[1]), "f"(in[0]));
+#elif DTYPE == FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(in[1]), "f"(in[0]));
+#else
+    word = __float_as_uint(in[0]);
+#endif
+    return word;
+}
+
+__device__ __forceinline__ uint4 pack(const float* in) {
+    constexpr int step = 4 / ELEMENT_BYTES;
+    return make_uint4(pack_word(in), pack_word(in + step), pack_word(in + 2 * step), pack_word(in + 3 * step));
+}
+
+// The element at `address` out of the aligned word that copy_word brought.
+__device__ __forceinline__ float element(uint32 word, const void* address) {
+    float pair[2];
+    unpack_word(word, pair);
+    return ELEMENT_BYTES == 2 && (reinterpret_cast<uint64>(address) & 2) ? pair[1] : pair[0];
+}

@@ -1,0 +1,81 @@
+"""Memory that the blocks of one call share: counters and float32 sums, zero before a call and zero after it.
+
+Calls that follow each other on a stream share a workspace. Calls that may run at the same time must not, so there is
+one for each device and stream, and one more for each stream of each captured graph: a graph keeps the addresses
+that it was captured with, and may be replayed beside anything. Workspaces live as long as the process; each takes
+4 * B * D + 4096 bytes.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from cuda.bindings import driver
+from torch import Tensor
+
+from cats.ops.cuda.status import check
+
+__all__ = ["COUNTERS", "relaxed_capture", "workspace"]
+
+# 32-bit counters in front of the sums; gated_mlp.cu says which is which.
+COUNTERS = 1024
+_MIN_FLOATS = 2 * 8192
+
+_NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+_Owner = tuple[int, int, int]
+_workspaces: dict[_Owner, Tensor] = {}
+_lock = threading.Lock()
+
+
+def workspace(device: int, stream: int, capture: int, floats: int) -> int:
+    """Address of ``COUNTERS`` zero counters and at least ``floats`` zero sums.
+
+    Args:
+        device: Index of the GPU.
+        stream: Handle of the stream that the call is on.
+        capture: Number of the capture that the stream is in, 0 if it is in none.
+        floats: ``B * D``.
+    """
+    owner = (device, stream, capture)
+    found = _workspaces.get(owner)
+    if found is None or found.numel() < COUNTERS + floats:
+        with _lock:
+            # a smaller one stays alive in `_retired`: calls on the GPU may still use it
+            if found is not None:
+                _retired.append(found)
+            found = _workspaces[owner] = _allocate(device, COUNTERS + max(floats, _MIN_FLOATS))
+    return found.data_ptr()
+
+
+_retired: list[Tensor] = []
+
+
+def _allocate(device: int, count: int) -> Tensor:
+    """Zeros that belong to no graph, even while one is captured.
+
+    PyTorch sends allocations of a capturing stream, or of a whole thread, to the memory pool of the graph, which
+    may reuse them once the capture ends. A stream and a thread of our own are outside of all that.
+    """
+    def zeros(stream: int) -> Tensor:
+        with relaxed_capture(), torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+    with relaxed_capture():
+        # not one of PyTorch's streams: it hands those out again and again, also the captured one
+        stream = check(driver.cuStreamCreate(_NON_BLOCKING))
+        with ThreadPoolExecutor(1) as executor:
+            result = executor.submit(zeros, int(stream)).result()
+        check(driver.cuStreamSynchronize(stream))
+        check(driver.cuStreamDestroy(stream))
+    return result
+
+
+class relaxed_capture:  # noqa: N801
+    """Context in which this thread may load code and wait for its own stream while some stream is captured."""
+
+    def __enter__(self) -> None:
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
+
+    def __exit__(self, *exception: object) -> None:
+        check(driver.cuThreadExchangeStreamCaptureMode(self._before))
