@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,27 +29,16 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
     Raises:
         DataError: If there is nothing to predict, or the likelihood is NaN.
     """
-    total, tokens = 0.0, 0
-    language_model: Any = model
-    device = next(model.parameters()).device
-    for batch in batches:
-        ids, mask = (None if t is None else t.to(device) for t in as_batch(batch))
-        assert ids is not None
-        attention = {} if mask is None else {"attention_mask": mask.long()}
-        with torch.no_grad():
-            logits = language_model(input_ids=ids, use_cache=False, **attention).logits
-        targets = ids[:, 1:]
-        if mask is not None:
-            targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
-        # row by row: float32 copies of all logits at once would take gigabytes
-        for row, target in zip(logits[:, :-1], targets, strict=True):
-            total += float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
-            tokens += int((target != -100).sum())
-    if not tokens:
-        raise DataError("no tokens to predict: blocks need at least two tokens")
-    if math.isnan(total):
-        raise DataError("the model's likelihoods are NaN: check its weights and dtype")
-    return math.exp(total / tokens)
+    return _perplexity(model, batches, None)
+
+
+def perplexity_and_sparsity(
+    model: nn.Module, batches: Iterable[Batch]
+) -> tuple[float, dict[str, float]]:
+    """:func:`perplexity` and :func:`realized_sparsity` of a sparse model, in one pass."""
+    with _Dropped(model) as dropped:
+        value = _perplexity(model, batches, dropped)
+    return value, dropped.shares()
 
 
 def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -68,44 +58,91 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
         UnsupportedModelError: If the model is dense.
         DataError: If there are no tokens.
     """
-    fused = dict(fused_mlps(model))
-    acts = {
-        mlp: module
-        for name, module in model.named_modules()
-        if isinstance(module, CatsActivation) and (mlp := name.rpartition(".")[0]) not in fused
-    }
-    if not acts and not fused:
-        raise UnsupportedModelError(
-            "the model is dense: apply thresholds with cats.sparsify_ first"
-        )
-    dropped: dict[str, Tensor | int] = dict.fromkeys([*acts, *fused], 0)
-    neurons = dict.fromkeys(dropped, 0)
-    current: list[Tensor | None] = [None]
-
-    def count(name: str, kept: Tensor) -> None:
-        mask = current[0]
-        kept = kept if mask is None else kept[mask.to(kept.device)]
-        dropped[name] = dropped[name] + (~kept).sum()
-        neurons[name] += kept.numel()
-
-    handles = [
-        act.register_forward_hook(lambda m, args, output, name=name: count(name, output != 0))
-        for name, act in acts.items()
-    ]
-    handles += [
-        mlp.register_forward_pre_hook(lambda m, args, name=name: count(name, m.kept(args[0])))
-        for name, mlp in fused.items()
-    ]
-    try:
+    with _Dropped(model) as dropped:
         device = next(model.parameters()).device
         for batch in batches:
-            ids, mask = (None if t is None else t.to(device) for t in as_batch(batch))
-            assert ids is not None
-            current[0] = mask
-            forward_hidden(model, ids, mask)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not all(neurons.values()):
-        raise DataError("no tokens to measure sparsity on")
-    return {name: float(dropped[name]) / neurons[name] for name in dropped}
+            ids, dropped.mask = _on(device, batch)
+            forward_hidden(model, ids, dropped.mask)
+    return dropped.shares()
+
+
+def _perplexity(model: nn.Module, batches: Iterable[Batch], dropped: _Dropped | None) -> float:
+    total, tokens = 0.0, 0
+    language_model: Any = model
+    device = next(model.parameters()).device
+    for batch in batches:
+        ids, mask = _on(device, batch)
+        if dropped is not None:
+            dropped.mask = mask
+        attention = {} if mask is None else {"attention_mask": mask.long()}
+        with torch.no_grad():
+            logits = language_model(input_ids=ids, use_cache=False, **attention).logits
+        targets = ids[:, 1:]
+        if mask is not None:
+            targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+        # row by row: float32 copies of all logits at once would take gigabytes
+        for row, target in zip(logits[:, :-1], targets, strict=True):
+            total += float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
+            tokens += int((target != -100).sum())
+    if not tokens:
+        raise DataError("no tokens to predict: blocks need at least two tokens")
+    if math.isnan(total):
+        raise DataError("the model's likelihoods are NaN: check its weights and dtype")
+    return math.exp(total / tokens)
+
+
+def _on(device: torch.device, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    ids, mask = as_batch(batch)
+    return ids.to(device), None if mask is None else mask.to(device)
+
+
+class _Dropped:
+    """Counts dropped neurons for as long as its hooks are on the model.
+
+    Attributes:
+        mask: ``[B, T]`` of the batch that runs next; False marks padding, which is not counted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._fused = dict(fused_mlps(model))
+        self._acts = {
+            mlp: module
+            for name, module in model.named_modules()
+            if isinstance(module, CatsActivation)
+            and (mlp := name.rpartition(".")[0]) not in self._fused
+        }
+        if not self._acts and not self._fused:
+            raise UnsupportedModelError(
+                "the model is dense: apply thresholds with cats.sparsify_ first"
+            )
+        self.mask: Tensor | None = None
+        self._dropped: dict[str, Tensor | int] = dict.fromkeys([*self._acts, *self._fused], 0)
+        self._neurons = dict.fromkeys(self._dropped, 0)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Dropped:
+        for name, act in self._acts.items():
+            handle = act.register_forward_hook(
+                lambda m, args, output, name=name: self._count(name, output != 0)
+            )
+            self._stack.callback(handle.remove)
+        for name, mlp in self._fused.items():
+            handle = mlp.register_forward_pre_hook(
+                lambda m, args, name=name: self._count(name, m.kept(args[0]))
+            )
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def shares(self) -> dict[str, float]:
+        """Name of each sparse MLP to the fraction of its neurons that were dropped."""
+        if not all(self._neurons.values()):
+            raise DataError("no tokens to measure sparsity on")
+        return {name: float(n) / self._neurons[name] for name, n in self._dropped.items()}
+
+    def _count(self, name: str, kept: Tensor) -> None:
+        kept = kept if self.mask is None else kept[self.mask.to(kept.device)]
+        self._dropped[name] = self._dropped[name] + (~kept).sum()
+        self._neurons[name] += kept.numel()

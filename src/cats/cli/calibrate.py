@@ -257,11 +257,13 @@ def _apply_and_measure(
     model: Any, counted: Statistics, target: float | None, batches: tuple[Tensor, ...]
 ) -> dict[str, Any]:
     from cats.apply import sparsify_
-    from cats.metrics import realized_sparsity
+    from cats.metrics import perplexity_and_sparsity
 
     config = counted.config(target)
     sparsify_(model, config)
-    realized = realized_sparsity(model, options.progress(batches, "realised sparsity"))
+    perplexity, realized = perplexity_and_sparsity(
+        model, options.progress(batches, "sparse perplexity")
+    )
     return {
         "method": config.method,
         "target_sparsity": target,
@@ -270,7 +272,7 @@ def _apply_and_measure(
         "thresholds": {name: float(t.mean()) for name, t in config.thresholds.items()},
         "realized_sparsity_calibration": config.realized_sparsity,
         "realized_sparsity": realized,
-        "perplexity_sparse": _perplexity(model, batches, "sparse perplexity"),
+        "perplexity_sparse": perplexity,
     }
 
 

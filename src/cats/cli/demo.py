@@ -59,7 +59,7 @@ def _run(
     from cats.apply import sparsify_
     from cats.calibration import calibrate
     from cats.cli.calibrate import split
-    from cats.metrics import perplexity, realized_sparsity
+    from cats.metrics import perplexity, perplexity_and_sparsity
 
     blocks, held_out = (
         part.split(4) for part in split(tokenizer, text, None, 512, tokens, eval_tokens, seed)
@@ -70,8 +70,11 @@ def _run(
         **_answer(model, tokenizer, prompt, max_new_tokens, "dense answer"),
     }
     sparsify_(model, config)
+    sparse_perplexity, realized = perplexity_and_sparsity(
+        model, options.progress(held_out, "CATS perplexity")
+    )
     sparse = {
-        "perplexity": perplexity(model, options.progress(held_out, "CATS perplexity")),
+        "perplexity": sparse_perplexity,
         **_answer(model, tokenizer, prompt, max_new_tokens, "CATS answer"),
     }
     return {
@@ -81,9 +84,7 @@ def _run(
         "calibration_hash": config.calibration_hash,
         "held_out_tokens": sum(b.numel() for b in held_out),
         "thresholds": {name: float(t) for name, t in config.thresholds.items()},
-        "realized_sparsity": realized_sparsity(
-            model, options.progress(held_out, "realised sparsity")
-        ),
+        "realized_sparsity": realized,
         "prompt": prompt,
         "dense": dense,
         "cats": sparse,

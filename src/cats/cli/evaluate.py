@@ -41,16 +41,13 @@ def evaluate(
 
 def _measure(model: Any, batches: Any) -> dict[str, Any]:
     from cats.apply import densify_
-    from cats.metrics import perplexity, realized_sparsity
+    from cats.metrics import perplexity, perplexity_and_sparsity
 
     report: dict[str, Any] = {}
     if hasattr(model.config, "cats"):
         report["method"] = model.config.cats["method"]
         report["target_sparsity"] = model.config.cats["target_sparsity"]
-        report["realized_sparsity"] = realized_sparsity(
-            model, options.progress(batches, "realised sparsity")
-        )
-        report["perplexity_sparse"] = perplexity(
+        report["perplexity_sparse"], report["realized_sparsity"] = perplexity_and_sparsity(
             model, options.progress(batches, "sparse perplexity")
         )
         densify_(model)
