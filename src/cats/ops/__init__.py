@@ -73,10 +73,15 @@ def gated_mlp(
         thresholds = torch.full((gate.shape[0],), thresholds, device=x.device)
     elif thresholds.numel() == 1:
         thresholds = thresholds.reshape(1).expand(gate.shape[0]).contiguous()
-    out: Tensor = torch.ops.cats.gated_mlp(
-        x, gate, up, down, thresholds, activation, router,
-        gate_bias, up_bias, down_bias, product_thresholds, backend,
-    )  # fmt: skip
+    rest = (thresholds, activation, router, gate_bias, up_bias, down_bias, product_thresholds)
+    if backend != "auto":
+        _require(backend, x, gate, up, down)
+    try:
+        out: Tensor = torch.ops.cats.gated_mlp(x, gate, up, down, *rest, backend)
+    except RuntimeError:
+        # a C++ kernel says less about what does not fit
+        _check(x, gate, up, down, *rest)
+        raise
     return out
 
 
@@ -114,6 +119,13 @@ def _warn_once(device: str, reasons: str) -> None:
     warnings.warn(
         f"no sparse backend is live on {device}, so nothing is skipped ({reasons})", stacklevel=4
     )
+
+
+def _require(backend: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    if backend not in BACKENDS:
+        raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
+    if reason := _unavailable(backend) or _module(backend).refuses(x, gate, up, down):
+        raise BackendError(f"the backend {backend} cannot run this call: {reason}")
 
 
 def _check(
@@ -161,17 +173,6 @@ def _check(
         raise ShapeError(f"router must be one of {', '.join(_ROUTERS)}; got {router!r}")
 
 
-_LIBRARY = torch.library.Library("cats", "DEF")
-# a plain definition, not a custom_op: a third of its overhead, and a C++ kernel can register for one device
-_LIBRARY.define(
-    "gated_mlp(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor thresholds, str activation, "
-    "str router='gate', Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None, "
-    "Tensor? product_thresholds=None, str backend='auto') -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("cats::gated_mlp", "default", lib=_LIBRARY)
 def _gated_mlp(
     x: Tensor,
     gate: Tensor,
@@ -190,12 +191,23 @@ def _gated_mlp(
     _check(x, gate, up, down, *rest)
     if backend == "auto":
         backend = backend_for(x, gate, up, down)
-    elif backend not in BACKENDS:
-        raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
-    elif reason := _unavailable(backend) or _module(backend).refuses(x, gate, up, down):
-        raise BackendError(f"the backend {backend} cannot run this call: {reason}")
+    else:
+        _require(backend, x, gate, up, down)
     out: Tensor = _module(backend).gated_mlp(x, gate, up, down, *rest)
     return out
+
+
+_LIBRARY = torch.library.Library("cats", "DEF")
+# A plain definition, not a custom_op: a third of its overhead, and a C++ kernel can register for one device.
+# Such a kernel sends what it does not take to `_gated_mlp`, which nothing else calls.
+for _name in ("gated_mlp", "_gated_mlp"):
+    _LIBRARY.define(
+        f"{_name}(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor thresholds, "
+        "str activation, str router='gate', Tensor? gate_bias=None, Tensor? up_bias=None, "
+        "Tensor? down_bias=None, Tensor? product_thresholds=None, str backend='auto') -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    _LIBRARY.impl(_name, _gated_mlp, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("cats::gated_mlp", lib=_LIBRARY)  # type: ignore[untyped-decorator]

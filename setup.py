@@ -1,0 +1,102 @@
+"""Only the optional C++ kernels of ``cats.ops.cpu``; the rest is in pyproject.toml.
+
+They use torch's stable C interface by name, so building them needs a C++17 compiler and no torch. A build
+that fails leaves a working install: the compiler's message goes into the package, and
+``cats.ops.backends()`` shows it.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+FOLDER = Path("src/cats/ops/cpu")
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in os.environ.get(
+    "ARCHFLAGS", ""
+)
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+# Each source to the compiler options of its instruction set, for GCC and Clang, and for MSVC.
+SOURCES = {
+    "operator.cpp": ([], []),
+    "generic.cpp": ([], []),
+}
+if IS_X86:
+    SOURCES |= {
+        "avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
+        "avx512.cpp": (AVX512, ["/arch:AVX512"]),
+        "avx512_bf16.cpp": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"]),
+    }
+
+
+class BuildKernels(build_ext):
+    """Compiles each source for its instruction set, into a library that is not a Python module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + (".dll" if sys.platform == "win32" else ".so")
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # the sources mark what they export
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        build_error = target.with_name("build_error.txt")
+        build_error.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._compile(ext, target)
+        except (CCompilerError, ExecError, PlatformError, OSError) as error:
+            target.unlink(missing_ok=True)
+            build_error.write_text(f"{error}\n", encoding="utf-8")
+            self.announce(f"the CPU kernels are left out: {error}", level=4)
+
+    def _compile(self, ext: Extension, target: Path) -> None:
+        is_msvc = self.compiler.compiler_type == "msvc"
+        if not is_msvc:
+            self.compiler.spawn = run_compiler
+        common = (
+            ["/O2", "/std:c++17"]
+            if is_msvc
+            else ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
+        )
+        objects = []
+        for source in ext.sources:
+            options = SOURCES[Path(source).name][is_msvc]
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                extra_postargs=[*common, *options],
+                depends=ext.depends,
+            )
+        self.compiler.link_shared_object(objects, str(target), target_lang="c++")
+
+
+class PlatformWheel(bdist_wheel):
+    """The library does not use Python's C interface: one wheel serves every Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def run_compiler(command: list[str], **_: object) -> None:
+    """Run a compiler, and raise its own message where it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise CCompilerError(f"{' '.join(command)}\n{done.stdout}")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "cats.ops.cpu.kernels",
+            [str(FOLDER / name) for name in SOURCES],
+            depends=[str(path) for path in sorted(FOLDER.glob("*.h"))],
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)
