@@ -1,5 +1,0 @@
-from torch import Tensor
-
-
-def unavailable() -> str | None:
-    return "not written yet"

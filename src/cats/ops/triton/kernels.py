@@ -1,0 +1,141 @@
+"""The two kernels. Shapes and layouts are checked before, in :mod:`cats.ops`."""
+
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, assignment"
+
+# ruff: noqa: RUF005 (Triton knows no unpacking into a tuple)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation in float32; NaN and infinities come out as in PyTorch."""
+    if ACTIVATION == "silu":
+        y = x / (1 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(z)) is the logistic function of 2 * z
+        z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = x / (1 + tl.exp(-2 * z))
+    else:
+        # not tl.maximum, which loses NaN
+        y = tl.where(x <= 0, 0.0, x)
+    return y
+
+
+@triton.jit
+def load_rows(weight, rows, wanted, D, BLOCK_D: tl.constexpr):
+    """Tile ``[ROWS, BLOCK_D]`` of a row-major ``[F, D]``; rows that are not wanted are not read."""
+    columns = tl.arange(0, BLOCK_D)
+    # int64: F * D passes 2**31
+    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    mask = wanted[:, None] & (columns < D)[None, :]
+    return tl.load(weight + offsets, mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def dot_rows(tile, x, bias, rows, wanted):
+    """``tile @ x + bias``, ``[ROWS]``, in float32."""
+    y = tl.sum(tile.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+    if bias is not None:
+        y += tl.load(bias + rows, mask=wanted, other=0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def stream_neurons(
+    x, routing, other, down, thresholds, routing_bias, other_bias, product_thresholds, partial,
+    D, F,
+    ACTIVATION: tl.constexpr, GATE_ROUTES: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every ``num_programs``-th block of ``ROWS`` neurons through the MLP.
+
+    ``routing`` is the matrix that decides (gate or up), ``other`` its partner, ``down`` is read as
+    ``[F, D]``. The sums over a program's neurons stay in registers and go to
+    ``partial[program]``, ``[BATCH, D]``, float32.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, BLOCK_D)
+    in_row = columns < D
+    xs = ()
+    sums = ()
+    for b in tl.static_range(BATCH):
+        xs = xs + (tl.load(x + b * D + columns, mask=in_row, other=0),)
+        sums = sums + (tl.zeros([BLOCK_D], tl.float32),)
+
+    rows = program * ROWS + tl.arange(0, ROWS)
+    tile = load_rows(routing, rows, rows < F, D, BLOCK_D)
+    for _ in range(program * ROWS, F, programs * ROWS):
+        exists = rows < F
+        threshold = tl.load(thresholds + rows, mask=exists, other=0)
+        routed = ()
+        keeps = ()
+        needed = exists & False
+        for b in tl.static_range(BATCH):
+            r = dot_rows(tile, xs[b], routing_bias, rows, exists)
+            if GATE_ROUTES:
+                r = activate(r, ACTIVATION)
+            # kept and not an exact zero, which adds nothing; NaN is kept
+            keep = exists & ~(tl.abs(r) < threshold) & (r != 0)
+            routed = routed + (r,)
+            keeps = keeps + (keep,)
+            needed = needed | keep
+
+        # asked for now, used in the next round: it travels while this round waits for its neurons
+        next_rows = rows + programs * ROWS
+        tile = load_rows(routing, next_rows, next_rows < F, D, BLOCK_D)
+
+        if tl.max(needed.to(tl.int32), axis=0) > 0:
+            other_tile = load_rows(other, rows, needed, D, BLOCK_D)
+            if product_thresholds is None:
+                # a kept neuron needs both, so both are asked for at once
+                down_tile = load_rows(down, rows, needed, D, BLOCK_D)
+            products = ()
+            column_needed = needed & False
+            for b in tl.static_range(BATCH):
+                o = dot_rows(other_tile, xs[b], other_bias, rows, needed)
+                if not GATE_ROUTES:
+                    o = activate(o, ACTIVATION)
+                h = tl.where(keeps[b], routed[b] * o, 0)
+                if product_thresholds is not None:
+                    t = tl.load(product_thresholds + rows, mask=exists, other=0)
+                    h = tl.where(tl.abs(h) < t, 0, h)
+                products = products + (h,)
+                column_needed = column_needed | (h != 0)
+            if product_thresholds is not None:
+                down_tile = load_rows(down, rows, column_needed, D, BLOCK_D)
+            # a column that no token needs counts as 0, whatever it holds
+            weights = tl.where(column_needed[:, None], down_tile.to(tl.float32), 0)
+            new_sums = ()
+            for b in tl.static_range(BATCH):
+                new_sums = new_sums + (sums[b] + tl.sum(weights * products[b][:, None], axis=0),)
+            sums = new_sums
+        rows = next_rows
+
+    for b in tl.static_range(BATCH):
+        # int64: programs * BATCH * D may pass 2**31
+        start = partial + (program.to(tl.int64) * BATCH + b) * D
+        tl.store(start + columns, sums[b], mask=in_row)
+
+
+@triton.jit
+def add_partials(
+    partial, bias, out, programs, D, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """``out[b] = sum over programs of partial[:, b] + bias``, in a fixed order."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b = tl.program_id(1)
+    in_row = columns < D
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for first in range(0, programs, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        offsets = (rows.to(tl.int64) * BATCH + b)[:, None] * D + columns[None, :]
+        mask = (rows < programs)[:, None] & in_row[None, :]
+        total += tl.load(partial + offsets, mask=mask, other=0)
+    y = tl.sum(total, axis=0)
+    if bias is not None:
+        y += tl.load(bias + columns, mask=in_row, other=0).to(tl.float32)
+    tl.store(out + b * D + columns, y.to(out.dtype.element_ty), mask=in_row)
