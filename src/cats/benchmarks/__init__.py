@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, the memory limit measured in the same run."""

@@ -1,0 +1,120 @@
+"""Time calls fairly on a GPU or a CPU, and measure how fast memory can be read there."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Of one GPU graph or CPU pass, so that the cost of starting it disappears.
+MIN_CALLS = 32
+# As large as the last-level cache of a desktop or a rented core's share of a server.
+_UNKNOWN_CACHE = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Median and quartiles of one call, in seconds."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median=median, low=low, high=high, samples=len(seconds))
+
+
+def time_passes(
+    passes: Mapping[str, Callable[[], object]],
+    calls: int,
+    *,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Timing]:
+    """Time several passes of ``calls`` calls each, in turns, so that all meet the same machine.
+
+    On a GPU a pass is captured in a CUDA graph and its replays are timed with events.
+    """
+    if device.type == "cuda":
+        timers = {name: _graph_timer(run) for name, run in passes.items()}
+    else:
+        timers = {name: _wall_timer(run) for name, run in passes.items()}
+    for timer in timers.values():
+        timer()
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name].append(timer() / calls)
+    return {name: Timing.of(samples) for name, samples in seconds.items()}
+
+
+def read_bandwidth(device: torch.device, *, size: int, rounds: int) -> Timing:
+    """Seconds to read ``size`` bytes, far more than any cache holds: the fastest of two ways.
+
+    A sum over the buffer, and its product with a vector; on a CPU a sum alone may be bound by
+    arithmetic.
+    """
+    columns = 4096
+    rows = max(1, size // (4 * columns))
+    buffer = torch.ones(rows, columns, device=device)
+    vector = torch.ones(columns, device=device)
+    passes: dict[str, Callable[[], object]] = {
+        "sum": lambda: buffer.sum(),
+        "product": lambda: buffer @ vector,
+    }
+    timings = time_passes(passes, 1, device=device, rounds=rounds)
+    best = min(timings.values(), key=lambda timing: timing.median)
+    scale = size / (4 * buffer.numel())
+    return Timing(
+        median=best.median * scale,
+        low=best.low * scale,
+        high=best.high * scale,
+        samples=best.samples,
+    )
+
+
+def cache_size(device: torch.device) -> int:
+    """Bytes of the last-level cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="utf-8")
+        return int(text.strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return _UNKNOWN_CACHE
+
+
+def _graph_timer(run: Callable[[], object]) -> Callable[[], float]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def timer() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+    return timer
+
+
+def _wall_timer(run: Callable[[], object]) -> Callable[[], float]:
+    def timer() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return timer

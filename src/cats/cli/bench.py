@@ -1,0 +1,130 @@
+"""``cats bench``: time the operator, and show what a results file holds."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cats.cli import options
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(help="Time the gated MLP; show results.", no_args_is_help=True)
+
+
+@app.command()
+def mlp(
+    shape: Annotated[
+        list[str], typer.Option(help="Hidden x intermediate size, such as 4096x14336; repeatable.")
+    ],
+    sparsity: Annotated[str, typer.Option(help="Shares of dropped neurons.")] = "0,0.5,0.7,0.9",
+    dtype: Annotated[str, typer.Option(help="One or more, by commas.")] = "bfloat16",
+    batch: Annotated[str, typer.Option(help="Tokens, one or more numbers by commas.")] = "1",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable; also [b]paper[/b]. Default: all that are live."),
+    ] = None,
+    device: options.Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Append the results to this file.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed passes of each variant.")] = 50,
+    read_mib: Annotated[
+        int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
+    ] = 4096,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile's dense MLP too.")] = True,
+) -> None:
+    """Time one call of the gated MLP beside every dense one and the memory limit.
+
+    Example: [b]cats bench mlp --shape 4096x14336 --shape 4096x11008 -o results.jsonl[/b]
+
+    Lists multiply into a sweep. A kernel that is wrong is not timed.
+    """
+    import torch
+
+    from cats.benchmarks.mlp import Case, measure
+    from cats.benchmarks.mlp_report import panels, table
+    from cats.results import append_results
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [
+        Case(
+            hidden_size=sizes[0], intermediate_size=sizes[1], dtype=_dtype(name),
+            batch=_number(tokens, "--batch"), device=device, rounds=rounds,
+            sparsities=tuple(_share(part) for part in sparsity.split(",")),
+            backends=tuple(backend or ()), size=read_mib * 2**20, compiled=compiled,
+        )
+        for sizes, name, tokens in product(
+            map(_shape, shape), dtype.split(","), batch.split(",")
+        )
+    ]  # fmt: skip
+    for case in cases:
+        results = list(measure(case))
+        if output is not None:
+            append_results(output, results)
+        for panel in panels(results):
+            options.out.print(table(panel))
+
+
+@app.command()
+def show(file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")]) -> None:
+    """Print the tables of a results file."""
+    from cats.benchmarks.mlp_report import panels, table
+    from cats.results import read_results
+
+    for panel in panels(read_results(file)):
+        options.out.print(table(panel))
+
+
+@app.command()
+def plot(
+    file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")],
+) -> None:
+    """Draw time against sparsity, with the memory limit as a line."""
+    from cats.benchmarks import mlp_report
+    from cats.results import read_results
+    from cats.storage import replacing
+
+    panels = mlp_report.panels(read_results(file))
+    with replacing(output) as temporary:
+        mlp_report.plot(panels, temporary)
+    options.out.print(f"wrote {output}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    hidden, _, intermediate = text.partition("x")
+    return _number(hidden, "--shape"), _number(intermediate, "--shape")
+
+
+def _number(text: str, option: str) -> int:
+    from cats.errors import ConfigError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{option}: expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    from cats.errors import ConfigError
+
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--sparsity: expected numbers by commas, got {text!r}") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    from cats.errors import ConfigError
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise ConfigError(f"--dtype: expected {', '.join(known)}; got {name!r}")
+    return known[name]
