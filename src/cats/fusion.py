@@ -68,7 +68,7 @@ class FusedGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self._linears()
         weights, biases = self._weights(gate, up, down), self._biases(gate, up, down)
-        # the C++ kernel that may stand behind the first hands a named backend on, but loses its errors
+        # the C++ kernel that may stand behind the first loses the errors of a named backend
         cats = torch.ops.cats
         operator = cats.gated_mlp if self.backend == "auto" else cats._gated_mlp
         out: Tensor = operator(
