@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from cats.cli import calibrate, demo, evaluate, generate, info
+from cats.cli import bench, calibrate, demo, evaluate, generate, info
 from cats.errors import CatsError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(info.info)
+
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
