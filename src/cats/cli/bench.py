@@ -97,6 +97,30 @@ def plot(
     options.out.print(f"wrote {output}")
 
 
+@app.command()
+def quote(
+    documents: Annotated[list[Path], typer.Argument(help="Markdown files that quote results.")],
+    check: Annotated[bool, typer.Option(help="Only complain where a table differs.")] = False,
+) -> None:
+    """Make the tables in documents anew from the results files that they name.
+
+    Example: [b]cats bench quote README.md --check[/b]
+    """
+    from cats.benchmarks.quotes import requote
+    from cats.errors import DataError
+    from cats.storage import replacing
+
+    for document in documents:
+        text = requote(document)
+        if text == document.read_text(encoding="utf-8"):
+            continue
+        if check:
+            raise DataError(f"{document} does not say what its results files say: cats bench quote")
+        with replacing(document) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        options.out.print(f"wrote {document}")
+
+
 def _shape(text: str) -> tuple[int, int]:
     hidden, _, intermediate = text.partition("x")
     return _number(hidden, "--shape"), _number(intermediate, "--shape")

@@ -1,0 +1,53 @@
+import pytest
+
+from cats.benchmarks.quotes import requote
+from cats.errors import DataError
+from cats.results import Result, append_results
+
+
+def result(variant, sparsity, value, **changes):
+    settings = dict(
+        hidden_size=64, intermediate_size=128, dtype="bfloat16", batch=1,
+        variant=variant, sparsity=sparsity, neighbour="none", limit_us=40.0,
+    )  # fmt: skip
+    return Result(
+        benchmark="mlp", quantity="time", unit="us", value=value, low=value, high=value, samples=3,
+        settings=settings | changes, environment={"device": "a GPU"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def document(tmp_path):
+    append_results(
+        tmp_path / "mlp.jsonl",
+        [
+            result("dense_eager", 0.0, 100.0),
+            result("cuda", 0.0, 80.0),
+            result("cuda", 0.5, 50.0),
+            result("cuda", 0.5, 70.0, neighbour="rmsnorm"),
+        ],
+    )
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- mlp: mlp.jsonl -->\nold\n<!-- /mlp -->\nafter\n")
+    return path
+
+
+def test_quoted_table_is_made_from_the_file(document):
+    text = requote(document)
+    assert text.startswith("before\n<!-- mlp: mlp.jsonl -->\na GPU, bfloat16, batch 1")
+    assert text.endswith("|\n<!-- /mlp -->\nafter\n")
+    assert "| | cuda | 80.0 (0.50, 1.00x) | 50.0 (0.80, 1.60x) |" in text
+    assert "70.0" not in text
+
+
+def test_quoting_again_changes_nothing(document):
+    text = requote(document)
+    document.write_text(text)
+    assert requote(document) == text
+
+
+def test_document_without_a_quote_is_an_error(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("nothing\n")
+    with pytest.raises(DataError, match="mlp: PATH"):
+        requote(path)
