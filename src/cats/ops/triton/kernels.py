@@ -49,7 +49,7 @@ def stream_neurons(
     x, routing, other, down, thresholds, routing_bias, other_bias, product_thresholds, partial,
     D, F,
     ACTIVATION: tl.constexpr, GATE_ROUTES: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every ``num_programs``-th block of ``ROWS`` neurons through the MLP.
 
@@ -57,6 +57,10 @@ def stream_neurons(
     ``[F, D]``. The sums over a program's neurons stay in registers and go to
     ``partial[program]``, ``[BATCH, D]``, float32.
     """
+    if DEPENDENT:
+        # before any load: the kernel in front may be the one that writes the weights
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK_D)
     in_row = columns < D
@@ -123,9 +127,13 @@ def stream_neurons(
 
 @triton.jit
 def add_partials(
-    partial, bias, out, programs, D, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    partial, bias, out, programs, D,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """``out[b] = sum over programs of partial[:, b] + bias``, in a fixed order."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     b = tl.program_id(1)
     in_row = columns < D

@@ -13,35 +13,46 @@ from cats.ops.triton import kernels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Shape of a launch: a function of shapes and device, never of data.
-
-    ``rows`` neurons a block, ``warps`` a program, ``programs`` in all.
-    """
+    """Shape of a launch: ``rows`` neurons a block, ``warps`` a program, ``programs`` in all."""
 
     rows: int
     warps: int
     programs: int
 
 
+# By width of a row in elements: rows, warps, programs a processor; one token, 16-bit weights.
+# Measured on an H200 (docs/kernels.md).
+_MEASURED = {1024: (4, 4, 4), 2048: (2, 4, 4), 4096: (2, 4, 3), 8192: (1, 8, 2)}
 # Triton's interpreter pays for each operation, not for each byte: few programs, large blocks.
 _INTERPRETED = Plan(rows=32, warps=1, programs=2)
 
 
 @cache
 def plan(batch: int, hidden_size: int, neurons: int, itemsize: int, processors: int) -> Plan:
-    """The block shapes for ``[batch, D]`` and ``[F, D]`` of ``itemsize`` bytes an element.
+    """How ``[batch, D]`` goes through ``[F, D]``: a function of shapes and device, never of data.
 
-    A program holds a row of weights a token in registers, 32 elements a thread at most; blocks of
-    rows are as large as the registers then allow, so that enough bytes are in flight.
+    A program holds its input and its sums in registers, so a wide row or a large batch takes more
+    warps and fewer rows.
+
+    Args:
+        itemsize: Bytes of one weight.
+        processors: Streaming multiprocessors (compute units) of the device.
     """
     width = triton.next_power_of_2(hidden_size)
-    elements = 32 if batch == 1 else max(8, 64 // batch)
-    warps = min(16, max(1, width // (32 * elements)))
-    rows = 2 if itemsize == 4 or batch > 2 else 4
-    programs = processors * max(1, 12 // warps)
+    if batch > 4:
+        rows, warps, programs = 1, 16, 1
+    elif batch > 2:
+        rows, warps, programs = 2, min(16, max(4, width // 256)), 1
+    elif batch > 1:
+        rows, warps, programs = 1, min(16, max(4, width // 1024)), 2
+    elif width > 8192:
+        rows, warps, programs = 1, 16, 1
+    else:
+        rows, warps, programs = _MEASURED[max(1024, width)]
+    rows = max(1, rows * 2 // itemsize)
     # each program writes a sum of D elements: keep that small beside the weights
-    programs = min(programs, triton.cdiv(neurons, 2 * rows))
-    return Plan(rows=rows, warps=warps, programs=programs)
+    enough = triton.cdiv(neurons, 2 * rows)
+    return Plan(rows=rows, warps=warps, programs=min(processors * programs, enough))
 
 
 def gated_mlp(
@@ -68,15 +79,19 @@ def gated_mlp(
     out = torch.empty_like(x)
     # Triton launches on the current device, which may be another one
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        dependent = _launches_dependents(x.device)
+        options = {"launch_pdl": True} if dependent else {}
         kernels.stream_neurons[(shape.programs,)](
             x, routing, other, down, thresholds, routing_bias, other_bias, product_thresholds,
             partial, D, F,
             ACTIVATION=activation, GATE_ROUTES=router == "gate", BATCH=batch, ROWS=shape.rows,
-            BLOCK_D=triton.next_power_of_2(D), num_warps=shape.warps, num_stages=1,
+            BLOCK_D=triton.next_power_of_2(D), DEPENDENT=dependent,
+            num_warps=shape.warps, num_stages=1, **options,
         )  # fmt: skip
         kernels.add_partials[(triton.cdiv(D, 32), batch)](
             partial, down_bias, out, shape.programs, D,
-            BATCH=batch, ROWS=64, BLOCK_D=32, num_warps=4, num_stages=1,
+            BATCH=batch, ROWS=64, BLOCK_D=32, DEPENDENT=dependent, num_warps=4, num_stages=1,
+            **options,
         )  # fmt: skip
     return out
 
@@ -84,3 +99,11 @@ def gated_mlp(
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _launches_dependents(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it drains (NVIDIA, Hopper onwards)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
