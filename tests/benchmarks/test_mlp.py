@@ -1,0 +1,155 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cats import ops
+from cats.benchmarks import mlp, mlp_report, timing
+from cats.benchmarks.mlp import Case, Weights, check, measure
+from cats.cli import bench
+from cats.errors import BackendError, ConfigError, DataError
+from cats.results import append_results, read_results
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tiny_case(**changes: object) -> Case:
+    options: dict[str, object] = dict(
+        hidden_size=32, intermediate_size=64, dtype=torch.float32, device=DEVICE,
+        backends=("reference",), sparsities=(0.5,), rounds=2, size=2**20, compiled=False,
+    )  # fmt: skip
+    return Case(**options | changes)
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """Few copies of the weights: a tiny MLP would need thousands to leave a real cache."""
+    monkeypatch.setattr(mlp, "cache_size", lambda device: 2**14)
+
+
+@pytest.fixture
+def results():
+    return list(measure(tiny_case()))
+
+
+def test_every_variant_and_sparsity_is_measured_beside_the_limit(results):
+    bandwidth, *times = results
+    assert bandwidth.quantity == "read_bandwidth"
+    assert bandwidth.value > 0
+    measured = {
+        (r.settings["variant"], r.settings["sparsity"])
+        for r in times
+        if r.settings["neighbour"] == "none"
+    }
+    assert measured == {
+        ("reference", 0.0), ("reference", 0.5), ("dense_eager", 0.0), ("dense_merged", 0.0),
+    }  # fmt: skip
+    assert all(0 < r.low <= r.value <= r.high for r in times if r.settings["neighbour"] == "none")
+
+
+def test_the_limit_counts_the_kept_neurons(results):
+    limits = {
+        (r.settings["variant"], r.settings["sparsity"]): r.settings["limit_us"] for r in results[1:]
+    }
+    half = next(r for r in results[1:] if r.settings["sparsity"] == 0.5).settings["kept_share"]
+    assert half == pytest.approx(0.5, abs=0.02)
+    ratio = limits["reference", 0.5] / limits["reference", 0.0]
+    assert ratio == pytest.approx((1 + 2 * half) / 3)
+
+
+def test_weights_are_rotated_beyond_the_cache():
+    case = tiny_case()
+    one = 3 * 32 * 64 * 4
+    assert mlp._copies(case, cache=10 * one) == 40
+    assert mlp._copies(case, cache=1) == 2
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    case = tiny_case()
+    right = ops.gated_mlp
+    monkeypatch.setattr(mlp.ops, "gated_mlp", lambda *a, **k: right(*a, **k) * 1.001)
+    with pytest.raises(BackendError, match=r"reference is wrong .* it is not timed"):
+        list(measure(case))
+
+
+def test_nan_never_passes_the_check():
+    x = torch.randn(1, 32, device=DEVICE)
+    weights = Weights.random(tiny_case())
+    with pytest.raises(BackendError, match="relative error nan"):
+        check("broken", lambda x, w: x * torch.nan, x, weights)
+
+
+def test_the_papers_kernels_are_right():
+    pytest.importorskip("triton")
+    for D, F in ((1, 1), (37, 61), (64, 96)):
+        case = tiny_case(hidden_size=D, intermediate_size=F)
+        x = torch.randn(1, D, device=DEVICE)
+        for sparsity in (0.0, 0.5):
+            check(mlp.PAPER, mlp._paper, x, Weights.random(case).at(x, sparsity))
+
+
+def test_the_papers_kernels_take_one_token():
+    with pytest.raises(BackendError, match="one token"):
+        list(measure(tiny_case(backends=(mlp.PAPER,), batch=2)))
+
+
+def test_table_shows_all_dense_baselines_and_the_fastest_counts(results):
+    (panel, *_) = mlp_report.panels(results)
+    assert set(panel.dense) == {"dense_eager", "dense_merged", "reference at 0"}
+    assert panel.best_dense == min(result.value for result in panel.dense.values())
+    screen = io.StringIO()
+    Console(width=200, file=screen).print(mlp_report.table(panel))
+    text = screen.getvalue()
+    assert "best dense" in text
+    assert "50%" in text
+
+
+def test_plot_is_made_from_the_file_alone(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "r.jsonl", tmp_path / "plot.svg"
+    append_results(file, results)
+    outcome = CliRunner().invoke(bench.app, ["plot", str(file), "-o", str(picture)])
+    assert outcome.exit_code == 0, outcome.output
+    assert "<svg" in picture.read_text()
+
+
+def test_a_file_without_results_of_this_benchmark_is_an_error():
+    with pytest.raises(DataError, match="no result"):
+        mlp_report.panels([])
+
+
+def test_command_appends_a_sweep_to_the_file(tmp_path):
+    file = tmp_path / "results.jsonl"
+    arguments = [
+        "mlp", "--shape", "16x24", "--shape", "8x8", "--batch", "1,2", "--sparsity", "0.5",
+        "--dtype", "float32", "--backend", "reference", "--device", DEVICE, "--rounds", "2",
+        "--read-mib", "1", "--no-compiled", "-o", str(file),
+    ]  # fmt: skip
+    outcome = CliRunner().invoke(bench.app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    found = {(r.settings["hidden_size"], r.settings["batch"]) for r in read_results(file)}
+    assert found == {(16, 1), (16, 2), (8, 1), (8, 2)}
+    shown = CliRunner().invoke(bench.app, ["show", str(file)])
+    assert shown.exit_code == 0
+    assert "16x24" in shown.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shape", "16"], ["--shape", "16x24", "--dtype", "int8"],
+     ["--shape", "16x24", "--sparsity", "half"], ["--shape", "16x24", "--sparsity", "1"],
+     ["--shape", "16x24", "--batch", "0"]],
+)  # fmt: skip
+def test_options_that_cannot_be_right_are_refused(arguments):
+    outcome = CliRunner().invoke(bench.app, ["mlp", *arguments])
+    assert isinstance(outcome.exception, ConfigError)
+
+
+def test_passes_are_timed_in_turns():
+    order = []
+    passes = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = timing.time_passes(passes, 4, device=torch.device("cpu"), rounds=3)
+    assert order == list("ab" * 4)
+    assert timings["a"].samples == 3
