@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not here: ``compile_triton.py cuda:90 hip:gfx942``."""
+"""Compile the Triton kernels for GPUs that are not here: ``compile_triton.py hip:gfx942 ...``."""
 
 import sys
 
