@@ -1,7 +1,7 @@
 """Only the optional C++ kernels of ``cats.ops.cpu``; the rest is in pyproject.toml.
 
-They use torch's stable C interface by name, so building them needs a C++17 compiler and no torch. A build
-that fails leaves a working install: the compiler's message goes into the package, and
+They use torch's stable C interface by name, so building them needs a C++17 compiler and no torch.
+A build that fails leaves a working install: the compiler's message goes into the package, and
 ``cats.ops.backends()`` shows it.
 """
 
@@ -53,12 +53,13 @@ class BuildKernels(build_ext):
         except (CCompilerError, ExecError, PlatformError, OSError) as error:
             target.unlink(missing_ok=True)
             build_error.write_text(f"{error}\n", encoding="utf-8")
-            self.announce(f"the CPU kernels are left out: {error}", level=4)
+            self.warn(f"the CPU kernels are left out: {error}")
 
     def _compile(self, ext: Extension, target: Path) -> None:
         is_msvc = self.compiler.compiler_type == "msvc"
         if not is_msvc:
-            self.compiler.spawn = run_compiler
+            # the name depends on the version of setuptools
+            self.compiler.spawn = self.compiler.call = run_compiler
         common = (
             ["/O2", "/std:c++17"]
             if is_msvc

@@ -20,7 +20,8 @@ from cats.functional import ACTIVATIONS
 
 __all__ = ["BACKENDS", "backend_for", "backends", "gated_mlp"]
 
-# Which backends a device tries, the fastest first. `dense` takes every call; `reference` runs only when asked for.
+# Which backends a device tries, the fastest first. `dense` takes every call; `reference` runs only
+# when asked for.
 _ORDER = {"cuda": ("cuda", "triton", "dense"), "cpu": ("cpu", "dense")}
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
 _ROUTERS = ("gate", "up")
@@ -198,8 +199,8 @@ def _gated_mlp(
 
 
 _LIBRARY = torch.library.Library("cats", "DEF")
-# A plain definition, not a custom_op: a third of its overhead, and a C++ kernel can register for one device.
-# Such a kernel sends what it does not take to `_gated_mlp`, which nothing else calls.
+# A plain definition, not a custom_op: a third of its overhead, and a C++ kernel can register for
+# one device. Such a kernel sends what it does not take to `_gated_mlp`, which nothing else calls.
 for _name in ("gated_mlp", "_gated_mlp"):
     _LIBRARY.define(
         f"{_name}(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor thresholds, "

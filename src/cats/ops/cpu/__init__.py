@@ -64,7 +64,8 @@ def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
 
 def instruction_sets() -> list[str]:
     """The instruction sets that this processor has kernels for, the best (the one in use) first."""
-    library, names = _library(), []
+    library = _library()
+    names: list[str] = []
     while name := library.cats_instruction_set(len(names)):
         names.append(name.decode())
     return names
@@ -111,5 +112,5 @@ def _load() -> ctypes.CDLL | str:
     library.cats_selected.restype = ctypes.c_char_p
     torch_library = Path(torch.__file__).parent / "lib"
     torch_library /= _TORCH_LIBRARY.get(sys.platform, "libtorch_cpu.so")
-    error: bytes | None = library.cats_register(str(torch_library).encode())
-    return error.decode() if error else library
+    refusal: bytes | None = library.cats_register(str(torch_library).encode())
+    return refusal.decode() if refusal else library

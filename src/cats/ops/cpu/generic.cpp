@@ -1,46 +1,43 @@
-// Plain C++ for every processor: fixed-length loops, which the compiler turns into vector instructions (SSE2, NEON, ...).
+// Plain C++ for every processor: vectors of 16 bytes, which GCC and Clang turn into SSE2, NEON and so on; scalars elsewhere.
 #include "kernel.h"
 
 namespace cats {
 namespace {
 
 struct Generic {
-  static constexpr int64_t kWidth = 8;
-  static constexpr int kAccumulators = 4;
-  struct Vector {
-    float lanes[kWidth];
-  };
+  static constexpr int kAccumulators = 8;
 
-  template <class Function>
-  static Vector each(const Function& lane) {
+#if defined(__GNUC__)
+  typedef float Vector __attribute__((vector_size(16)));
+  typedef uint16_t Half __attribute__((vector_size(8)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  static constexpr int64_t kWidth = 4;
+
+  static Vector broadcast(float value) { return Vector{value, value, value, value}; }
+  static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static Vector widen(const BFloat16* p) {
+    Half half;
+    std::memcpy(&half, p, sizeof half);
+    return reinterpret_cast<Vector>(__builtin_convertvector(half, Bits) << 16);
+  }
+#else
+  using Vector = float;
+  static constexpr int64_t kWidth = 1;
+
+  static Vector broadcast(float value) { return value; }
+  static float sum(Vector v) { return v; }
+  static Vector widen(const BFloat16* p) { return to_float(*p); }
+#endif
+
+  static Vector load(const float* p) {
     Vector v;
-    for (int i = 0; i < kWidth; ++i) v.lanes[i] = lane(i);
+    std::memcpy(&v, p, sizeof v);
     return v;
   }
-  static Vector load(const float* p) {
-    return each([&](int i) { return p[i]; });
-  }
-  static void store(float* p, const Vector& v) {
-    for (int i = 0; i < kWidth; ++i) p[i] = v.lanes[i];
-  }
-  static Vector broadcast(float value) {
-    return each([&](int) { return value; });
-  }
-  static Vector add(const Vector& a, const Vector& b) {
-    return each([&](int i) { return a.lanes[i] + b.lanes[i]; });
-  }
-  static Vector multiply_add(const Vector& a, const Vector& b, const Vector& c) {
-    return each([&](int i) { return a.lanes[i] * b.lanes[i] + c.lanes[i]; });
-  }
-  static float sum(const Vector& v) {
-    float total = 0.0f;
-    for (float lane : v.lanes) total += lane;
-    return total;
-  }
-  template <class Weight>
-  static Vector widen(const Weight* p) {
-    return each([&](int i) { return to_float(p[i]); });
-  }
+  static void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+  static Vector add(Vector a, Vector b) { return a + b; }
+  static Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+  static Vector widen(const float* p) { return load(p); }
 };
 
 }  // namespace

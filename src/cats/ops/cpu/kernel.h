@@ -255,24 +255,21 @@ struct GatedMlp {
   static constexpr int64_t kMaxChunk = 64;
   // below this, a second thread costs more than it brings
   static constexpr int64_t kBytesPerThread = 64 * 1024;
-  // long enough for whole pages, short enough for accumulators in the first-level cache
-  static constexpr int64_t kColumns = 4096 / sizeof(Weight);
+  // at most 32 KiB of accumulators, in whole lines of weights: rows as long as possible, sums near the processor
+  static constexpr int64_t kColumns = 8192 / B / 32 * 32;
 
   const Call& call;
   const Input* x;
 
-  // Whether to read `count` of `total` rows one by one: short rows that follow each other are one stream, which the
-  // hardware prefetches better than several streams at once.
-  bool is_stream(int64_t count, int64_t total) const {
-    return call.D * static_cast<int64_t>(sizeof(Weight)) < 4096 && count * 8 >= total * 7;
-  }
+  bool has_short_rows() const { return call.D * static_cast<int64_t>(sizeof(Weight)) < 4096; }
 
   static const Weight* weights(const void* pointer) { return static_cast<const Weight*>(pointer); }
 
   // out[i][b] = bias + row listed[i] of the matrix times x[b]; the list is of `count` of `total` rows that follow each other.
   void dot_rows(const Weight* matrix, const Weight* bias, const int64_t* listed, int64_t count, int64_t total,
                 float (*out)[B]) const {
-    if (is_stream(count, total))
+    // short rows that follow each other are one stream, which the hardware prefetches better than several at once
+    if (has_short_rows() && count * 8 >= total * 7)
       dot_groups<1>(matrix, listed, count, out);
     else
       dot_groups<kRows>(matrix, listed, count, out);
@@ -349,22 +346,21 @@ struct GatedMlp {
                   float* sums) const {
     const int64_t D = call.D;
     const Weight* down = weights(call.down);
-    const auto add_groups = [&](auto group, int64_t i, int64_t until) {
+    int64_t i = 0;
+    const auto add_groups = [&](auto group) {
       constexpr int R = decltype(group)::value;
-      for (; i + R <= until; i += R) {
+      for (; i + R <= count; i += R) {
         const Weight *rows[R], *next[R];
         for (int r = 0; r < R; ++r) {
           rows[r] = down + neurons[i + r] * D;
-          next[r] = down + neurons[std::min(i + R + r, count - 1)] * D;
+          next[r] = down + neurons[std::min(i + r + 8, count - 1)] * D;
         }
         add_scaled<Lanes, R, B>(rows, next, products + i * B, begin, end, D, sums);
       }
-      return i;
     };
-    const int64_t total = count ? neurons[count - 1] - neurons[0] + 1 : 0;
-    int64_t i = 0;
-    if (!is_stream(count, total)) i = add_groups(std::integral_constant<int, 8>{}, 0, count);
-    add_groups(std::integral_constant<int, 1>{}, i, count);
+    if (!has_short_rows()) add_groups(std::integral_constant<int, 8>{});
+    add_groups(std::integral_constant<int, 4>{});
+    add_groups(std::integral_constant<int, 1>{});
   }
 
   static void run(const Call& call, const Threads& threads) {

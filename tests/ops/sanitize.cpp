@@ -1,0 +1,142 @@
+// Runs each kernel of the CPU backend on exactly sized memory, against a plain loop, under sanitizers (sanitize.sh).
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../src/cats/ops/cpu/gated_mlp.h"
+
+using cats::Activation;
+using cats::BFloat16;
+using cats::Call;
+
+namespace {
+
+void run_in_threads(int64_t count, cats::Threads::Body body, void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < count; ++i) threads.emplace_back(body, i, i + 1, context);
+  for (auto& thread : threads) thread.join();
+}
+
+// Values in the type of the weights and, for the plain loop, as that type rounds them. No spare capacity: a read past the
+// end is a read of someone else's memory.
+struct Values {
+  std::vector<float> exact;
+  std::unique_ptr<BFloat16[]> narrow;
+
+  Values(size_t size, float scale, std::mt19937& random) : exact(size), narrow(new BFloat16[size]) {
+    std::normal_distribution<float> normal(0, scale);
+    for (size_t i = 0; i < size; ++i) {
+      const float value = normal(random);
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      bits &= 0xffff0000u;
+      narrow[i].bits = static_cast<uint16_t>(bits >> 16);
+      std::memcpy(&exact[i], &bits, sizeof bits);
+    }
+  }
+  const void* data(bool bfloat16) const {
+    return bfloat16 ? static_cast<const void*>(narrow.get()) : static_cast<const void*>(exact.data());
+  }
+};
+
+double dot(const std::vector<float>& matrix, int64_t row, const std::vector<float>& x, int64_t token, int64_t D) {
+  double total = 0;
+  for (int64_t i = 0; i < D; ++i) total += double(matrix[row * D + i]) * x[token * D + i];
+  return total;
+}
+
+// The largest difference between a kernel and a plain loop, relative to the tolerance.
+double error_of(cats::Kernel kernel, int64_t B, int64_t D, int64_t F, bool bfloat16, float threshold, int64_t threads) {
+  std::mt19937 random(static_cast<unsigned>(B * 1000003 + D * 1009 + F));
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  const Values x(B * D, 1, random), gate(F * D, scale, random), up(F * D, scale, random);
+  const Values down(F * D, 1 / std::sqrt(static_cast<float>(F)), random), up_bias(F, 1, random), down_bias(D, 1, random);
+  const std::vector<float> thresholds(F, threshold);
+  std::vector<float> out(B * D);
+  const std::unique_ptr<BFloat16[]> narrow_out(new BFloat16[B * D]);
+
+  Call call{};
+  call.B = B;
+  call.D = D;
+  call.F = F;
+  call.bfloat16 = bfloat16;
+  call.x = x.data(bfloat16);
+  call.gate = gate.data(bfloat16);
+  call.up = up.data(bfloat16);
+  call.down = down.data(bfloat16);
+  call.thresholds = thresholds.data();
+  call.up_bias = up_bias.data(bfloat16);
+  call.down_bias = down_bias.data(bfloat16);
+  call.activation = Activation::kSilu;
+  call.gate_is_router = true;
+  call.out = bfloat16 ? static_cast<void*>(narrow_out.get()) : static_cast<void*>(out.data());
+  kernel(call, cats::Threads{threads, run_in_threads});
+
+  double worst = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    std::vector<double> expected(down_bias.exact.begin(), down_bias.exact.end());
+    for (int64_t j = 0; j < F; ++j) {
+      const double g = dot(gate.exact, j, x.exact, b, D), a = g / (1 + std::exp(-g));
+      if (std::fabs(a) < threshold) continue;
+      const double h = a * (dot(up.exact, j, x.exact, b, D) + up_bias.exact[j]);
+      for (int64_t i = 0; i < D; ++i) expected[i] += h * down.exact[j * D + i];
+    }
+    for (int64_t i = 0; i < D; ++i) {
+      float actual = out[b * D + i];
+      if (bfloat16) {
+        const uint32_t bits = static_cast<uint32_t>(narrow_out[b * D + i].bits) << 16;
+        std::memcpy(&actual, &bits, sizeof bits);
+      }
+      const double allowed = bfloat16 ? 1e-2 * std::fabs(expected[i]) + 1e-4 : 1e-5 * std::fabs(expected[i]) + 1e-5;
+      worst = std::max(worst, std::fabs(actual - expected[i]) / allowed);
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main() {
+  struct Set {
+    const char* name;
+    bool is_supported;
+    cats::Kernel kernel;
+  };
+  const Set sets[] = {
+      {"generic", true, cats::gated_mlp_generic},
+#if defined(__x86_64__)
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), cats::gated_mlp_avx2},
+      {"avx512", __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"), cats::gated_mlp_avx512},
+      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, cats::gated_mlp_avx512_bf16},
+#endif
+  };
+  const int64_t shapes[][2] = {{1, 1}, {3, 1}, {1, 5}, {37, 61}, {131, 257}, {1030, 67}, {2100, 33}};
+  int failures = 0;
+  for (const Set& set : sets) {
+    if (!set.is_supported) {
+      std::printf("%s: not on this processor\n", set.name);
+      continue;
+    }
+    double worst = 0;
+    for (const auto& [D, F] : shapes)
+      for (int64_t B = 1; B <= cats::kMaxBatch; ++B)
+        for (const bool bfloat16 : {false, true})
+          for (const float threshold : {0.0f, 0.1234567f, std::numeric_limits<float>::infinity()})
+            for (const int64_t threads : {1, 3}) {
+              const double error = error_of(set.kernel, B, D, F, bfloat16, threshold, threads);
+              worst = std::max(worst, error);
+              if (error <= 1) continue;
+              std::printf("%s: wrong by %g of the tolerance for B %lld, D %lld, F %lld, bfloat16 %d, threshold %g\n",
+                          set.name, error, static_cast<long long>(B), static_cast<long long>(D),
+                          static_cast<long long>(F), bfloat16, static_cast<double>(threshold));
+              ++failures;
+            }
+    std::printf("%s: largest error %.2f of the tolerance\n", set.name, worst);
+  }
+  return failures ? 1 : 0;
+}

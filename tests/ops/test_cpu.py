@@ -1,0 +1,296 @@
+"""The CPU backend beyond ``test_gated_mlp.py``: instruction sets, threads, the build."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cats
+from cats import ops
+from cats.errors import BackendError
+from cats.functional import ACTIVATIONS
+from cats.ops import cpu
+from tests.ops.cases import (
+    SMALL_SHAPES,
+    TINY_SHAPES,
+    assert_matches,
+    make_inputs,
+    reference_in_double,
+    run,
+    tolerance,
+)
+
+SOURCES = Path(cpu.__file__).parent
+REPOSITORY = Path(__file__).parents[2]
+INSTRUCTION_SETS = ["avx512_bf16", "avx512", "avx2", "generic"]
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+needs_kernels = pytest.mark.skipif(
+    cpu.unavailable() is not None, reason=f"the CPU kernels are not there: {cpu.unavailable()}"
+)
+needs_source = pytest.mark.skipif(
+    not (REPOSITORY / "setup.py").exists() or not shutil.which("g++"),
+    reason="needs the repository and g++",
+)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if cpu.unavailable() or request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}, or no kernels are built")
+    before = cpu.instruction_set()
+    cpu.select(request.param)
+    yield request.param
+    cpu.select(before)
+
+
+@pytest.fixture(params=[1, 2, 3, 8])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# --- every instruction set, whichever this processor would choose
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("D", "F"), [*TINY_SHAPES, (1031, 67), SMALL_SHAPES[0]])
+def test_instruction_set_matches(instruction_set, D, F, dtype):
+    for sparsity in (0, 0.5, 1):
+        assert_matches("cpu", make_inputs(D, F, dtype=dtype, device=CPU, sparsity=sparsity))
+
+
+@pytest.mark.parametrize("batch", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instruction_set_matches_in_each_batch(instruction_set, batch, dtype):
+    # rows longer and shorter than a page are read in different ways
+    for D in (129, 2100):
+        inputs = make_inputs(
+            D, 203, dtype=dtype, device=CPU, batch=batch, per_neuron=True, bias=True,
+            product_sparsity=0.3,
+        )  # fmt: skip
+        assert_matches("cpu", inputs)
+
+
+@pytest.mark.parametrize("router", ["gate", "up"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_instruction_set_matches_in_each_form(instruction_set, activation, router):
+    inputs = make_inputs(
+        72, 104, dtype=torch.float32, device=CPU, batch=3, activation=activation, router=router,
+        bias=True,
+    )  # fmt: skip
+    assert_matches("cpu", inputs)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instruction_set_shows_nan_and_inf(instruction_set, dtype, value):
+    inputs = make_inputs(70, 90, dtype=dtype, device=CPU, batch=2)
+    # one value in the vector part of the row, one in its tail
+    for column in (7, 69):
+        poisoned = inputs.replace(x=inputs.x.clone())
+        poisoned.x[0, column] = value
+        actual, expected = run("cpu", poisoned), run("reference", poisoned)
+        assert not expected[0].isfinite().all()
+        torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance("cpu", dtype))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_is_accurate_at_every_size(instruction_set, activation):
+    # as many neurons as values, each with its own output
+    values = torch.cat([torch.logspace(-6, 1.94, 400), torch.linspace(0, 100, 400)])
+    values = torch.cat([values, -values])
+    count = len(values)
+    inputs = make_inputs(1, count, dtype=torch.float32, device=CPU, activation=activation)
+    identity = torch.eye(count)
+    for begin in range(0, count, 400):
+        some = slice(begin, begin + 400)
+        # down is [D, F], so x has as many values as outputs: gate reads only the first
+        gate = torch.zeros(400, count)
+        gate[:, 0] = values[some]
+        x = torch.zeros(1, count)
+        x[0, 0] = 1
+        one = inputs.replace(
+            x=x, gate=gate, up=(gate != 2e9).float() * x, down=identity[some].t(),
+            thresholds=torch.zeros(400),
+        )  # fmt: skip
+        actual = run("cpu", one)[0, some].double()
+        exact = reference_in_double(one)[0, some]
+        # gelu and gelu_tanh cancel for negative values, in float32 and in the unfused model too
+        # and exp overflows at 88, where silu is 1e-36
+        slack = 2e-7 * values[some].abs().double() if "gelu" in activation else 1e-36
+        assert ((actual - exact).abs() <= 2e-6 * exact.abs() + slack).all()
+
+
+@needs_kernels
+def test_unknown_instruction_set_is_an_error():
+    with pytest.raises(BackendError, match=r"expected one of .*generic, got 'mmx'"):
+        cpu.select("mmx")
+
+
+# --- threads
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("D", "F"), [(1, 1), (257, 1031), (1100, 700)])
+def test_any_number_of_threads_matches_and_repeats_bitwise(threads, D, F, dtype):
+    inputs = make_inputs(D, F, dtype=dtype, device=CPU, batch=2)
+    assert_matches("cpu", inputs)
+    first = run("cpu", inputs)
+    assert all(torch.equal(run("cpu", inputs), first) for _ in range(5))
+
+
+@needs_kernels
+def test_calls_from_several_python_threads_do_not_disturb_each_other():
+    cases = [
+        make_inputs(300 + 50 * i, 500 - 70 * i, dtype=DTYPES[i % 2], device=CPU, batch=i + 1)
+        for i in range(4)
+    ]
+    expected = [run("cpu", inputs) for inputs in cases]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(run("cpu", cases[i]), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@needs_kernels
+def test_the_interpreter_is_free_during_a_call():
+    # a call that held the lock would let no other Python thread count
+    inputs = make_inputs(2048, 4096, dtype=torch.float32, device=CPU, batch=8, sparsity=0)
+    counted, stop = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal counted
+        while not stop.is_set():
+            counted += 1
+
+    worker = threading.Thread(target=count)
+    worker.start()
+    out = torch.ops.cats.gated_mlp.default
+    during = 0
+    for _ in range(20):
+        before = counted
+        out(*inputs.args(), "cpu")
+        during += counted - before
+    stop.set()
+    worker.join()
+    assert during > 1000
+
+
+# --- what is taken and what is left to others
+
+
+@needs_kernels
+def test_auto_takes_what_it_can_and_leaves_the_rest_to_dense():
+    for batch, dtype, expected in (
+        (1, torch.float32, "cpu"),
+        (8, torch.bfloat16, "cpu"),
+        (9, torch.float32, "dense"),
+        (1, torch.float16, "dense"),
+    ):
+        inputs = make_inputs(40, 56, dtype=dtype, device=CPU, batch=batch)
+        tensors = (inputs.x, inputs.gate, inputs.up, inputs.down)
+        assert ops.backend_for(*tensors) == expected
+        assert torch.equal(ops.gated_mlp(**inputs.kwargs()), run(expected, inputs))
+
+
+@needs_kernels
+def test_what_the_kernel_refuses_is_named():
+    inputs = make_inputs(40, 56, dtype=torch.float16, device=CPU)
+    with pytest.raises(BackendError, match="cpu cannot run this call: expected float32 or bfloat"):
+        ops.gated_mlp(**inputs.kwargs(), backend="cpu")
+
+
+@needs_kernels
+def test_direct_call_that_does_not_fit_is_an_error():
+    inputs = make_inputs(40, 56, dtype=torch.float32, device=CPU)
+    for name, tensor in (("up", inputs.up[:5]), ("down", inputs.down.contiguous())):
+        with pytest.raises(RuntimeError, match=f"shape, dtype or layout of {name}"):
+            torch.ops.cats.gated_mlp(*inputs.replace(**{name: tensor}).args())
+
+
+@needs_kernels
+def test_calls_do_not_leak_tensors():
+    psutil = pytest.importorskip("psutil")
+    inputs = make_inputs(
+        2000, 4, dtype=torch.float32, device=CPU, batch=8, bias=True, product_sparsity=0.5
+    )
+    process = psutil.Process()
+    for _ in range(200):
+        run("cpu", inputs)
+    before = process.memory_info().rss
+    for _ in range(2000):
+        run("cpu", inputs)
+    # each output is 64 kB: a leak of one a call would be 128 MB
+    assert process.memory_info().rss - before < 20e6
+
+
+# --- the build
+
+
+@needs_source
+def test_restated_declarations_agree_with_torch_headers(tmp_path):
+    include = Path(torch.__file__).parent / "include"
+    if not (include / "torch/csrc/stable/c/shim.h").exists():
+        pytest.skip("this torch has no headers")
+    ours = (SOURCES / "torch_abi.h").read_text()
+    # the handles are torch's own here, so that the compiler compares every declaration
+    ours = re.sub(r"^(struct|using) .*;.*\n", "", ours, flags=re.MULTILINE)
+    ours = ours.replace("BoxedKernel", "void (*)(StableIValue*, uint64_t, uint64_t)")
+    source = tmp_path / "both.cpp"
+    source.write_text(
+        "#include <torch/csrc/stable/c/shim.h>\n"
+        + ours
+        + "static_assert(kTorchVersion == TORCH_VERSION_2_10_0);\n"
+        + "static_assert(sizeof(StableIValue) == 8);\n"
+    )
+    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{include}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_source
+def test_failed_build_leaves_a_working_install_that_says_why(tmp_path):
+    broken = tmp_path / "compiler"
+    broken.write_text("#!/bin/sh\necho 'error: no such instruction'; exit 1\n")
+    broken.chmod(0o755)
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}/lib"]
+    command += [f"--build-temp={tmp_path}/temp"]
+    environment = os.environ | {"CC": str(broken), "CXX": str(broken)}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "the CPU kernels are left out" in done.stdout + done.stderr
+    message = tmp_path / "lib/cats/ops/cpu/build_error.txt"
+    assert "no such instruction" in message.read_text()
+
+    package = tmp_path / "cats"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(Path(cats.__file__).parent, package, ignore=ignore)
+    shutil.copy(message, package / "ops/cpu")
+    program = "from cats import ops; print(ops.backends()['cpu'])"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "the build failed" in shown.stdout
+    assert "no such instruction" in shown.stdout
