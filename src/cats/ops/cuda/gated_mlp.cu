@@ -3,20 +3,21 @@
 // The "router" is the matrix that is read whole and compared with the thresholds (gate, or up), the "other" matrix
 // and `down` are read where a neuron is kept. A neuron's weights are one contiguous row of each of the three.
 //
-// A block is one scheduler warp and WARPS worker warps around a ring of CHUNKS chunks of ROWS rows in shared memory:
+// A block is GROUPS groups. A group is one scheduler warp and WARPS worker warps around a ring of CHUNKS chunks of ROWS
+// rows in shared memory, and works on its own share of the router rows:
 //
-//   scheduler   fills free chunks: requests the down rows of neurons whose product is coming, else the other rows of
+//   scheduler   fills free chunks: requests the down rows of neurons whose product is known, else the other rows of
 //               kept neurons, else further router rows; adds up the workers' partial dot products, applies activation
 //               and threshold, and queues what was kept
 //   worker      owns a slice of the columns: keeps its slice of x and of the output in registers, and takes part in
-//               every row, so that blocks need neither a copy of x nor a reduction of outputs between warps
+//               every row, so that there is neither a copy of x nor a sum of outputs for each warp
 //
 // Chunks are filled, worked on and evaluated in ring order. `full` says that a chunk's rows arrived, `done` that
 // all workers have read them. At the end each warp adds its slice of the output to global memory; the last one to
 // arrive there converts the sums and leaves the workspace as it found it, zero.
 //
-// The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, ROWS, CHUNKS, WARPS, MIN_BLOCKS
-// and SHARED_BYTES.
+// The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES and
+// SHARED_BYTES.
 #include "primitives.cuh"
 
 #define SILU 0
@@ -26,12 +27,17 @@
 
 constexpr int ROW_BYTES = HIDDEN * ELEMENT_BYTES;
 constexpr int ROW_VECTORS = ROW_BYTES / 16;
-constexpr int WORKERS = WARPS * 32;
+constexpr int WORKERS = WARPS * 32, GROUP_THREADS = WORKERS + 32;
 // 16-byte vectors of a row that one worker thread owns: tid, tid + WORKERS, ...
 constexpr int VECTORS = (ROW_VECTORS + WORKERS - 1) / WORKERS;
 constexpr int OWNED = VECTORS * VECTOR;
-// Kept neurons on their way: never more than the rows of the ring and one chunk.
-constexpr int QUEUE = 2 * CHUNKS * ROWS;
+// Never more wait in a queue than the ring holds and two chunks more, because what waits is requested first. A power of two, for a cheap modulo.
+__device__ constexpr int queue_size() {
+    int size = 1;
+    while (size < (CHUNKS + 2) * ROWS) size *= 2;
+    return size;
+}
+constexpr int QUEUE = queue_size();
 
 __device__ constexpr int rows_at_once() {
     int rows = 1;
@@ -39,7 +45,8 @@ __device__ constexpr int rows_at_once() {
     return rows;
 }
 
-enum Kind { DOT, DOWN, STOP };
+// What a chunk holds: rows to multiply with x, down rows, nothing for now, nothing any more.
+enum Kind { DOT, DOWN, NOTHING, STOP };
 
 struct Arguments {
     const char* x;                     // [B, D]
@@ -52,43 +59,37 @@ struct Arguments {
     const char* other_bias;            // [F] or null
     const char* down_bias;             // [D] or null
     char* out;                         // [B, D]
-    float* sums;                       // [B, D], zero between calls
+    float* sums;                       // [COPIES, B, D], zero between calls
     float* partials;                   // [blocks, B, D] for sums in a fixed order, else null
     unsigned* counters;                // COUNTERS of them, zero between calls
     int neurons;                       // F
-    int fixed_runs;                    // runs of ROWS router rows that each block takes before it asks for more
+    int fixed_runs;                    // runs of ROWS router rows that each group takes before it asks for more
+    int long_tickets;                  // answers that are worth ROWS rows; later ones are worth fewer
+    int short_rows;
     int gate_is_router;
     int request_early;                 // the kernel before this one writes no weights
-    int prefetch_runs;
 };
 
-// Counters: the next run of router rows, then arrivals of blocks, one counter a warp and a group of GROUP blocks.
-constexpr int TICKET = 0, ALL_ARRIVED = 32, GROUP_ARRIVED = 64, GROUP = 16, MAX_WARPS = 16;
-static_assert(WARPS <= MAX_WARPS);
+// Counters: the next run of router rows, then arrivals of blocks, one counter a warp and a team of TEAM blocks.
+constexpr int TICKET = 0, ALL_ARRIVED = 32, TEAM_ARRIVED = 64, TEAM = 16, MAX_WARPS = 32;
+static_assert(GROUPS * WARPS <= MAX_WARPS);
 
-struct Shared {
+struct __align__(128) Group {
     char rows[CHUNKS][ROWS][ROW_BYTES];
     uint64 full[CHUNKS], done[CHUNKS];
     int kind[CHUNKS];
-    int products_before[CHUNKS];  // of a down chunk: its factors are known once `evaluated` is here
     float dots[CHUNKS][WARPS][BATCH][ROWS];  // partial dot products, from the workers
     float factor[CHUNKS][BATCH][ROWS];       // what down rows are multiplied with, from the scheduler
-    // what the scheduler keeps for each row of a dot chunk
-    float limit[CHUNKS][ROWS];
-    uint32 bias[CHUNKS][ROWS];
-    int neuron[CHUNKS][ROWS];
-    int ticket[CHUNKS][ROWS];  // of an other row or a down row; NEW for a router row, NONE for an empty place
-    // kept neurons, by ticket modulo QUEUE: router value, replaced by the product
-    int kept_neuron[QUEUE];
-    float kept_value[QUEUE][BATCH];
-    int down_queue[QUEUE];  // tickets whose down row may be requested
+    // first-in, first-out queues of the scheduler: neurons that wait for their other row, and for their down row
+    int neuron[2][QUEUE];
+    float value[2][BATCH][QUEUE];  // the router's value, and the product
 };
-constexpr int NEW = -1, NONE = -2;
-static_assert(sizeof(Shared) <= SHARED_BYTES, "the loader asks for too little shared memory");
+constexpr int OTHERS = 0, DOWNS = 1;
+static_assert(GROUPS * sizeof(Group) <= SHARED_BYTES, "the loader asks for too little shared memory");
 
 __device__ __forceinline__ float activate(float x) {
 #if ACTIVATION == SILU
-    return x / (1.f + expf(-x));
+    return __fdividef(x, 1.f + expf(-x));
 #elif ACTIVATION == GELU
     return .5f * x * (1.f + erff(x * .70710678118654752f));
 #elif ACTIVATION == GELU_TANH
@@ -101,211 +102,196 @@ __device__ __forceinline__ float activate(float x) {
 // NaN is kept.
 __device__ __forceinline__ bool dropped(float value, float threshold) { return fabsf(value) < threshold; }
 
-// One lane handles one row of a chunk; all members are the same in every lane, unless said otherwise.
+// One lane handles one row of a chunk. The loop over the ring is unrolled, so that what is known of the rows in flight
+// stays in registers. A single warp does all this for a stream of many gigabytes a second: count instructions here.
 struct Scheduler {
     const Arguments& a;
-    Shared& shared;
+    Group& shared;
+    const int first_run, run_step;  // this group's runs of router rows, before it asks for more
     const int lane = threadIdx.x % 32;
-    const bool late_down;  // the product decides whether the down row is read
 
-    // positions in the ring, counted from the start: evaluated <= released <= filled <= evaluated + CHUNKS
-    int evaluated = 0, released = 0, filled = 0;
-    // tickets created, and those whose other row was requested; entries of down_queue written, and requested
-    int kept = 0, others = 0, downs_queued = 0, downs = 0;
-    int downs_settled = 0;  // entries of down_queue whose other row is not in the chunk that was filled last
+    // of this lane's row in each chunk; limit and bias are still on their way from memory when they are set
+    bool is_router[CHUNKS], is_other[CHUNKS];
+    int neuron[CHUNKS];
+    float routed[CHUNKS][BATCH], limit[CHUNKS];
+    uint32 bias[CHUNKS];
+
+    // the same in every lane: entries of the queues that were written, and read
+    int others_in = 0, others_out = 0, downs_in = 0, downs_out = 0;
+    Kind holds[CHUNKS];
+    int dots_in_flight = 0, downs_in_flight = 0;  // chunks
     // rows [row, row_end) of the current run of router rows are not requested yet
     int row = 0, row_end = 0, runs_taken = 0;
-    int next_run = 0;  // in lane 0 alone: asked for one run ahead, because the answer takes long
-    bool router_left = true;
+    bool router_left = true, may_ask = false;
+    int next_ticket = 0;  // in lane 0 alone: asked for one run ahead, because the answer takes long
 
-    __device__ Scheduler(const Arguments& a, Shared& shared)
-        : a(a), shared(shared), late_down(a.product_thresholds || (ACTIVATION == RELU && !a.gate_is_router)) {}
+    __device__ Scheduler(const Arguments& a, Group& shared, int group)
+        : a(a), shared(shared), first_run(group * gridDim.x + blockIdx.x), run_step(GROUPS * gridDim.x) {}
 
     __device__ void run() {
         if (!a.request_early) wait_for_previous_kernel();
-        while (filled < CHUNKS && runs_taken < a.fixed_runs && fill()) {}
-        if (a.request_early) {
-            prefetch_fixed_runs();
-            wait_for_previous_kernel();
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            // one chunk after the other: more requests would delay the last sums of the kernel before this one
+            if (a.request_early && chunk > 0 && holds[chunk - 1] == DOT) barrier_wait(&shared.full[chunk - 1], 0);
+            if (fill(chunk) == STOP) return;
         }
-        ask_for_run();
-        while (filled < CHUNKS && fill()) {}
-        while (evaluated < filled) {
-            // only after our own wait: the next kernel then knows that all kernels before this one are complete
-            if (!router_left) allow_next_kernel();
-            int chunk = evaluated % CHUNKS;
-            int ticket = lane < ROWS ? shared.ticket[chunk][lane] : NONE;
-            int neuron = lane < ROWS ? shared.neuron[chunk][lane] : 0;
-            bool is_dot = shared.kind[chunk] == DOT;
-            barrier_wait(&shared.done[chunk], evaluated / CHUNKS & 1);
-            if (is_dot) evaluate(chunk, ticket, neuron);
-            ++evaluated;
-            release();
-            while (filled < evaluated + CHUNKS && fill()) {}
+        if (a.request_early) wait_for_previous_kernel();
+        may_ask = true;
+        ask();
+        for (int parity = 0;; parity ^= 1) {
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                barrier_wait(&shared.done[chunk], parity);
+                if (holds[chunk] == DOT) evaluate(chunk);
+                if (holds[chunk] == DOWN) --downs_in_flight;
+                if (fill(chunk) == STOP) return;
+                // Only after our own wait, so that the next kernel knows that all kernels before this one are complete;
+                // and only when all rows are requested, because its own requests would delay them.
+                if (!router_left && dots_in_flight == 0 && queued() == 0) allow_next_kernel();
+            }
         }
-        post(STOP, NONE, 0, nullptr, nullptr, nullptr);
     }
 
-    __device__ void ask_for_run() {
-        if (lane == 0) next_run = atomicAdd(a.counters + TICKET, 1u);
+    __device__ int queued() { return others_in - others_out + downs_in - downs_out; }
+
+    __device__ void ask() {
+        if (lane == 0) next_ticket = take_ticket(a.counters + TICKET);
     }
 
-    __device__ int fixed_run(int i) { return i * gridDim.x + blockIdx.x; }
-
+    // The next run: by this group's index at first, and by asking at the end, so that groups that kept few rows take
+    // more of them. The last answers are short, so that all groups end together.
     __device__ void take_run() {
-        int run;
+        int rows = ROWS;
         if (runs_taken < a.fixed_runs) {
-            run = fixed_run(runs_taken);
+            row = (runs_taken * run_step + first_run) * ROWS;
         } else {
-            run = a.fixed_runs * gridDim.x + __shfl_sync(~0u, next_run, 0);
-            ask_for_run();
+            if (!may_ask) return;
+            int ticket = __shfl_sync(~0u, next_ticket, 0);
+            ask();
+            int first = a.fixed_runs * run_step * ROWS;
+            row = first + min(ticket, a.long_tickets) * ROWS + max(ticket - a.long_tickets, 0) * a.short_rows;
+            if (ticket >= a.long_tickets) rows = a.short_rows;
         }
         ++runs_taken;
-        row = min(run * ROWS, a.neurons);
-        row_end = min(row + ROWS, a.neurons);
+        row = min(row, a.neurons);
+        row_end = min(row + rows, a.neurons);
         router_left = row < row_end;
     }
 
-    __device__ void prefetch_fixed_runs() {
-        int i = runs_taken + lane;
-        if (lane >= a.prefetch_runs || i >= a.fixed_runs) return;
-        int first = fixed_run(i) * ROWS, rows = min(ROWS, a.neurons - first);
-        if (rows > 0) prefetch_to_l2(a.router + (size_t)first * ROW_BYTES, rows * ROW_BYTES);
-    }
-
-    // Fills the next chunk with what is most urgent. False where there is nothing to request.
-    __device__ bool fill() {
-        if (router_left && row == row_end) take_run();
-        int other_rows = min(kept - others, ROWS), router_rows = min(ROWS - other_rows, row_end - row);
-        bool only_downs = other_rows + router_rows == 0;
-        // down rows right behind their other rows would make the workers wait for the products in between
-        int down_rows = min((only_downs || late_down ? downs_queued : downs_settled) - downs, ROWS);
-        if (down_rows == ROWS || (only_downs && down_rows > 0)) {
-            int ticket = lane < down_rows ? shared.down_queue[(downs + lane) % QUEUE] : NONE;
-            downs += down_rows;
-            downs_settled = downs_queued;
-            shared.products_before[filled % CHUNKS] = late_down ? 0 : only_downs ? filled : filled - 1;
-            post(DOWN, ticket, ticket == NONE ? 0 : shared.kept_neuron[ticket % QUEUE], a.down, nullptr, nullptr);
-            if (released == filled - 1) release();
-            return true;
-        }
-        if (only_downs) return false;
-        bool is_other = lane < other_rows, is_router = !is_other && lane < other_rows + router_rows;
-        int ticket = is_other ? others + lane : is_router ? NEW : NONE;
-        int neuron = is_other ? shared.kept_neuron[ticket % QUEUE] : row + lane - other_rows;
-        if (is_other && !late_down) shared.down_queue[(downs_queued + lane) % QUEUE] = ticket;
-        post(DOT, ticket, neuron, is_other ? a.other : a.router,
-             is_other ? a.product_thresholds : a.thresholds, is_other ? a.other_bias : a.router_bias);
-        downs_settled = downs_queued;
-        if (!late_down) downs_queued += other_rows;
-        others += other_rows;
-        row += router_rows;
-        return true;
-    }
-
-    // Requests each lane's row into the next chunk, with the row's threshold and bias where there are such.
-    __device__ void post(Kind kind, int ticket, int neuron, const char* rows, const float* limits, const char* biases) {
-        int chunk = filled % CHUNKS;
-        uint64* full = &shared.full[chunk];
-        bool used = ticket != NONE;
-        int count = __popc(__ballot_sync(~0u, used));
-        if (lane == 0) {
-            shared.kind[chunk] = kind;
-            expect_bytes(full, count * ROW_BYTES);
-        }
-        __syncwarp();
-        copy_rows<ROW_BYTES>(shared.rows[chunk][lane % ROWS], rows + (size_t)neuron * ROW_BYTES, count, full);
-        if (lane < ROWS) {
-            shared.ticket[chunk][lane] = ticket;
-            shared.neuron[chunk][lane] = neuron;
-        }
-        if (used && limits) copy_word(&shared.limit[chunk][lane], limits + neuron);
-        if (used && biases) copy_word(&shared.bias[chunk][lane], biases + (size_t)neuron * ELEMENT_BYTES);
-        arrive_after_copies(full);
-        // the workers wait for a down chunk until release() knows its factors
-        if (lane == 0 && kind != DOWN) barrier_arrive(full);
-        ++filled;
-    }
-
-    // Gives the workers the factors of down rows, chunk by chunk, as far as their products are evaluated.
-    __device__ void release() {
-        for (; released < filled; ++released) {
-            int chunk = released % CHUNKS;
-            if (shared.kind[chunk] != DOWN) continue;
-            if (shared.products_before[chunk] > evaluated) return;
-            if (lane < ROWS) {
-                int ticket = shared.ticket[chunk][lane];
-                for (int b = 0; b < BATCH; ++b)
-                    shared.factor[chunk][b][lane] = ticket == NONE ? 0.f : shared.kept_value[ticket % QUEUE][b];
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&shared.full[chunk]);
-        }
-    }
-
     // Turns the dot products of a chunk into kept neurons (router rows) and products (other rows).
-    __device__ void evaluate(int chunk, int ticket, int neuron) {
+    __device__ void evaluate(int chunk) {
+        bool used = is_router[chunk] || is_other[chunk], needed = false;
         float value[BATCH];
-        bool needed = false;
-        if (ticket != NONE) {
-            const char* biases = ticket == NEW ? a.router_bias : a.other_bias;
-            float bias = biases ? element(shared.bias[chunk][lane], biases + (size_t)neuron * ELEMENT_BYTES) : 0.f;
-            float limit = ticket == NEW || a.product_thresholds ? shared.limit[chunk][lane] : 0.f;
+        float bias_value[2];
+        unpack_word(bias[chunk], bias_value);
 #pragma unroll
-            for (int b = 0; b < BATCH; ++b) {
-                float dot = bias;
+        for (int b = 0; b < BATCH; ++b) {
+            float dot = bias_value[0];
 #pragma unroll
-                for (int warp = 0; warp < WARPS; ++warp) dot += shared.dots[chunk][warp][b][lane];
-                float branch = (ticket == NEW) == bool(a.gate_is_router) ? activate(dot) : dot;
-                // a dropped token stays exactly 0, whatever the other branch holds
-                float routed = ticket == NEW ? 1.f : shared.kept_value[ticket % QUEUE][b];
-                value[b] = routed == 0.f ? 0.f : routed * branch;
-                if (dropped(value[b], limit)) value[b] = 0.f;
-                needed |= value[b] != 0.f;
-            }
+            for (int warp = 0; warp < WARPS; ++warp) dot += shared.dots[chunk][warp][b][lane % ROWS];
+            value[b] = is_router[chunk] == bool(a.gate_is_router) ? activate(dot) : dot;
+            // a dropped token stays exactly 0, whatever the other branch holds
+            if (is_other[chunk]) value[b] = routed[chunk][b] == 0.f ? 0.f : routed[chunk][b] * value[b];
+            // NaN is kept
+            if (fabsf(value[b]) < limit[chunk]) value[b] = 0.f;
+            needed |= value[b] != 0.f;
         }
-        uint32 below = (1u << lane) - 1;
-        bool is_kept = ticket == NEW && needed, is_wanted = ticket >= 0 && needed && late_down;
-        uint32 keeps = __ballot_sync(~0u, is_kept);
-        if (is_kept) {
-            ticket = kept + __popc(keeps & below);
-            shared.kept_neuron[ticket % QUEUE] = neuron;
+        needed &= used;
+        uint32 keeps = __ballot_sync(~0u, needed && is_router[chunk]);
+        uint32 products = __ballot_sync(~0u, needed && is_other[chunk]);
+        if (needed) {
+            int queue = is_router[chunk] ? OTHERS : DOWNS;
+            uint32 before = (is_router[chunk] ? keeps : products) & (1u << lane) - 1;
+            int at = (is_router[chunk] ? others_in : downs_in) + __popc(before) & QUEUE - 1;
+            shared.neuron[queue][at] = neuron[chunk];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) shared.value[queue][b][at] = value[b];
         }
-        if (ticket >= 0)
-            for (int b = 0; b < BATCH; ++b) shared.kept_value[ticket % QUEUE][b] = value[b];
-        kept += __popc(keeps);
-        if (late_down) {
-            uint32 wanted = __ballot_sync(~0u, is_wanted);
-            if (is_wanted) shared.down_queue[(downs_queued + __popc(wanted & below)) % QUEUE] = ticket;
-            downs_queued += __popc(wanted);
+        others_in += __popc(keeps);
+        downs_in += __popc(products);
+        --dots_in_flight;
+        __syncwarp();
+    }
+
+    // Requests into a free chunk what is most urgent: down rows, else other rows, else further router rows.
+    __device__ Kind fill(int chunk) {
+        if (row == row_end && router_left) take_run();
+        int down_rows = min(downs_in - downs_out, ROWS);
+        int other_rows = min(others_in - others_out, ROWS), router_rows = min(ROWS - other_rows, row_end - row);
+        bool down = down_rows == ROWS || other_rows + router_rows == 0;
+        int queued_rows = down ? down_rows : other_rows, rows = down ? down_rows : other_rows + router_rows;
+        bool queued = lane < queued_rows;
+        uint64* full = &shared.full[chunk];
+        holds[chunk] = rows == 0 ? NOTHING : down ? DOWN : DOT;
+        if (rows == 0) {
+            bool finished = !router_left && dots_in_flight + downs_in_flight == 0;
+            if (lane == 0) shared.kind[chunk] = finished ? STOP : NOTHING;
+            __syncwarp();
+            copy_rows<ROW_BYTES>(shared.rows[chunk][0], a.router, 0, full);
+            if (lane == 0) barrier_arrive(full);
+            return finished ? STOP : NOTHING;
+        }
+        (down ? downs_in_flight : dots_in_flight) += 1;
+        is_other[chunk] = queued && !down;
+        is_router[chunk] = !queued && lane < rows;
+
+        int queue = down ? DOWNS : OTHERS, at = (down ? downs_out : others_out) + lane & QUEUE - 1;
+        int n = queued ? shared.neuron[queue][at] : row + lane - queued_rows;
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            float value = queued ? shared.value[queue][b][at] : 0.f;
+            routed[chunk][b] = value;
+            if (down && lane < ROWS) shared.factor[chunk][b][lane] = value;
+        }
+        neuron[chunk] = n;
+        (down ? downs_out : others_out) += queued_rows;
+        if (!down) row += router_rows;
+
+        if (lane == 0) {
+            shared.kind[chunk] = holds[chunk];
+            expect_bytes(full, rows * ROW_BYTES);
         }
         __syncwarp();
+        const char* matrix = down ? a.down : queued ? a.other : a.router;
+        copy_rows<ROW_BYTES>(shared.rows[chunk][lane % ROWS], matrix + (size_t)n * ROW_BYTES, rows, full);
+        if (lane == 0) barrier_arrive(full);
+
+        limit[chunk] = 0.f;
+        bias[chunk] = 0;
+        if (!down && lane < rows) {
+            const float* limits = queued ? a.product_thresholds : a.thresholds;
+            const char* biases = queued ? a.other_bias : a.router_bias;
+            if (limits) limit[chunk] = load_float_from_l2(limits + n);
+            if (biases) bias[chunk] = load_element_from_l2(biases + (size_t)n * ELEMENT_BYTES);
+        }
+        return holds[chunk];
     }
 };
 
 // One thread of the workers: the columns of its vectors, of every row.
 struct Worker {
     const Arguments& a;
-    Shared& shared;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Group& shared;
+    const int group, thread, lane = threadIdx.x % 32, warp;  // thread and warp within the group
     float x[BATCH][OWNED], y[BATCH][OWNED];
 
-    __device__ int vector(int v) { return v * WORKERS + threadIdx.x; }
+    __device__ int vector(int v) { return v * WORKERS + thread; }
     __device__ bool owns(int v) { return ROW_VECTORS % WORKERS == 0 || vector(v) < ROW_VECTORS; }
 
-    __device__ Worker(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
+    __device__ Worker(const Arguments& a, Group& shared)
+        : a(a), shared(shared), group(threadIdx.x / GROUP_THREADS), thread(threadIdx.x % GROUP_THREADS), warp(thread / 32) {}
 
     __device__ void run() {
         wait_for_previous_kernel();
         load_x();
-        for (int position = 0;; ++position) {
-            int chunk = position % CHUNKS;
-            barrier_wait(&shared.full[chunk], position / CHUNKS & 1);
+        for (int chunk = 0, parity = 0;; chunk = chunk + 1 == CHUNKS ? (parity ^= 1, 0) : chunk + 1) {
+            barrier_wait(&shared.full[chunk], parity);
             int kind = shared.kind[chunk];
             if (kind == STOP) break;
             constexpr int AT_ONCE = rows_at_once();
 #pragma unroll
-            for (int first = 0; first < ROWS; first += AT_ONCE) {
+            for (int first = 0; first < ROWS && kind != NOTHING; first += AT_ONCE) {
                 uint4 rows[AT_ONCE][VECTORS];
                 load_rows(rows, chunk, first);
                 if (kind == DOWN) add_down(rows, chunk, first);
@@ -314,8 +300,29 @@ struct Worker {
             __syncwarp();
             if (lane == 0) barrier_arrive(&shared.done[chunk]);
         }
+        if (GROUPS > 1) share_sums();
+        // a group that shares no vector has nothing to add
+        if (group >= VECTORS) return;
         if (a.partials) finish_in_order();
         else finish();
+    }
+
+    // Adds up the groups of the block: each is left with the sums of its own share of the vectors.
+    __device__ void share_sums() {
+        Group* groups = &shared - group;
+        static_assert(GROUPS == 1 || sizeof(shared.rows) >= BATCH * HIDDEN * sizeof(float));
+        // the rings are free by now
+        float* sums = reinterpret_cast<float*>(shared.rows);
+        each_four(false, [&](int at, float* v) { store_four(sums + at, v); });
+        workers_barrier(GROUPS * WORKERS);
+        for (int other = 0; other < GROUPS; ++other) {
+            if (other == group) continue;
+            const float* sums = reinterpret_cast<const float*>(groups[other].rows);
+            each_four(true, [&](int at, float* v) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[i] += sums[at + i];
+            });
+        }
     }
 
     __device__ void load_x() {
@@ -394,62 +401,70 @@ struct Worker {
         }
     }
 
-    // Calls f(offset in a [B, D] array, the four floats of y there) for all that this thread owns.
+    // Calls f(offset in a [B, D] array, the four floats of y there) for all vectors, or for this group's share of them.
     template <class F>
-    __device__ void each_four(F f) {
+    __device__ void each_four(bool shared_out, F f) {
 #pragma unroll
         for (int b = 0; b < BATCH; ++b)
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v)
 #pragma unroll
                 for (int i = 0; i < VECTOR; i += 4)
-                    if (owns(v)) f(b * HIDDEN + vector(v) * VECTOR + i, &y[b][v * VECTOR + i]);
+                    if (owns(v) && (!shared_out || v % GROUPS == group)) f(b * HIDDEN + vector(v) * VECTOR + i, &y[b][v * VECTOR + i]);
     }
 
     // True in the warp that is the last of `count` to come; it then sees what the others wrote before they came.
     __device__ bool last_to_arrive(int counter, int count) {
-        __threadfence();
-        __syncwarp();
         unsigned before = 0;
-        if (lane == 0) before = atomicAdd(a.counters + counter + warp, 1u);
+        __syncwarp();
+        if (lane == 0) before = arrive_in_global(a.counters + counter + group * WARPS + warp);
+        __syncwarp();
         if (__shfl_sync(~0u, before, 0) != count - 1) return false;
-        __threadfence();
-        if (lane == 0) a.counters[counter + warp] = 0;
+        if (lane == 0) a.counters[counter + group * WARPS + warp] = 0;
         return true;
     }
 
+    // Copies of the sums, because many additions to one address wait for each other.
     __device__ void finish() {
-        each_four([&](int at, float* v) { add_to_global(a.sums + at, v); });
+        float* copy = a.sums + blockIdx.x % COPIES * (BATCH * HIDDEN);
+        each_four(true, [&](int at, float* v) { add_to_global(copy + at, v); });
         if (!last_to_arrive(ALL_ARRIVED, gridDim.x)) return;
-        each_four([&](int at, float* v) {
-            load_floats_from_l2(a.sums + at, v);
-            *reinterpret_cast<float4*>(a.sums + at) = make_float4(0.f, 0.f, 0.f, 0.f);
+        each_four(true, [&](int at, float* v) {
+            float part[COPIES][4], zeros[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+            for (int c = 0; c < COPIES; ++c) load_floats_from_l2(a.sums + c * (BATCH * HIDDEN) + at, part[c]);
+#pragma unroll
+            for (int c = 0; c < COPIES; ++c) store_four(a.sums + c * (BATCH * HIDDEN) + at, zeros);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                v[i] = 0.f;
+#pragma unroll
+                for (int c = 0; c < COPIES; ++c) v[i] += part[c][i];
+            }
         });
         write_out();
     }
 
-    // The same sums in an order that does not depend on who comes when: first over groups of blocks, then over groups.
+    // The same sums in an order that does not depend on who comes when: first over teams of blocks, then over teams.
     __device__ void finish_in_order() {
-        int group = blockIdx.x / GROUP, first = group * GROUP;
-        int groups = (gridDim.x + GROUP - 1) / GROUP, members = min(GROUP, gridDim.x - first);
+        int team = blockIdx.x / TEAM, first = team * TEAM;
+        int teams = (gridDim.x + TEAM - 1) / TEAM, members = min(TEAM, gridDim.x - first);
         store_partial(blockIdx.x);
-        if (!last_to_arrive(GROUP_ARRIVED + group * MAX_WARPS, members)) return;
+        if (!last_to_arrive(TEAM_ARRIVED + team * MAX_WARPS, members)) return;
         sum_partials(first, members, 1);
         store_partial(first);
-        if (!last_to_arrive(ALL_ARRIVED, groups)) return;
-        sum_partials(0, groups, GROUP);
+        if (!last_to_arrive(ALL_ARRIVED, teams)) return;
+        sum_partials(0, teams, TEAM);
         write_out();
     }
 
     __device__ void store_partial(int block) {
         float* partial = a.partials + (size_t)block * BATCH * HIDDEN;
-        each_four([&](int at, float* v) {
-            *reinterpret_cast<float4*>(partial + at) = make_float4(v[0], v[1], v[2], v[3]);
-        });
+        each_four(true, [&](int at, float* v) { store_four(partial + at, v); });
     }
 
     __device__ void sum_partials(int first, int count, int step) {
-        each_four([&](int at, float* v) {
+        each_four(true, [&](int at, float* v) {
             for (int i = 0; i < 4; ++i) v[i] = 0.f;
 #pragma unroll 8
             for (int i = 0; i < count; ++i) {
@@ -467,7 +482,7 @@ struct Worker {
         for (int b = 0; b < BATCH; ++b)
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
-                if (!owns(v)) continue;
+                if (!owns(v) || v % GROUPS != group) continue;
                 if (a.down_bias) {
                     float bias[VECTOR];
                     unpack(*reinterpret_cast<const uint4*>(a.down_bias + vector(v) * 16), bias);
@@ -479,16 +494,17 @@ struct Worker {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WORKERS + 32, MIN_BLOCKS) gated_mlp(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(GROUPS* GROUP_THREADS, 1)
+    gated_mlp(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
-    if (threadIdx.x < CHUNKS) {
-        // one arrival of the scheduler, and one of each of its lanes when its copies are complete
-        barrier_init(&shared.full[threadIdx.x], 1 + 32);
-        barrier_init(&shared.done[threadIdx.x], WARPS);
+    int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
+    Group& shared = reinterpret_cast<Group*>(memory)[group];
+    if (thread < CHUNKS) {
+        barrier_init(&shared.full[thread], 1 + COPY_ARRIVALS);
+        barrier_init(&shared.done[thread], WARPS);
         barrier_init_visible();
     }
     __syncthreads();
-    if (threadIdx.x < WORKERS) Worker(a, shared).run();
-    else Scheduler(a, shared).run();
+    if (thread < WORKERS) Worker(a, shared).run();
+    else Scheduler(a, shared, group).run();
 }

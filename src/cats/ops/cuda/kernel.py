@@ -17,11 +17,14 @@ from cats.ops.cuda.workspace import COUNTERS, relaxed_capture, workspace
 
 __all__ = ["launch"]
 
-# `struct Arguments`: 13 pointers, 5 integers, padded to a multiple of 8.
-_ARGUMENTS = struct.Struct("13Q5i4x")
+# `struct Arguments`: 13 pointers and 6 integers.
+_ARGUMENTS = struct.Struct("13Q6i")
 # Share of the router rows that blocks take by their index; the rest goes to who asks first.
 _FIXED_SHARE = 0.75
-_PREFETCH_RUNS = 8
+# Where a group has fewer runs than this, all are fixed.
+_MIN_RUNS = 6
+# Rows for each group that are given away in half runs, at the very end.
+_SHORT_SHARE = 4
 # Functions whose launches may be followed by a launch that requests weights early.
 _own_functions: set[int] = set()
 
@@ -56,19 +59,24 @@ def launch(
     neurons = router.shape[0]
     kernel = _kernel(device, hidden, x.dtype, batch, activation)
     stream = torch.cuda.current_stream(device).cuda_stream
-    capture, after_own = _capture(stream) if torch.cuda.is_current_stream_capturing() else (0, False)
-    memory = workspace(device, stream, capture, batch * hidden)
+    capture, after_own = (
+        _capture(stream) if torch.cuda.is_current_stream_capturing() else (0, False)
+    )
+    memory = workspace(device, stream, capture, kernel.variant.copies * batch * hidden)
     in_order = torch.are_deterministic_algorithms_enabled()
 
     out = torch.empty_like(x)
-    runs = math.ceil(neurons / kernel.variant.rows)
+    rows, groups = kernel.variant.rows, kernel.variant.groups
+    runs = math.ceil(neurons / rows)
     blocks = max(1, min(kernel.blocks, runs))
-    partials = (
-        torch.empty(blocks * batch * hidden, dtype=torch.float32, device=x.device) if in_order else None
-    )
-    fixed_runs = math.ceil(runs / blocks)
-    if not in_order and fixed_runs > 2 * kernel.variant.chunks:
+    partials = None
+    fixed_runs = math.ceil(runs / (groups * blocks))
+    if in_order:
+        partials = torch.empty(blocks * batch * hidden, dtype=torch.float32, device=x.device)
+    elif fixed_runs > _MIN_RUNS:
         fixed_runs = int(_FIXED_SHARE * fixed_runs)
+    asked_rows = max(0, neurons - fixed_runs * groups * blocks * rows)
+    long_tickets = max(0, asked_rows - _SHORT_SHARE * groups * blocks) // rows
     kernel.launch(
         _ARGUMENTS.pack(
             x.data_ptr(),
@@ -86,9 +94,10 @@ def launch(
             memory,
             neurons,
             fixed_runs,
+            long_tickets,
+            max(1, rows // 2),
             gate_is_router,
             after_own,
-            _PREFETCH_RUNS,
         ),
         blocks=blocks,
         stream=stream,
@@ -157,9 +166,7 @@ class _Kernel:
 
 
 @cache
-def _kernel(
-    device: int, hidden: int, dtype: torch.dtype, batch: int, activation: str
-) -> _Kernel:
+def _kernel(device: int, hidden: int, dtype: torch.dtype, batch: int, activation: str) -> _Kernel:
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     variant = variant_for(hidden, dtype, batch, activation, shared_limit=shared)
     assert variant is not None, "refuses() lets only rows through that fit"

@@ -52,6 +52,11 @@ __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
     }
 }
 
+// Waits for the worker threads of a block, without its schedulers.
+__device__ __forceinline__ void workers_barrier(int threads) {
+    asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
+}
+
 // ---- copies from global to shared memory, called by a whole warp
 
 // Announces the bytes that bulk copies will bring, before they are requested; called by one lane.
@@ -61,6 +66,9 @@ __device__ __forceinline__ void expect_bytes(uint64* barrier, uint32 bytes) {
                  : "memory");
 #endif
 }
+
+// How many arrivals a call of copy_rows adds at the barrier.
+constexpr int COPY_ARRIVALS = HAS_BULK_COPY ? 0 : 32;
 
 // Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16.
 template <int BYTES>
@@ -78,23 +86,8 @@ __device__ __forceinline__ void copy_rows(char* target, const char* source, int 
         for (int byte = lane * 16; byte < BYTES; byte += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + byte), "l"(from + byte) : "memory");
     }
-#endif
-}
-
-// Copies the aligned 4 bytes that hold `source`.
-__device__ __forceinline__ void copy_word(void* target, const void* source) {
-    uint64 aligned = reinterpret_cast<uint64>(source) & ~3ull;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(aligned) : "memory");
-}
-
-// Arrives at the barrier once all cp.async copies of this thread are complete.
-__device__ __forceinline__ void arrive_after_copies(uint64* barrier) {
+    // arrives once the copies of this lane are complete
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void prefetch_to_l2(const char* source, uint32 bytes) {
-#if HAS_BULK_COPY
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 #endif
 }
 
@@ -123,10 +116,35 @@ __device__ __forceinline__ uint4 load_from_l2(const void* source) {
     return v;
 }
 
+__device__ __forceinline__ float load_float_from_l2(const float* source) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(source) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void load_floats_from_l2(const float* source, float* out) {
     uint4 v = load_from_l2(source);
     out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y);
     out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+}
+
+__device__ __forceinline__ void store_four(float* target, const float* v) {
+    *reinterpret_cast<float4*>(target) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+// Adds 1 and returns what was there. `inc`, because the compiler spreads the result of an `add` over the warp, and so
+// waits for it at once.
+__device__ __forceinline__ uint32 take_ticket(uint32* counter) {
+    uint32 before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0xffffffff;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+// Adds 1 and returns what was there. What the caller wrote or saw written is visible to who comes later.
+__device__ __forceinline__ uint32 arrive_in_global(uint32* counter) {
+    uint32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 // ---- sums
@@ -214,9 +232,13 @@ __device__ __forceinline__ uint4 pack(const float* in) {
     return make_uint4(pack_word(in), pack_word(in + step), pack_word(in + 2 * step), pack_word(in + 3 * step));
 }
 
-// The element at `address` out of the aligned word that copy_word brought.
-__device__ __forceinline__ float element(uint32 word, const void* address) {
-    float pair[2];
-    unpack_word(word, pair);
-    return ELEMENT_BYTES == 2 && (reinterpret_cast<uint64>(address) & 2) ? pair[1] : pair[0];
+// One element, in the low bits of a word.
+__device__ __forceinline__ uint32 load_element_from_l2(const char* source) {
+    uint32 word;
+#if DTYPE == FLOAT32
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(source) : "memory");
+#else
+    asm volatile("{ .reg .b16 half; ld.global.cg.u16 half, [%1]; cvt.u32.u16 %0, half; }" : "=r"(word) : "l"(source) : "memory");
+#endif
+    return word;
 }

@@ -12,10 +12,10 @@ MAX_BATCH = 2
 VECTOR_BYTES = 16
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-# Two blocks fit one multiprocessor of Hopper, so that the next call can begin while this one ends.
-_RING_BYTES = 113 * 1024
-_CHUNK_BYTES = 16 * 1024
+_COPIES = 8
 _MAX_VECTORS_PER_THREAD = 4
+# The scheduler's loop over the ring is unrolled.
+_MAX_CHUNKS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +27,11 @@ class Variant:
         dtype: Of inputs, weights and output.
         batch: B.
         activation: As the operator takes it.
+        groups: Schedulers of a block, each with workers and a ring of its own.
         rows: Rows of a chunk, a power of two up to 32.
-        chunks: Chunks of the ring.
-        warps: Worker warps of a block.
-        min_blocks: Blocks of a multiprocessor that registers must suffice for.
+        chunks: Chunks of a ring.
+        warps: Worker warps of a group.
+        copies: Copies of the sums that blocks add to.
         shared_bytes: Shared memory of a block.
     """
 
@@ -38,16 +39,17 @@ class Variant:
     dtype: torch.dtype
     batch: int
     activation: str
+    groups: int
     rows: int
     chunks: int
     warps: int
-    min_blocks: int
+    copies: int
     shared_bytes: int
 
     @property
     def threads(self) -> int:
-        """Of a block: the workers and the scheduler."""
-        return 32 * (self.warps + 1)
+        """Of a block: workers and schedulers."""
+        return 32 * self.groups * (self.warps + 1)
 
     def defines(self) -> dict[str, int]:
         """The macros that ``gated_mlp.cu`` expects."""
@@ -56,12 +58,18 @@ class Variant:
             "HIDDEN": self.hidden,
             "BATCH": self.batch,
             "ACTIVATION": _ACTIVATIONS[self.activation],
+            "GROUPS": self.groups,
             "ROWS": self.rows,
             "CHUNKS": self.chunks,
             "WARPS": self.warps,
-            "MIN_BLOCKS": self.min_blocks,
+            "COPIES": self.copies,
             "SHARED_BYTES": self.shared_bytes,
         }
+
+
+def _chunk_bytes(rows: int, row_bytes: int, batch: int, warps: int) -> int:
+    """Of `struct Group`: the rows, and beside them dot products, factors, queues and barriers."""
+    return rows * (row_bytes + 4 * batch * (warps + 5) + 16) + 20
 
 
 @cache
@@ -74,18 +82,18 @@ def variant_for(
     """
     row_bytes = hidden * dtype.itemsize
     vectors = row_bytes // VECTOR_BYTES
-    warps = min(8, math.ceil(vectors / 32))
-    if vectors > 32 * warps * _MAX_VECTORS_PER_THREAD:
-        warps = 16
+    warps = min(4, math.ceil(vectors / 32))
+    while vectors > 32 * warps * _MAX_VECTORS_PER_THREAD and warps < 16:
+        warps *= 2
     if vectors > 32 * warps * _MAX_VECTORS_PER_THREAD:
         return None
+    # more workers would leave too few registers for each
+    groups = 1 if warps * batch > 8 else 4 if vectors <= 256 else 2
+    budget = shared_limit
     rows = 1
-    while rows < 16 and 2 * rows * row_bytes <= _CHUNK_BYTES:
+    while rows < 8 and (budget // groups - 512) // _chunk_bytes(2 * rows, row_bytes, batch, warps) >= 3:
         rows *= 2
-    budget = min(shared_limit, _RING_BYTES)
-    # beside the rows: dot products, factors, queue entries, barriers (`struct Shared`)
-    chunk_bytes = rows * (row_bytes + 4 * batch * (warps + 3) + 32) + 64
-    chunks = (budget - 256) // chunk_bytes
+    chunks = (budget // groups - 512) // _chunk_bytes(rows, row_bytes, batch, warps)
     if chunks < 2:
         return None
     return Variant(
@@ -93,9 +101,10 @@ def variant_for(
         dtype=dtype,
         batch=batch,
         activation=activation,
+        groups=groups,
         rows=rows,
-        chunks=min(chunks, 32),
+        chunks=min(chunks, _MAX_CHUNKS),
         warps=warps,
-        min_blocks=2 if vectors * batch <= 8 * 32 * 4 and warps <= 8 else 1,
+        copies=_COPIES,
         shared_bytes=budget,
     )

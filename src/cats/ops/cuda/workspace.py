@@ -3,7 +3,7 @@
 Calls that follow each other on a stream share a workspace. Calls that may run at the same time must not, so there is
 one for each device and stream, and one more for each stream of each captured graph: a graph keeps the addresses
 that it was captured with, and may be replayed beside anything. Workspaces live as long as the process; each takes
-4 * B * D + 4096 bytes.
+32 * B * D + 4096 bytes.
 """
 
 import threading
@@ -19,7 +19,7 @@ __all__ = ["COUNTERS", "relaxed_capture", "workspace"]
 
 # 32-bit counters in front of the sums; gated_mlp.cu says which is which.
 COUNTERS = 1024
-_MIN_FLOATS = 2 * 8192
+_MIN_FLOATS = 8 * 8192
 
 _NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 _Owner = tuple[int, int, int]
@@ -34,7 +34,7 @@ def workspace(device: int, stream: int, capture: int, floats: int) -> int:
         device: Index of the GPU.
         stream: Handle of the stream that the call is on.
         capture: Number of the capture that the stream is in, 0 if it is in none.
-        floats: ``B * D``.
+        floats: How many.
     """
     owner = (device, stream, capture)
     found = _workspaces.get(owner)
@@ -56,6 +56,7 @@ def _allocate(device: int, count: int) -> Tensor:
     PyTorch sends allocations of a capturing stream, or of a whole thread, to the memory pool of the graph, which
     may reuse them once the capture ends. A stream and a thread of our own are outside of all that.
     """
+
     def zeros(stream: int) -> Tensor:
         with relaxed_capture(), torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
             return torch.zeros(count, dtype=torch.int32, device=device)
