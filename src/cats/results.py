@@ -104,11 +104,12 @@ def read_results(path: Path) -> list[Result]:
     return results
 
 
-def environment(device: str) -> dict[str, _Value]:
+def environment(device: str, *, commit: str | None = None) -> dict[str, _Value]:
     """What the numbers of this process depend on.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        commit: Of the sources, where they are no checkout that could tell it.
     """
     import torch
 
@@ -122,7 +123,7 @@ def environment(device: str) -> dict[str, _Value]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         **versions,
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "kernel_sources": kernel_source_hash(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -23,6 +23,9 @@ ERROR_LIMIT = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 DENSE_ERROR_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 Mlp = Callable[[Tensor, "Weights"], Tensor]
+# variant, sparsity
+_Key = tuple[str, float]
+_NEIGHBOUR_ALONE: _Key = ("", 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,53 +90,63 @@ class Weights:
         return Weights(self.gate, self.up, self.down, thresholds, self.merged, self.down_rows)
 
 
-def measure(case: Case) -> Iterator[Result]:
+def measure(case: Case, *, commit: str | None = None) -> Iterator[Result]:
     """Check every backend, then time it and the dense baselines, all in turns.
 
     Yields the read bandwidth, then a result for each variant, sparsity and neighbour. Weights are
     rotated over copies of at least four times the last-level cache.
 
+    Args:
+        commit: Of the sources, where they are no checkout.
+
     Raises:
         BackendError: If a backend cannot run here, or computes something else than the reference.
     """
     device = torch.device(case.device)
-    where = environment(case.device)
+    where = environment(case.device, commit=commit)
     backends = case.backends or _default_backends(device)
     limit = read_bandwidth(device, size=case.size, rounds=max(case.rounds // 2, 2))
     yield _bandwidth_result(case, limit, where)
 
     x = torch.randn(case.batch, case.hidden_size, device=device, dtype=case.dtype)
     copies = [Weights.random(case) for _ in range(_copies(case, cache_size(device)))]
-    order = copies * max(1, -(-MIN_CALLS // len(copies))) if device.type == "cuda" else copies
+    runs: dict[_Key, _Run] = {}
+    for sparsity in sorted({0.0, *case.sparsities}):
+        rotation = [weights.at(x, sparsity) for weights in copies]
+        share = sum(_kept_share(x, weights) for weights in rotation) / len(rotation)
+        for name, mlp in _variants(case, backends, sparsity).items():
+            check(name, mlp, x, rotation[0])
+            runs[name, sparsity] = _Run(mlp, rotation, 1.0 if name in DENSE else share)
+    # a CUDA graph of few calls would show the cost of its launch
+    repeats = max(1, -(-MIN_CALLS // len(copies))) if device.type == "cuda" else 1
     neighbours: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None}
     if device.type == "cuda":
         neighbours["rmsnorm"] = torch.compile(_rms_norm)
+    for neighbour, norm in neighbours.items():
+        timings = _time(case, runs, x, repeats, norm, device)
+        for (name, sparsity), timing in timings.items():
+            share = runs[name, sparsity].kept_share
+            bound = (1 + 2 * share) / 3 * _bytes(case) / case.size * limit.median
+            yield Result(
+                benchmark=NAME, quantity="time", unit="us",
+                value=timing.median * 1e6, low=timing.low * 1e6, high=timing.high * 1e6,
+                samples=timing.samples,
+                settings=_settings(case) | {
+                    "variant": name, "neighbour": neighbour, "sparsity": sparsity,
+                    "kept_share": share, "limit_us": bound * 1e6,
+                    "copies": len(copies), "calls": repeats * len(copies),
+                },
+                environment=where,
+            )  # fmt: skip
 
-    for sparsity in sorted({0.0, *case.sparsities}):
-        sparse = {id(weights): weights.at(x, sparsity) for weights in copies}
-        rotation = [sparse[id(weights)] for weights in order]
-        variants = _sparse_variants(case, backends)
-        if sparsity == 0:
-            variants |= _dense_variants(case)
-        for name, mlp in variants.items():
-            check(name, mlp, x, rotation[0])
-        share = sum(_kept_share(x, weights) for weights in sparse.values()) / len(copies)
-        bound = (1 + 2 * share) / 3 * _bytes(case) / case.size * limit.median
-        for neighbour, norm in neighbours.items():
-            timings = _time(case, variants, x, rotation, norm, device)
-            for name, timing in timings.items():
-                dense = name in DENSE
-                yield Result(
-                    benchmark=NAME, quantity="time", unit="us",
-                    value=timing.median * 1e6, low=timing.low * 1e6, high=timing.high * 1e6,
-                    samples=timing.samples,
-                    settings=_settings(case) | {
-                        "variant": name, "neighbour": neighbour, "sparsity": sparsity,
-                        "kept_share": 1.0 if dense else share, "limit_us": bound * 1e6,
-                        "copies": len(copies), "calls": len(order),
-                    },
-                    environment=where,
-                )  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One variant at one sparsity: what is called, over which weights, and the share it keeps."""
+
+    mlp: Mlp
+    rotation: list[Weights]
+    kept_share: float
 
 
 def check(name: str, mlp: Mlp, x: Tensor, weights: Weights) -> None:
@@ -173,7 +186,9 @@ def _kept_share(x: Tensor, weights: Weights) -> float:
     return keep_mask(activated_gates(x, weights), weights.thresholds).any(0).double().mean().item()
 
 
-def _sparse_variants(case: Case, backends: Sequence[str]) -> dict[str, Mlp]:
+def _variants(case: Case, backends: Sequence[str], sparsity: float) -> dict[str, Mlp]:
+    """The sparse kernels, and at sparsity 0 the dense baselines too."""
+
     def backend(name: str) -> Mlp:
         return lambda x, w: ops.gated_mlp(
             x, w.gate, w.up, w.down, w.thresholds, "silu", backend=name
@@ -184,7 +199,7 @@ def _sparse_variants(case: Case, backends: Sequence[str]) -> dict[str, Mlp]:
         if case.batch != 1:
             raise BackendError("the paper's kernels take one token")
         variants[PAPER] = _paper
-    return variants
+    return variants | _dense_variants(case) if sparsity == 0 else variants
 
 
 def _paper(x: Tensor, w: Weights) -> Tensor:
@@ -226,46 +241,32 @@ def _rms_norm(x: Tensor) -> Tensor:
 
 def _time(
     case: Case,
-    variants: dict[str, Mlp],
+    runs: dict[_Key, _Run],
     x: Tensor,
-    rotation: list[Weights],
+    repeats: int,
     norm: Callable[[Tensor], Tensor] | None,
     device: torch.device,
-) -> dict[str, Timing]:
+) -> dict[_Key, Timing]:
     """Time of one MLP; with a neighbour, of one MLP and one neighbour less one neighbour."""
+    calls = repeats * len(next(iter(runs.values())).rotation)
 
-    def run(mlp: Mlp) -> Callable[[], object]:
-        def one_pass() -> None:
+    def one_pass(run: _Run | None) -> Callable[[], object]:
+        def call_all() -> None:
             y = x
-            for weights in rotation:
-                if norm is not None:
-                    y = norm(y)
-                y = mlp(x, weights)
+            for weights in run.rotation * repeats if run else [None] * calls:
+                y = y if norm is None else norm(y)
+                if run is not None and weights is not None:
+                    y = run.mlp(x, weights)
 
-        return one_pass
+        return call_all
 
-    def norms_alone() -> None:
-        y = x
-        for _ in rotation:
-            assert norm is not None
-            y = norm(y)
-
-    passes = {name: run(mlp) for name, mlp in variants.items()}
+    passes: dict[_Key, Callable[[], object]] = {key: one_pass(run) for key, run in runs.items()}
     if norm is None:
-        return time_passes(passes, len(rotation), device=device, rounds=case.rounds)
-    timings = time_passes(
-        passes | {"": norms_alone}, len(rotation), device=device, rounds=case.rounds
-    )
-    alone = timings.pop("").median
-    return {
-        name: Timing(
-            median=timing.median - alone,
-            low=timing.low - alone,
-            high=timing.high - alone,
-            samples=timing.samples,
-        )
-        for name, timing in timings.items()
-    }
+        return time_passes(passes, calls, device=device, rounds=case.rounds)
+    passes[_NEIGHBOUR_ALONE] = one_pass(None)
+    timings = time_passes(passes, calls, device=device, rounds=case.rounds)
+    alone = timings.pop(_NEIGHBOUR_ALONE).median
+    return {key: timing.less(alone) for key, timing in timings.items()}
 
 
 def _default_backends(device: torch.device) -> tuple[str, ...]:

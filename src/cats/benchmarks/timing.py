@@ -2,12 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+Key = TypeVar("Key", bound=Hashable)
 # Of one GPU graph or CPU pass, so that the cost of starting it disappears.
 MIN_CALLS = 32
 # As large as the last-level cache of a desktop or a rented core's share of a server.
@@ -28,14 +30,23 @@ class Timing:
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median=median, low=low, high=high, samples=len(seconds))
 
+    def less(self, seconds: float) -> "Timing":
+        """The rest after something that was timed with it."""
+        return Timing(
+            median=self.median - seconds,
+            low=self.low - seconds,
+            high=self.high - seconds,
+            samples=self.samples,
+        )
+
 
 def time_passes(
-    passes: Mapping[str, Callable[[], object]],
+    passes: Mapping[Key, Callable[[], object]],
     calls: int,
     *,
     device: torch.device,
     rounds: int,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Time several passes of ``calls`` calls each, in turns, so that all meet the same machine.
 
     On a GPU a pass is captured in a CUDA graph and its replays are timed with events.
@@ -46,7 +57,7 @@ def time_passes(
         timers = {name: _wall_timer(run) for name, run in passes.items()}
     for timer in timers.values():
         timer()
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    seconds: dict[Key, list[float]] = {name: [] for name in passes}
     for _ in range(rounds):
         for name, timer in timers.items():
             seconds[name].append(timer() / calls)

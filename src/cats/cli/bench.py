@@ -37,6 +37,9 @@ def mlp(
         int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
     ] = 4096,
     compiled: Annotated[bool, typer.Option(help="Time torch.compile's dense MLP too.")] = True,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+    ] = None,
 ) -> None:
     """Time one call of the gated MLP beside every dense one and the memory limit.
 
@@ -64,7 +67,7 @@ def mlp(
         )
     ]  # fmt: skip
     for case in cases:
-        results = list(measure(case))
+        results = list(measure(case, commit=commit))
         if output is not None:
             append_results(output, results)
         for panel in panels(results):
