@@ -86,12 +86,7 @@ def read_config(path: str | Path, **hub_options: Any) -> CatsConfig:
     tensors = _read_thresholds(path, hub_options)
     if not tensors:
         raise FormatError(f"{path}: config.json has a cats block, but no thresholds are stored")
-    config = CatsConfig.from_dict(block, tensors, source=str(path))
-    if missing := config.realized_sparsity.keys() - tensors.keys():
-        raise FormatError(
-            f"{path}: the thresholds of {len(missing)} MLPs are missing; save it again"
-        )
-    return config
+    return CatsConfig.from_dict(block, tensors, source=str(path))
 
 
 def is_sparse_checkpoint(path: str | Path) -> bool:

@@ -93,15 +93,16 @@ class CatsConfig:
         """Rebuild a config from its block and tensors.
 
         Raises:
-            FormatError: If the block is of a newer release or lacks a field.
+            FormatError: If the block is of a newer release, lacks a field or a threshold, or holds
+                an impossible value.
         """
         check_version(block, source)
         try:
-            return cls(
+            config = cls(
                 method=block["method"],
                 router=block["router"],
                 target_sparsity=block["target_sparsity"],
-                realized_sparsity=block["realized_sparsity"],
+                realized_sparsity=dict(block["realized_sparsity"]),
                 calibration_tokens=block["calibration_tokens"],
                 calibration_hash=block["calibration_hash"],
                 tensors=tensors,
@@ -109,6 +110,13 @@ class CatsConfig:
             )
         except KeyError as error:
             raise FormatError(f"{source}: its cats block lacks {error}") from error
+        except (ConfigError, TypeError) as error:
+            raise FormatError(f"{source}: cannot be used: {error}") from error
+        if missing := config.realized_sparsity.keys() - tensors.keys():
+            raise FormatError(
+                f"{source}: the thresholds of {len(missing)} MLPs are missing; save it again"
+            )
+        return config
 
     def save(self, path: str | Path) -> None:
         """Write one small safetensors file that ``cats.from_pretrained(thresholds=...)`` reads."""
