@@ -68,7 +68,7 @@ class Statistics:
 
         Raises:
             ConfigError: If the target does not fit the method.
-            DataError: If nothing was counted.
+            DataError: If nothing was counted, or nothing of one MLP.
         """
         method = get_method(self.method)
         check_target(target_sparsity)
@@ -83,6 +83,10 @@ class Statistics:
             )
         tensors, realized = {}, {}
         for name, counts in self.counts.items():
+            if not counts.any():
+                raise DataError(
+                    f"{name} never ran on the text: leave it out with exclude=[{name!r}]"
+                )
 
             def score(values: Tensor, activation: str = self.activations[name]) -> Tensor:
                 return method.score(values, activation)
@@ -162,8 +166,9 @@ class Statistics:
                 blocks=block["blocks"],
                 text_hash=int(block["text_hash"], 16),
             )
-        except (KeyError, IndexError) as error:
-            raise FormatError(f"{path}: incomplete statistics, {error} is missing") from error
+        # torch reports counts that do not fit their bins as a RuntimeError
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: damaged statistics ({error}); delete the file") from error
 
     def _block(self) -> dict[str, Any]:
         return {
