@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -32,7 +33,7 @@ def read_text(path: str | Path) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from error
     if not text.strip():
         raise DataError(f"{path}: holds no text")
