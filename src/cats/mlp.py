@@ -114,14 +114,17 @@ def find_gated_mlps(
 
     Args:
         model: Any module; weights on the ``meta`` device are probed with random values.
-        exclude: Patterns of module names to leave out, such as ``"*vision*"``.
+        exclude: Patterns of module names to leave out, such as ``["*vision*"]``; one may be given
+            without a list.
         names: Look at the modules of these names only.
 
     Raises:
         UnsupportedModelError: If the model has no gated MLP, or if a candidate calls its activation
             in a way that CATS cannot use; the message names the module and the reason.
     """
-    found, passed_over = [], []
+    exclude = [exclude] if isinstance(exclude, str) else exclude
+    found: list[GatedMLP] = []
+    passed_over = []
     for name, module in model.named_modules():
         if names is not None and name not in names:
             continue
@@ -137,15 +140,20 @@ def find_gated_mlps(
         if not reason:
             result = _probe(module, activation_name)
             if isinstance(result, tuple):
-                found.append(GatedMLP(name, module, activation_name, kind, *result))
-                continue
+                mlp = GatedMLP(name, module, activation_name, kind, *result)
+                # calibration could not tell whose values an activation sees
+                twin = next((other for other in found if other.dense_act is mlp.dense_act), None)
+                if twin is None:
+                    found.append(mlp)
+                    continue
+                result = f"it shares its activation module with {twin.name}"
             reason = result
         if reason == _UNGATED:
             passed_over.append(f"{name} ({type(module).__name__})")
             continue
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) cannot be made sparse: {reason}; "
-            f"leave it out with exclude={name!r} or a pattern"
+            f"leave it out with exclude=[{name!r}] or a pattern"
         )
     if not found:
         seen = f"; ungated MLPs such as {passed_over[0]} have no gate" if passed_over else ""
@@ -170,11 +178,14 @@ def activation_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
         return None
     grid = torch.linspace(-8, 8, 257, device="cpu")
+    training = module.training
     try:
         with torch.no_grad():
-            values = module(grid.clone())
+            values = module.eval()(grid.clone())
     except Exception:  # whatever a foreign module raises here, it is no elementwise activation
         return None
+    finally:
+        module.training = training
     if not isinstance(values, Tensor) or values.shape != grid.shape:
         return None
     for name, act in ACTIVATIONS.items():
