@@ -196,9 +196,10 @@ def _collect(
     from cats.calibration.collect import block_hash
     from cats.errors import DataError
 
-    counted = Statistics.load(path) if path is not None and path.exists() else None
+    counted = collect(model, [], method=method, exclude=exclude)
     start = 0
-    if counted is not None:
+    if path is not None and path.exists():
+        counted += Statistics.load(path)
         rows = [row for batch in batches for row in batch][: counted.blocks]
         start = next(
             (i for i in range(len(batches) + 1) if sum(map(len, batches[:i])) == counted.blocks), -1
@@ -217,10 +218,9 @@ def _collect(
         bar = options.progress(mine, label, show=show)
         share = collect(model, bar, method=method, exclude=exclude)
         share = share.all_reduce() if world > 1 else share
-        counted = share if counted is None else counted + share
+        counted += share
         if path is not None and rank == 0:
             counted.save(path)
-    assert counted is not None
     return counted
 
 
