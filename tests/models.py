@@ -1,0 +1,120 @@
+"""Tiny models of many families, modules of odd forms, and a checkpoint with a tokenizer."""
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+FAMILIES = [
+    LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+    GemmaConfig, Gemma2Config, Gemma3TextConfig, Phi3Config,
+]  # fmt: skip
+VOCABULARY = 257  # the bytes, and the end of text
+F = 40
+SIZES = dict(
+    hidden_size=16, intermediate_size=F, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, vocab_size=VOCABULARY, max_position_embeddings=512,
+    pad_token_id=256, bos_token_id=256, eos_token_id=256,
+)  # fmt: skip
+
+
+def make_model(config=LlamaConfig, **changes):
+    """A model whose gates have about unit variance, as those of real models."""
+    model = AutoModelForCausalLM.from_config(config(**SIZES | changes)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+    return model
+
+
+def make_ids(rows=4, length=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (rows, length), generator=generator)
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits
+
+
+def make_tokenizer():
+    """One token a byte, and the end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary | {"<eos>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+class MLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``; subclasses change the formula."""
+
+    def __init__(self, act=None, bias=False, size=16):
+        super().__init__()
+        self.gate_proj = nn.Linear(size, F, bias=bias)
+        self.up_proj = nn.Linear(size, F, bias=bias)
+        self.down_proj = nn.Linear(F, size, bias=bias)
+        self.act_fn = act or nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ClampedMLP(MLP):
+    """Clamps its inner values, as some models do; still of the gated form."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=7), self.up_proj(x).clamp(-7, 7)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class ShiftedAtLargeInputsMLP(MLP):
+    """Of the gated form for small inputs only."""
+
+    def forward(self, x):
+        shrunk = torch.nn.functional.softshrink(self.up_proj(x), 10.0)
+        return super().forward(x) + self.down_proj(shrunk)
+
+
+class TwiceMLP(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.act_fn(self.up_proj(x)))
+
+
+class AdditiveMLP(MLP):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class UnknownActivation(nn.Module):
+    def forward(self, x):
+        return torch.sin(x) * x
+
+
+class Body(nn.Module):
+    """Embeds ids and adds the output of each MLP; each token is on its own."""
+
+    def __init__(self, *mlps, size=16):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, size)
+        self.layers = nn.ModuleList(mlps)
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
