@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cats import ops
 from tests.ops.cases import make_inputs
 
 triton = pytest.importorskip("triton")
@@ -54,6 +55,14 @@ def test_refuses_a_batch_above_eight(device):
     inputs = make_inputs(8, 8, dtype=torch.float32, device=device, batch=9)
     reason = backend.refuses(inputs.x, inputs.gate, inputs.up, inputs.down)
     assert reason == "the batch 9 is larger than 8"
+
+
+def test_auto_leaves_batches_beyond_the_crossover_to_dense(monkeypatch, device):
+    monkeypatch.setitem(ops._ORDER, device.type, ("triton", "dense"))
+    for batch, expected in ((1, "triton"), (2, "dense")):
+        inputs = make_inputs(8, 8, dtype=torch.float32, device=device, batch=batch)
+        found = ops.backend_for(inputs.x, inputs.gate, inputs.up, inputs.down)
+        assert found == expected
 
 
 def test_refuses_empty_tensors(device):

@@ -23,6 +23,9 @@ __all__ = ["BACKENDS", "backend_for", "backends", "gated_mlp"]
 # Which backends a device tries, the fastest first. `dense` takes every call; `reference` runs only
 # when asked for.
 _ORDER = {"cuda": ("cuda", "triton", "dense"), "cpu": ("cpu", "dense")}
+# The largest batch that `auto` gives to a backend which takes more, but slower than dense GEMMs
+# (docs/kernels.md).
+_CROSSOVER = {"triton": 1}
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
 _ROUTERS = ("gate", "up")
 
@@ -96,6 +99,8 @@ def backend_for(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str:
     refusals: list[str] = []
     for name in _ORDER.get(x.device.type, ("dense",)):
         reason = _unavailable(name) or _module(name).refuses(x, gate, up, down)
+        if reason is None and x.shape[0] > _CROSSOVER.get(name, x.shape[0]):
+            reason = f"dense GEMMs are faster for {x.shape[0]} tokens"
         if reason is None:
             if name == "dense" and all(_unavailable(n) for n in _ORDER[x.device.type][:-1]):
                 _warn_once(x.device.type, "; ".join(refusals))

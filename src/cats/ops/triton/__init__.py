@@ -37,8 +37,8 @@ def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
         return "a tensor is empty"
     if x.shape[0] > MAX_BATCH:
         return f"the batch {x.shape[0]} is larger than {MAX_BATCH}"
-    if x.shape[1] > MAX_HIDDEN_SIZE:
-        return f"the hidden size {x.shape[1]} is larger than {MAX_HIDDEN_SIZE}"
+    if gate.shape[-1] > MAX_HIDDEN_SIZE:
+        return f"the hidden size {gate.shape[-1]} is larger than {MAX_HIDDEN_SIZE}"
     return None
 
 
