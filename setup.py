@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,9 +18,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 FOLDER = Path("src/cats/ops/cpu")
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in os.environ.get(
-    "ARCHFLAGS", ""
-)
+# a universal build for macOS has one set of options for both processors
+IS_UNIVERSAL = "arm64" in os.environ.get("ARCHFLAGS", "")
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and not IS_UNIVERSAL
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Each source to the compiler options of its instruction set, for GCC and Clang, and for MSVC.
 SOURCES = {
@@ -28,6 +29,7 @@ SOURCES = {
 }
 if IS_X86:
     SOURCES |= {
+        "operator.cpp": (["-DCATS_X86"], ["/DCATS_X86"]),
         "avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
         "avx512.cpp": (AVX512, ["/arch:AVX512"]),
         "avx512_bf16.cpp": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"]),
@@ -65,15 +67,15 @@ class BuildKernels(build_ext):
             if is_msvc
             else ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
         )
-        objects = []
-        for source in ext.sources:
-            options = SOURCES[Path(source).name][is_msvc]
-            objects += self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                extra_postargs=[*common, *options],
-                depends=ext.depends,
+
+        def compile_one(source: str) -> list[str]:
+            options = [*common, *SOURCES[Path(source).name][is_msvc]]
+            return self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=options, depends=ext.depends
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
         self.compiler.link_shared_object(objects, str(target), target_lang="c++")
 
 

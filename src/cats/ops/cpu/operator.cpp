@@ -24,9 +24,6 @@
 #else
 #define CATS_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
-#if defined(__x86_64__) || defined(_M_X64)
-#define CATS_X86 1
-#endif
 
 namespace cats {
 namespace {
@@ -70,9 +67,9 @@ void check(AOTITorchError error, const char* what) {
   if (error) throw std::runtime_error(std::string("cats::gated_mlp: torch failed to ") + what);
 }
 
-// --- instruction sets, the best first
+// --- instruction sets, the best first; setup.py defines CATS_X86 where it compiles those of x86
 
-#if CATS_X86
+#if defined(CATS_X86)
 #if defined(_MSC_VER)
 // Whether the processor and the operating system have all bits of `mask` in a register of CPUID leaf 7.
 bool has_leaf_7(int subleaf, int reg, int mask, unsigned long long state) {
@@ -104,7 +101,7 @@ struct InstructionSet {
 };
 
 constexpr InstructionSet kInstructionSets[] = {
-#if CATS_X86
+#if defined(CATS_X86)
     {"avx512_bf16", has_avx512_bf16, gated_mlp_avx512_bf16},
     {"avx512", has_avx512, gated_mlp_avx512},
     {"avx2", has_avx2, gated_mlp_avx2},
