@@ -1,0 +1,21 @@
+"""What a model is worth: zero-shot tasks, rivals of CATS, what activations look like."""
+
+from cats.evaluation.answers import Answers, Question, Score, paired_difference
+from cats.evaluation.inputs import InputCounts
+from cats.evaluation.tasks import PAPER8, evaluate_task, task_names
+from cats.evaluation.variants import Dense, InputThresholds, Sparse, Variant
+
+__all__ = [
+    "PAPER8",
+    "Answers",
+    "Dense",
+    "InputCounts",
+    "InputThresholds",
+    "Question",
+    "Score",
+    "Sparse",
+    "Variant",
+    "evaluate_task",
+    "paired_difference",
+    "task_names",
+]

@@ -1,0 +1,240 @@
+"""Zero-shot tasks: EleutherAI's lm-evaluation-harness on a model in memory."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cats.errors import ConfigError, DataError, StorageError
+from cats.evaluation.answers import Answers, Question, Value
+from cats.results import environment
+
+# The eight tasks of the paper, in its order.
+PAPER8 = (
+    "openbookqa", "arc_easy", "winogrande", "hellaswag",
+    "arc_challenge", "piqa", "boolq", "sciq",
+)  # fmt: skip
+# On a CPU the harness's search for the largest batch takes longer than it saves.
+_CPU_BATCH = 16
+_SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+
+
+def task_names(names: str) -> list[str]:
+    """Names of tasks or groups by commas; ``paper8`` stands for the paper's eight.
+
+    Raises:
+        ConfigError: If there is no such name, or the harness is not installed.
+    """
+    expanded = [
+        task
+        for name in (part.strip() for part in names.split(","))
+        for task in (PAPER8 if name == "paper8" else (name,))
+    ]
+    known = set(_manager().all_tasks)
+    if unknown := [name for name in expanded if name not in known]:
+        raise ConfigError(f"no task {unknown[0]!r}; cats lm-eval ls tasks shows them all")
+    return list(dict.fromkeys(expanded))
+
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int | str = "auto",
+    data_dir: Path | None = None,
+    settings: dict[str, Value] | None = None,
+) -> Answers:
+    """Ask a model the questions of one task, or of one group of tasks.
+
+    The prompts, the number of examples in them and the metrics are those of the harness.
+
+    Args:
+        model: A Hugging Face causal model, dense or sparse.
+        tokenizer: Its tokenizer.
+        task: A name that the harness knows.
+        limit: At most so many questions a task, drawn by ``seed``: the first ones of HellaSwag
+            are of one source.
+        seed: Of that draw.
+        batch_size: A number, or ``"auto"``: as large as the GPU holds, 16 on a CPU.
+        data_dir: Folder with ``<task>/<split>.parquet``, splits ``train``, ``validation`` and
+            ``test``. Without it the harness downloads the task's own data set.
+        settings: Kept with the answers.
+
+    Raises:
+        ConfigError: If the harness is not installed.
+        StorageError: If ``data_dir`` has not the task's data.
+        DataError: If the data has not the form that the task expects.
+    """
+    lm_eval = _harness()
+    with _quiet():
+        from lm_eval.models.huggingface import HFLM
+
+        tasks = _load(task, data_dir)
+        _seed(tasks)
+        device = next(model.parameters()).device
+        if batch_size == "auto" and device.type == "cpu":
+            batch_size = _CPU_BATCH
+        harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        # not simple_evaluate, which spends seconds on a description of the machine
+        found = lm_eval.evaluate(
+            harness_model,
+            {"tasks": tasks},
+            samples=None if limit is None else _draw(tasks, limit, seed),
+            # standard errors are computed from the answers
+            bootstrap_iters=0,
+        )
+    questions = [question for name in tasks for question in _questions(name, found)]
+    splits = {t.config.test_split or t.config.validation_split for t in tasks.values()}
+    return Answers(
+        task=task,
+        split=", ".join(sorted(map(str, splits))),
+        settings={"limit": limit, "seed": seed, **(settings or {})},
+        environment=environment(str(device)) | {"version_lm_eval": lm_eval.__version__},
+        questions=questions,
+    )
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ConfigError("tasks need the harness: pip install 'cats-llm[eval]'") from error
+    return lm_eval
+
+
+@cache
+def _manager() -> Any:
+    """The index of all tasks; reading their definitions takes seconds."""
+    _harness()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
+    """Each task behind a name to the harness's object for it."""
+    manager = _manager()
+    spec = name if data_dir is None else _offline(name, data_dir, manager)
+    try:
+        tasks: dict[str, Any] = manager.load([spec])["tasks"]
+    except (OSError, ValueError, KeyError) as error:
+        where = "the network" if data_dir is None else str(data_dir / name)
+        raise DataError(
+            f"{name}: its data cannot be loaded from {where} ({type(error).__name__}: {error}); "
+            "--data-dir takes it from parquet files"
+        ) from error
+    return tasks
+
+
+def _offline(name: str, data_dir: Path, manager: Any) -> dict[str, Any]:
+    """The built-in task with another source of data."""
+    if name not in manager.all_subtasks:
+        raise ConfigError(f"{name} is a group: with --data-dir name its tasks one by one")
+    files = {path.stem: str(path) for path in sorted((data_dir / name).glob("*.parquet"))}
+    if not files:
+        raise StorageError(f"{data_dir / name}: no parquet file of the task {name}")
+    absent = {key: None for key, split in _SPLITS.items() if split not in files}
+    source = {
+        "dataset_path": "parquet",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+    }
+    # only inside a group is a dict merged over the built-in definition
+    return {"group": f"offline_{name}", "task": [{"task": name, **source, **absent}]}
+
+
+def _seed(tasks: dict[str, Any]) -> None:
+    """The state in which the harness's own command asks: examples only where a task defines them.
+
+    They are drawn by its default seeds, and so are random tie breaks.
+    """
+    import numpy as np
+    import torch
+    from lm_eval import defaults
+
+    random.seed(defaults.DEFAULT_RANDOM_SEED)
+    np.random.seed(defaults.DEFAULT_OTHER_SEED)
+    torch.manual_seed(defaults.DEFAULT_OTHER_SEED)
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=defaults.DEFAULT_OTHER_SEED)
+
+
+def _draw(tasks: dict[str, Any], limit: int, seed: int) -> dict[str, list[int]]:
+    """For each task the numbers of ``limit`` questions, rising."""
+    drawn = {}
+    for name, task in tasks.items():
+        total = len(task.eval_docs)
+        chosen = random.Random(seed).sample(range(total), min(limit, total))
+        drawn[name] = sorted(chosen)
+    return drawn
+
+
+def _questions(task: str, found: Any) -> list[Question]:
+    samples = sorted(found["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    questions = []
+    for name in filters:
+        answered = [sample for sample in samples if sample["filter"] == name]
+        metrics = _means(answered, found["results"][task], name)
+        # GSM8K reads each answer in two ways
+        suffix = f" ({name})" if len(filters) > 1 else ""
+        questions += [
+            Question(
+                key=f"{task}/{sample['doc_id']}{suffix}",
+                prompt_hash=sample["prompt_hash"],
+                answer=[[*a] if isinstance(a, tuple) else a for a in sample["filtered_resps"]],
+                scores={metric + suffix: float(sample[metric]) for metric in metrics},
+            )
+            for sample in answered
+        ]
+    return questions
+
+
+def _means(samples: list[Any], results: dict[str, Any], name: str) -> list[str]:
+    """The metrics that the harness reports as the mean over the questions.
+
+    Raises:
+        DataError: If there is none, as where only an F1 over all questions is reported.
+    """
+    found = []
+    for metric in samples[0]["metrics"]:
+        values = [sample[metric] for sample in samples]
+        if not all(isinstance(value, int | float) for value in values):
+            continue
+        if math.isclose(sum(values) / len(values), results[f"{metric},{name}"], abs_tol=1e-9):
+            found.append(metric)
+    if not found:
+        raise DataError(
+            f"none of the metrics {samples[0]['metrics']} is a mean over questions; "
+            "run this task with cats lm-eval"
+        )
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness's log and the data library's bars out of the terminal; errors stay."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    bars = datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
