@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from cats.calibration import Statistics, calibrate, collect
     from cats.checkpoint import from_pretrained
     from cats.config import CatsConfig
+    from cats.decode import Decoder, generate
     from cats.errors import CatsError
     from cats.fusion import fuse_, unfuse_
 
 __all__ = [
     "CatsConfig",
     "CatsError",
+    "Decoder",
     "Statistics",
     "__version__",
     "calibrate",
@@ -25,6 +27,7 @@ __all__ = [
     "from_pretrained",
     "functional",
     "fuse_",
+    "generate",
     "metrics",
     "ops",
     "sparsify_",
@@ -35,6 +38,7 @@ __all__ = [
 _HOME = {
     "CatsConfig": "cats.config",
     "CatsError": "cats.errors",
+    "Decoder": "cats.decode",
     "Statistics": "cats.calibration",
     "calibrate": "cats.calibration",
     "collect": "cats.calibration",
@@ -42,6 +46,7 @@ _HOME = {
     "from_pretrained": "cats.checkpoint",
     "functional": "cats.functional",
     "fuse_": "cats.fusion",
+    "generate": "cats.decode",
     "metrics": "cats.metrics",
     "ops": "cats.ops",
     "sparsify_": "cats.apply",

@@ -1,0 +1,6 @@
+"""Decode with little overhead a token: one loop, engines behind one small interface."""
+
+from cats.decode.decoder import Decoder, generate
+from cats.decode.engines import ENGINES
+
+__all__ = ["ENGINES", "Decoder", "generate"]

@@ -1,0 +1,132 @@
+"""The keys and values of a conversation, in buffers that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+
+from cats.errors import UnsupportedModelError
+
+# Layers that keep one key and one value a token. Sliding and chunked layers keep all of them here:
+# their mask restricts what is read, and any prefix can be used again.
+_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[B, heads, capacity, head_dim]``, one slot a token.
+
+    Attributes:
+        owner: The cache, which says where the next tokens go and how many slots are read.
+    """
+
+    is_sliding = False
+
+    def __init__(self, owner: SlotCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate both buffers in the shape and dtype of the first tokens."""
+
+        def buffer(states: Tensor) -> Tensor:
+            batch, heads, _, size = states.shape
+            # zeros: an unused slot is masked, but 0 * NaN would still be NaN
+            return states.new_zeros(batch, heads, self.owner.capacity, size)
+
+        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens to their slots; returns views of all slots that are read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        start, window = self.owner.start, self.owner.window
+        keys, values = self.keys[:, :, :window], self.values[:, :, :window]
+        if isinstance(start, Tensor):
+            keys.index_copy_(2, start, key_states)
+            values.index_copy_(2, start, value_states)
+        else:
+            end = start + key_states.shape[2]
+            keys[:, :, start:end] = key_states
+            values[:, :, start:end] = value_states
+        return keys, values
+
+    def grow(self) -> None:
+        """Move to buffers of the owner's capacity."""
+        if self.is_initialized:
+            keys, values = self.keys, self.values
+            assert keys is not None
+            assert values is not None
+            self.lazy_initialization(keys, values)
+            self.keys.narrow(2, 0, keys.shape[2]).copy_(keys)
+            self.values.narrow(2, 0, values.shape[2]).copy_(values)
+
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+        start = self.owner.start
+        return start[0] if isinstance(start, Tensor) else start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.window, 0
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+
+class SlotCache(Cache):
+    """A cache for a Hugging Face model in which the loop says where the next tokens go.
+
+    Attributes:
+        capacity: Slots of each buffer.
+        start: Slot of the next token: a number, or a tensor ``[1]`` where one captured step must
+            serve every slot.
+        window: Slots that attention reads, from the first; at least ``start`` and the new tokens.
+    """
+
+    def __init__(self, config: Any, capacity: int) -> None:
+        """
+        Raises:
+            UnsupportedModelError: If a layer remembers something else than keys and values.
+        """
+        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        if others := sorted(set(kinds) - set(_KINDS)):
+            raise UnsupportedModelError(
+                f"the decode loop needs layers that cache keys and values; this model has "
+                f"{', '.join(others)}: use model.generate"
+            )
+        self.capacity = capacity
+        self.start: int | Tensor = 0
+        self.window = 0
+        self.slots = [SlotLayer(self) for _ in kinds]
+        super().__init__(layers=list(self.slots))
+
+    def grow(self, capacity: int) -> None:
+        """Keep what is stored, in larger buffers."""
+        self.capacity = capacity
+        for layer in self.slots:
+            layer.grow()
+
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of each layer in turn, once the first tokens are there."""
+        return [t for layer in self.slots for t in (layer.keys, layer.values) if t is not None]
+
+    @contextmanager
+    def lent(self, buffers: list[Tensor]) -> Iterator[None]:
+        """Work on other buffers for a while, those of a tracer for one."""
+        before = self.buffers()
+        self._put(buffers)
+        try:
+            yield
+        finally:
+            self._put(before)
+
+    def _put(self, buffers: list[Tensor]) -> None:
+        for layer, keys, values in zip(self.slots, buffers[::2], buffers[1::2], strict=True):
+            layer.keys, layer.values = keys, values

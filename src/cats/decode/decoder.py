@@ -1,0 +1,302 @@
+"""The decode loop: ``generate`` and ``Decoder``."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from cats.decode.engines import Engine, make_engine
+from cats.decode.inputs import Prompts, batch_of
+from cats.decode.options import Options, resolve
+from cats.decode.state import State
+from cats.decode.stop import StopStrings
+from cats.decode.turns import Turn, Turns
+from cats.errors import ConfigError, UnsupportedModelError
+
+# Slots that a step's attention reads: the smallest of these, doubled as often as needed.
+_SMALLEST_WINDOW = 256
+
+
+def generate(
+    model: nn.Module,
+    inputs: Prompts,
+    *,
+    attention_mask: Tensor | None = None,
+    engine: str = "auto",
+    tokenizer: Any = None,
+    callback: Callable[[Tensor], object] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Continue prompts, as ``model.generate`` does, with less overhead a token.
+
+    Args:
+        model: A Hugging Face causal model, sparse or dense.
+        inputs: Token ids ``[B, T]``, what a tokenizer returns, or lists of ids.
+        attention_mask: ``[B, T]``, for prompts padded on the left.
+        engine: ``"auto"``, ``"eager"`` or ``"compiled"``.
+        tokenizer: Needed for ``stop_strings``.
+        callback: Called with each step's tokens, ``[B]``, int64 on the CPU.
+        **options: As in transformers' ``GenerationConfig``, from which the rest comes:
+            max_new_tokens, max_length, do_sample, temperature, top_k, top_p, min_p,
+            repetition_penalty, eos_token_id, pad_token_id, stop_strings; and ``seed``.
+
+    Returns:
+        Prompts and new tokens, ``[B, T + N]``, int64, on the device of ``inputs``; rows that ended
+        early are filled up with ``pad_token_id``.
+
+    Raises:
+        ConfigError: If an option cannot be right, or the prompt and its continuation are longer
+            than the model's context.
+        DataError: If the prompts cannot be right.
+        UnsupportedModelError: If the model does not cache plain keys and values.
+        BackendError: If the engine that was asked for cannot run.
+    """
+    return Decoder(model, engine=engine).generate(
+        inputs, attention_mask=attention_mask, tokenizer=tokenizer, callback=callback, **options
+    )
+
+
+class Decoder:
+    """A conversation with a model: its next prompt costs only what is new in it.
+
+    Several decoders of one model share what was traced or compiled. Threads that use one decoder
+    wait for each other.
+    """
+
+    def __init__(self, model: nn.Module, *, engine: str = "auto") -> None:
+        """
+        Args:
+            model: A Hugging Face causal model, sparse or dense. It may be changed between calls.
+            engine: ``"auto"``, ``"eager"`` or ``"compiled"``.
+        """
+        config: Any = getattr(model, "config", None)
+        if not hasattr(config, "get_text_config"):
+            raise UnsupportedModelError(
+                f"expected a Hugging Face causal model, got {type(model).__name__}"
+            )
+        make_engine(engine, _device(model))  # a wrong name is an error now
+        self.model = model
+        self._config: Any = config.get_text_config(decoder=True)
+        self._engine_name = engine
+        self._turns = Turns()
+        self._state: State | None = None
+        self._marks: Hashable = None
+        self._stored: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine in use."""
+        return _engine(self.model, self._engine_name).name
+
+    def reset(self) -> None:
+        """Forget the conversation and free its memory."""
+        with self._turns.take():
+            self._state = self._stored = None
+
+    def generate(
+        self,
+        inputs: Prompts,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
+        callback: Callable[[Tensor], object] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """See :func:`cats.generate`; what the prompt shares with the last call is not run again."""
+        with self._turns.take() as turn:
+            ids, mask, resolved = self._prepare(inputs, attention_mask, options)
+            columns = []
+            for tokens in self._run(turn, ids, mask, resolved, tokenizer):
+                columns.append(tokens)
+                if callback is not None:
+                    callback(tokens)
+        return torch.cat([ids, torch.stack(columns, dim=1).to(ids.device)], dim=1)
+
+    def stream(
+        self,
+        inputs: Prompts,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """The tokens of each step, ``[B]``, int64 on the CPU, as they come.
+
+        The iterator may be dropped at any time. Another call on this decoder ends it: its next
+        token is an error.
+        """
+        with self._turns.take() as turn:
+            ids, mask, resolved = self._prepare(inputs, attention_mask, options)
+            yield from self._run(turn, ids, mask, resolved, tokenizer)
+
+    def _prepare(
+        self, inputs: Prompts, attention_mask: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Options]:
+        pad = resolve(self.model, 0, {**options, "max_new_tokens": 1}).pad_token_id
+        ids, mask = batch_of(
+            inputs, attention_mask, pad_token_id=pad, vocabulary=self._config.vocab_size
+        )
+        resolved = resolve(self.model, ids.shape[1], options)
+        context = getattr(self._config, "max_position_embeddings", None)
+        length = ids.shape[1] + resolved.max_new_tokens
+        if context is not None and length > context:
+            raise ConfigError(
+                f"the prompt has {ids.shape[1]} tokens and {resolved.max_new_tokens} new ones were "
+                f"asked for, but the model's context is {context}: shorten one of them"
+            )
+        return ids, mask, resolved
+
+    def _run(
+        self, turn: Turn, ids: Tensor, mask: Tensor, options: Options, tokenizer: Any
+    ) -> Iterator[Tensor]:
+        """The tokens of each step, on the CPU; keeps account of what the cache holds."""
+        stop = (
+            StopStrings(options.stop_strings, tokenizer, len(ids)) if options.stop_strings else None
+        )
+        length, count = ids.shape[1], options.max_new_tokens
+        engine = _engine(self.model, self._engine_name)
+        state, start = self._ready_state(ids, mask, length + count)
+        # until this call's account is complete, another one finds no prefix
+        self._stored = None
+        started = 1  # steps whose tokens are chosen; all but the newest are in the cache
+        read: list[Tensor] = []
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        try:
+            with torch.inference_mode():
+                pending = deque([self._first(engine, state, ids, mask, start, options)])
+            for number in range(count):
+                turn.check()
+                with torch.inference_mode():
+                    while started <= min(number + engine.lag, count - 1):
+                        window = _window(length + started, state.capacity)
+                        chosen = engine.step(self.model, state, window, options)
+                        pending.append(_Read(chosen))
+                        started += 1
+                    tokens = pending.popleft().wait()
+                read.append(tokens)
+                shown = tokens.where(~ended, options.pad_token_id)
+                for eos in options.eos_token_ids:
+                    ended |= tokens == eos
+                if stop is not None and (stopped := stop.add(shown) & ~ended).any():
+                    ended |= stopped
+                    state.finished.logical_or_(stopped.to(state.device))
+                yield shown
+                if ended.all():
+                    break
+        finally:
+            if read and turn.is_valid():
+                new = torch.stack(read[: started - 1], 1) if started > 1 else ids[:, :0].cpu()
+                self._stored = (
+                    torch.cat([ids.cpu(), new], dim=1),
+                    torch.cat([mask.cpu(), torch.ones_like(new, dtype=torch.bool)], dim=1),
+                )
+
+    def _first(
+        self,
+        engine: Engine,
+        state: State,
+        ids: Tensor,
+        mask: Tensor,
+        start: int,
+        options: Options,
+    ) -> _Read:
+        """Run the prompt, and prepare every step that may follow."""
+        ids, mask = ids.to(state.device), mask.to(state.device)
+        state.begin(ids, mask, self._config.vocab_size, options)
+        first = _Read(engine.prefill(self.model, state, ids[:, start:], start, options))
+        if options.max_new_tokens > 1:
+            last = ids.shape[1] + options.max_new_tokens - 1
+            windows = {_window(n, state.capacity) for n in range(ids.shape[1] + 1, last + 1)}
+            engine.prepare(self.model, state, sorted(windows), options)
+        return first
+
+    def _ready_state(self, ids: Tensor, mask: Tensor, length: int) -> tuple[State, int]:
+        """Buffers for ``length`` tokens a row, and how many tokens of the prompt they hold."""
+        marks = _fingerprint(self.model)
+        state, stored = self._state, self._stored
+        capacity = _window(length, None)
+        if state is None or marks != self._marks or state.batch != len(ids):
+            with torch.inference_mode():
+                self._state = State(self.model, self._config, len(ids), capacity)
+            self._marks = marks
+            return self._state, 0
+        if capacity > state.capacity:
+            with torch.inference_mode():
+                state.grow(capacity)
+        if stored is None:
+            return state, 0
+        return state, min(_common_columns(stored, (ids.cpu(), mask.cpu())), ids.shape[1] - 1)
+
+
+class _Read:
+    """Tokens ``[B]`` on their way to the host."""
+
+    def __init__(self, chosen: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if chosen.is_cuda:
+            self._host = torch.empty_like(chosen, device="cpu", pin_memory=True)
+            self._host.copy_(chosen, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = chosen
+
+    def wait(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+def _window(length: int, capacity: int | None) -> int:
+    """Slots that a step reads which has ``length`` tokens in sight."""
+    window = _SMALLEST_WINDOW
+    while window < length:
+        window *= 2
+    return window if capacity is None else min(window, capacity)
+
+
+def _common_columns(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> int:
+    """How many columns from the left agree in ids and mask."""
+    n = min(a[0].shape[1], b[0].shape[1])
+    equal = (a[0][:, :n] == b[0][:, :n]) & (a[1][:, :n] == b[1][:, :n])
+    return int(equal.all(0).long().cumprod(0).sum())
+
+
+# What was traced or compiled of each model, by the name of the engine. An engine holds weights,
+# not the model, so that an entry goes when its model goes.
+_ENGINES: WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, Engine]]] = WeakKeyDictionary()
+
+
+def _engine(model: nn.Module, name: str) -> Engine:
+    """The engine for a model as it is now."""
+    engines = _ENGINES.setdefault(model, {})
+    marks = _fingerprint(model)
+    if name not in engines or engines[name][0] != marks:
+        engines[name] = marks, make_engine(name, _device(model))
+    return engines[name][1]
+
+
+def _fingerprint(model: nn.Module) -> Hashable:
+    """Differs where a module, tensor or hook was added, moved, replaced or written to.
+
+    Writes through ``.data`` do not show; :meth:`Decoder.reset` is for them.
+    """
+    modules = tuple(
+        (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in model.modules()
+    )
+    tensors = tuple(
+        (t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version)
+        for t in (*model.parameters(), *model.buffers())
+    )
+    config: Any = model.config
+    return modules, tensors, getattr(config, "_attn_implementation", None)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,96 @@
+"""Choose the next token: transformers' logits processors as a few tensor operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cats.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a token is chosen; names and order of application are those of transformers.
+
+    Attributes:
+        do_sample: Draw a token; otherwise the likeliest is taken.
+        temperature: Divides the logits.
+        top_k: Tokens that stay; 0 keeps all.
+        top_p: The likeliest tokens stay whose probabilities reach this sum; 1 keeps all.
+        min_p: Tokens stay with at least this share of the likeliest's probability; 0 keeps all.
+        repetition_penalty: Divides positive logits of tokens that occurred, multiplies negative.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature must be positive, got {self.temperature}; "
+                "do_sample=False takes the likeliest token"
+            )
+        if self.top_k < 0 or not (0 <= self.min_p <= 1 and 0 < self.top_p <= 1):
+            raise ConfigError(
+                "expected top_k >= 0, top_p in (0, 1] and min_p in [0, 1], got "
+                f"{self.top_k}, {self.top_p}, {self.min_p}"
+            )
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+
+
+def process(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
+    """Scores ``[B, V]``, float32; tokens that cannot be drawn have ``-inf``.
+
+    Args:
+        logits: ``[B, V]``.
+        seen: Whether a token occurred in the row, ``[B, V]``; needed for a repetition penalty.
+        sampling: What to apply.
+    """
+    scores = logits.float()
+    if sampling.repetition_penalty != 1:
+        assert seen is not None
+        penalty = sampling.repetition_penalty
+        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+        scores = torch.where(seen, penalised, scores)
+    if not sampling.do_sample:
+        return scores
+    if sampling.temperature != 1:
+        scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        scores = _keep(scores, scores >= scores.topk(sampling.top_k).values[:, -1:])
+    if sampling.top_p < 1:
+        scores = _keep(scores, _nucleus(scores, sampling.top_p))
+    if sampling.min_p > 0:
+        probabilities = scores.softmax(-1)
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        scores = _keep(scores, probabilities >= least)
+    return scores
+
+
+def choose(scores: Tensor, noise: Tensor | None) -> Tensor:
+    """One token a row, ``[B]``: the likeliest, or with noise one drawn by its probability.
+
+    Args:
+        scores: ``[B, V]``, of :func:`process`.
+        noise: ``[B, V]``, independent draws of the exponential distribution. The smallest of
+            exponentials with rates ``p`` is number ``i`` with probability ``p[i]``.
+    """
+    return (scores if noise is None else scores.softmax(-1) / noise).argmax(-1)
+
+
+def _keep(scores: Tensor, kept: Tensor) -> Tensor:
+    return scores.masked_fill(~kept, -torch.inf)
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    ascending, order = scores.sort(-1)
+    kept = ascending.softmax(-1).cumsum(-1) > 1 - top_p
+    kept[:, -1] = True  # whatever the rounding of the sum
+    return torch.zeros_like(kept).scatter(-1, order, kept)

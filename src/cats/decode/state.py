@@ -1,0 +1,116 @@
+"""All that a conversation holds on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats.decode.cache import SlotCache
+from cats.decode.options import Options
+from cats.decode.sampling import choose, process
+
+
+class State:
+    """Buffers of ``B`` rows; a step reads and writes them in place, so that it can be captured.
+
+    Row ``b`` is padded on the left; all rows share the slot of their newest token.
+
+    Attributes:
+        cache: Keys and values.
+        tokens: The newest token of each row, not yet in the cache, ``[B, 1]``, int64.
+        positions: Its position in the row, ``[B, 1]``.
+        slot: Its slot in the cache, ``[1]``.
+        valid: Whether a slot holds no padding, ``[B, capacity]``, bool. Slots that are not yet
+            written count as valid; the causal mask hides them.
+        finished: Whether a row has ended, ``[B]``.
+        seen: Whether a token of the vocabulary occurred, ``[B, V]``; None where nothing asks.
+        noise: Draws of the step, ``[B, V]``, float32; None where nothing is drawn.
+        eos: Tokens that end a row, ``[E]``.
+        captured: CUDA graphs over these very buffers; empty after each change of them.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, batch: int, capacity: int) -> None:
+        self.device = next(model.parameters()).device
+        self.cache = SlotCache(config, capacity)
+        self.tokens = self._zeros(batch, 1)
+        self.positions = self._zeros(batch, 1)
+        self.slot = self._zeros(1)
+        self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self.seen: Tensor | None = None
+        self.noise: Tensor | None = None
+        self.eos = self._zeros(0)
+        self.generator = torch.Generator(self.device)
+        self.captured: dict[Hashable, Any] = {}
+
+    @property
+    def batch(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
+    def grow(self, capacity: int) -> None:
+        """Keep what is stored, in buffers for more tokens."""
+        self.cache.grow(capacity)
+        more = self.valid.new_ones(self.batch, capacity - self.valid.shape[1])
+        self.valid = torch.cat([self.valid, more], dim=1)
+        self.captured.clear()
+
+    def begin(self, ids: Tensor, mask: Tensor, vocabulary: int, options: Options) -> None:
+        """Take a prompt, ``[B, T]`` with its mask; the engine has yet to run it.
+
+        The last column becomes the newest tokens; those before it have their slots in the cache.
+        """
+        length = ids.shape[1]
+        self.valid.fill_(True)
+        self.valid[:, :length] = mask
+        self.positions.copy_(mask.sum(1, keepdim=True) - 1)
+        self.slot.fill_(length - 1)
+        self.finished.fill_(False)
+        if self.eos.tolist() != list(options.eos_token_ids):
+            self.eos = torch.tensor(options.eos_token_ids, dtype=torch.int64, device=self.device)
+            self.captured.clear()
+        shape = self.batch, vocabulary
+        # kept for later turns once they are there, since a captured step holds their addresses
+        if options.sampling.repetition_penalty != 1:
+            if self.seen is None:
+                self.seen = torch.empty(shape, dtype=torch.bool, device=self.device)
+            self.seen.fill_(False).scatter_(1, ids, True)
+        if options.sampling.do_sample:
+            if self.noise is None:
+                self.noise = torch.empty(shape, device=self.device)
+            seed = options.seed
+            self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+
+    def advance(self, logits: Tensor, options: Options) -> Tensor:
+        """Choose the next tokens from logits ``[B, V]``, and move on; returns them, ``[B]``."""
+        scores = process(logits, self.seen, options.sampling)
+        if options.sampling.do_sample:
+            assert self.noise is not None
+            self.noise.exponential_(generator=self.generator)
+            chosen = choose(scores, self.noise)
+        else:
+            chosen = choose(scores, None)
+        if len(self.eos):
+            chosen = torch.where(self.finished, options.pad_token_id, chosen)
+            self.finished.logical_or_((chosen[:, None] == self.eos).any(1))
+        if options.sampling.repetition_penalty != 1:
+            assert self.seen is not None
+            self.seen.scatter_(1, chosen[:, None], True)
+        self.tokens.copy_(chosen[:, None])
+        self.positions.add_(1)
+        self.slot.add_(1)
+        return chosen
+
+    def moving(self) -> list[Tensor]:
+        """The buffers that :meth:`advance` changes."""
+        buffers = [self.tokens, self.positions, self.slot, self.finished]
+        return buffers if self.seen is None else [*buffers, self.seen]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
