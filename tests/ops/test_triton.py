@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cats import ops
-from tests.ops.cases import make_inputs
+from tests.ops.cases import make_inputs, product, router_output
 
 triton = pytest.importorskip("triton")
 
@@ -80,6 +81,52 @@ def test_without_gpu_and_interpreter_it_says_why(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TRITON_INTERPRET=1" in backend.unavailable()
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[np.ndarray]:
+    """Addresses that the kernels read, as Triton's interpreter sees them."""
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("counts loads in Triton's interpreter, which runs on a CPU")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    addresses = []
+    load = InterpreterBuilder.create_masked_load
+
+    def recording_load(self, pointers, mask, *rest):
+        addresses.append(pointers.data[mask.data])
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recording_load)
+    return addresses
+
+
+@pytest.mark.parametrize("router", ["gate", "up"])
+@pytest.mark.parametrize("product_sparsity", [None, 0.5], ids=["", "product"])
+def test_exactly_the_rows_of_kept_neurons_are_read(loaded, router, product_sparsity):
+    inputs = make_inputs(
+        48, 90, dtype=torch.float32, device=torch.device("cpu"), batch=2, router=router,
+        sparsity=0.8, product_sparsity=product_sparsity,
+    )  # fmt: skip
+    backend.gated_mlp(*inputs.args())
+    addresses = np.unique(np.concatenate([part.ravel() for part in loaded]))
+
+    def rows_read(weight: torch.Tensor) -> torch.Tensor:
+        offsets = addresses.astype(np.int64) - weight.data_ptr()
+        inside = offsets[(offsets >= 0) & (offsets < weight.nbytes)]
+        read = torch.zeros(len(weight), dtype=torch.bool)
+        read[inside // weight[0].nbytes] = True
+        return read
+
+    other = inputs.up if router == "gate" else inputs.gate
+    kept = (router_output(inputs).abs() >= inputs.thresholds).any(0)
+    columns = kept
+    if product_sparsity is not None:
+        columns = (product(inputs).abs() >= inputs.product_thresholds).any(0)
+        assert columns.sum() < kept.sum()
+    assert rows_read(inputs.gate if router == "gate" else inputs.up).all()
+    assert torch.equal(rows_read(other), kept)
+    assert torch.equal(rows_read(inputs.down.t()), columns)
 
 
 def test_each_call_has_its_own_workspace(device):
