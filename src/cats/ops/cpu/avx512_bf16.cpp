@@ -24,5 +24,8 @@ struct BFloat16DotLanes : Avx512 {
 }  // namespace cats
 
 void cats::gated_mlp_avx512_bf16(const Call& call, const Threads& threads) {
-  run_dtype<WideningLanes<Avx512, float>, BFloat16DotLanes>(call, threads);
+  if (call.bfloat16)
+    run_batch<BFloat16DotLanes>(call, threads);
+  else
+    gated_mlp_avx512(call, threads);
 }
