@@ -95,6 +95,14 @@ def test_the_papers_kernels_take_one_token():
         list(measure(tiny_case(backends=(mlp.PAPER,), batch=2)))
 
 
+def test_default_backends_are_those_that_take_the_case(monkeypatch):
+    states = dict.fromkeys(ops.BACKENDS, "not live")
+    monkeypatch.setattr(mlp.ops, "backends", lambda: states)
+    x, weights = torch.randn(1, 32, device=DEVICE), Weights.random(tiny_case())
+    with pytest.raises(BackendError, match=r"no sparse backend takes this case.*not live"):
+        mlp._default_backends(x, weights)
+
+
 def test_table_shows_all_dense_baselines_and_the_fastest_counts(results):
     (panel, *_) = mlp_report.panels(results)
     assert set(panel.dense) == {"dense_eager", "dense_merged", "reference at 0"}
@@ -103,6 +111,7 @@ def test_table_shows_all_dense_baselines_and_the_fastest_counts(results):
     Console(width=200, file=screen).print(mlp_report.table(panel))
     text = screen.getvalue()
     assert "best dense" in text
+    assert "dense_merged" in text
     assert "50%" in text
 
 

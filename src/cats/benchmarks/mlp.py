@@ -1,5 +1,6 @@
 """``cats bench mlp``: one call of the gated MLP against the best dense one and the memory limit."""
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -104,12 +105,12 @@ def measure(case: Case, *, commit: str | None = None) -> Iterator[Result]:
     """
     device = torch.device(case.device)
     where = environment(case.device, commit=commit)
-    backends = case.backends or _default_backends(device)
     limit = read_bandwidth(device, size=case.size, rounds=max(case.rounds // 2, 2))
     yield _bandwidth_result(case, limit, where)
 
     x = torch.randn(case.batch, case.hidden_size, device=device, dtype=case.dtype)
     copies = [Weights.random(case) for _ in range(_copies(case, cache_size(device)))]
+    backends = case.backends or _default_backends(x, copies[0])
     runs: dict[_Key, _Run] = {}
     for sparsity in sorted({0.0, *case.sparsities}):
         rotation = [weights.at(x, sparsity) for weights in copies]
@@ -269,15 +270,23 @@ def _time(
     return {key: timing.less(alone) for key, timing in timings.items()}
 
 
-def _default_backends(device: torch.device) -> tuple[str, ...]:
-    """The sparse backends that are live on that device, and on a GPU the paper's kernels."""
-    wanted = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+def _default_backends(x: Tensor, weights: Weights) -> tuple[str, ...]:
+    """The sparse backends that take this call, and on a GPU, for one token, the paper's kernels."""
     states = ops.backends()
-    live = tuple(name for name in wanted if states[name] == "live")
-    if not live:
-        reasons = "; ".join(f"{name}: {states[name]}" for name in wanted)
-        raise BackendError(f"no sparse backend is live on {device} ({reasons})")
-    return (*live, PAPER) if "triton" in live else live
+    reasons = {}
+    for name in ("cuda", "triton") if x.is_cuda else ("cpu",):
+        if states[name] != "live":
+            reasons[name] = states[name]
+        else:
+            module = importlib.import_module(f"cats.ops.{name}")
+            reasons[name] = module.refuses(x, weights.gate, weights.up, weights.down)
+    takers = tuple(name for name, reason in reasons.items() if reason is None)
+    if not takers:
+        raise BackendError(
+            f"no sparse backend takes this case on {x.device}: "
+            + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        )
+    return (*takers, PAPER) if "triton" in takers and len(x) == 1 else takers
 
 
 def _copies(case: Case, cache: int) -> int:

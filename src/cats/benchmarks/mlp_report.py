@@ -74,11 +74,12 @@ def panels(results: Iterable[Result]) -> list[Panel]:
 
 
 def table(panel: Panel) -> Table:
-    """Times in microseconds; fractions are of the memory limit of the same run."""
+    """Times in microseconds; fractions of the same run's memory limit; speed over best dense."""
     view = Table(title=panel.title)
-    columns = ("sparsity", "variant", "us", "quartiles", "limit us", "of limit", "x best dense")
+    columns = ("drop", "variant", "us", "quartiles", "limit us", "of limit", "x dense")
     for column in columns:
-        view.add_column(column, justify="left" if column == "variant" else "right")
+        data = column in ("variant", "us", "quartiles")
+        view.add_column(column, justify="left" if column == "variant" else "right", no_wrap=data)
     best = panel.best_dense
     for (name, sparsity), result in sorted(panel.times.items(), key=lambda item: item[0][1]):
         limit = float(result.settings["limit_us"] or 0)
