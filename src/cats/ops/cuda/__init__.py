@@ -1,14 +1,15 @@
-"""The fast path of ``cats::gated_mlp`` on NVIDIA GPUs: one launch of CUDA C++ that is compiled at run time.
+"""The fast path of ``cats::gated_mlp`` on NVIDIA GPUs: one launch of run-time compiled CUDA C++.
 
-``gated_mlp.cu`` is the kernel, ``compiler.py`` turns it into machine code through NVRTC and keeps that on disk,
-``kernel.py`` chooses a variant and launches it, ``workspace.py`` holds the sums that the blocks share.
-Layouts, traffic and what was tried: docs/kernels.md.
+``gated_mlp.cu`` is the kernel, ``primitives.cuh`` what differs between GPU generations and weight
+types. ``variant.py`` chooses what a kernel is specialised for, ``compiler.py`` compiles it through
+NVRTC and keeps the result on disk, ``kernel.py`` loads and launches it, ``workspace.py`` holds the
+sums that blocks share. Layouts, traffic and what was tried: docs/kernels.md.
 """
 
 import torch
 from torch import Tensor
 
-from cats.ops.cuda.variant import MAX_BATCH, VECTOR_BYTES, variant_for
+from cats.ops.cuda.variant import MAX_BATCH, VECTOR_BYTES, shared_memory, variant_for
 
 __all__ = ["gated_mlp", "refuses", "unavailable"]
 
@@ -69,7 +70,7 @@ def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
         return f"rows must be a multiple of {VECTOR_BYTES} bytes, got {row}"
     if any(t.data_ptr() % VECTOR_BYTES for t in (x, gate, up, down)):
         return f"tensors must begin at a multiple of {VECTOR_BYTES} bytes"
-    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    if variant_for(hidden, x.dtype, batch, "silu", shared_limit=shared) is None:
-        return f"rows of {row} bytes are too long for {shared} bytes of shared memory"
+    limit = shared_memory(x.device.index)
+    if variant_for(hidden, x.dtype, batch, "silu", shared_limit=limit) is None:
+        return f"rows of {row} bytes are too long for {limit} bytes of shared memory"
     return None

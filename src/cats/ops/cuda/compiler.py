@@ -1,4 +1,4 @@
-"""CUDA C++ to machine code through NVRTC, kept on disk: no compiler and no GPU is needed on the machine."""
+"""CUDA C++ to machine code through NVRTC, kept on disk: needs no installed compiler, and no GPU."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ def supported_architectures() -> frozenset[int]:
 
 
 def cache_directory() -> Path:
-    """Where machine code is kept: ``$CATS_CACHE_DIR``, or ``cats`` below the user's cache folder."""
+    """Where machine code is kept: ``$CATS_CACHE_DIR``, or ``cats`` in the user's cache folder."""
     if chosen := os.environ.get("CATS_CACHE_DIR"):
         return Path(chosen) / "cuda"
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -42,7 +42,7 @@ def cache_directory() -> Path:
 
 
 def compile_kernel(defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
-    """Machine code of ``gated_mlp.cu`` for one GPU generation, from disk where it was compiled before.
+    """Machine code of ``gated_mlp.cu`` for one GPU generation, from disk if compiled before.
 
     Args:
         defines: Macros of the source, :meth:`cats.ops.cuda.variant.Variant.defines`.
@@ -94,7 +94,7 @@ def _read(path: Path) -> bytes | None:
     """The code in a cache entry; None where there is none, or where it is not what was written."""
     try:
         entry = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     digest, code = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == digest else None

@@ -12,12 +12,15 @@
 //   worker      owns a slice of the columns: keeps its slice of x and of the output in registers, and takes part in
 //               every row, so that there is neither a copy of x nor a sum of outputs for each warp
 //
-// Chunks are filled, worked on and evaluated in ring order. `full` says that a chunk's rows arrived, `done` that
-// all workers have read them. At the end each warp adds its slice of the output to global memory; the last one to
-// arrive there converts the sums and leaves the workspace as it found it, zero.
+// Chunks are filled, worked on and evaluated in ring order, each in its turn even when there is nothing to put into it.
+// `full` says that a chunk's rows arrived, `done` that all workers have read them. At the end each warp adds its slice
+// of the output to global memory; the last one to arrive there converts the sums and leaves the workspace as it found
+// it, zero.
 //
-// The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES and
-// SHARED_BYTES.
+// Weights depend on nothing, so where the kernel before this one is known to write none, the ring is filled before that
+// kernel has ended. All else waits for its end.
+//
+// The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES and SHARED_BYTES.
 #include "primitives.cuh"
 
 #define SILU 0
@@ -31,7 +34,8 @@ constexpr int WORKERS = WARPS * 32, GROUP_THREADS = WORKERS + 32;
 // 16-byte vectors of a row that one worker thread owns: tid, tid + WORKERS, ...
 constexpr int VECTORS = (ROW_VECTORS + WORKERS - 1) / WORKERS;
 constexpr int OWNED = VECTORS * VECTOR;
-// Never more wait in a queue than the ring holds and two chunks more, because what waits is requested first. A power of two, for a cheap modulo.
+// Never more wait in a queue than the ring holds and two chunks more, because what waits is requested first. A power of
+// two, for a cheap modulo.
 __device__ constexpr int queue_size() {
     int size = 1;
     while (size < (CHUNKS + 2) * ROWS) size *= 2;
@@ -193,8 +197,7 @@ struct Scheduler {
             value[b] = is_router[chunk] == bool(a.gate_is_router) ? activate(dot) : dot;
             // a dropped token stays exactly 0, whatever the other branch holds
             if (is_other[chunk]) value[b] = routed[chunk][b] == 0.f ? 0.f : routed[chunk][b] * value[b];
-            // NaN is kept
-            if (fabsf(value[b]) < limit[chunk]) value[b] = 0.f;
+            if (dropped(value[b], limit[chunk])) value[b] = 0.f;
             needed |= value[b] != 0.f;
         }
         needed &= used;
@@ -280,7 +283,8 @@ struct Worker {
     __device__ bool owns(int v) { return ROW_VECTORS % WORKERS == 0 || vector(v) < ROW_VECTORS; }
 
     __device__ Worker(const Arguments& a, Group& shared)
-        : a(a), shared(shared), group(threadIdx.x / GROUP_THREADS), thread(threadIdx.x % GROUP_THREADS), warp(thread / 32) {}
+        : a(a), shared(shared), group(threadIdx.x / GROUP_THREADS), thread(threadIdx.x % GROUP_THREADS),
+          warp(thread / 32) {}
 
     __device__ void run() {
         wait_for_previous_kernel();
@@ -410,7 +414,8 @@ struct Worker {
             for (int v = 0; v < VECTORS; ++v)
 #pragma unroll
                 for (int i = 0; i < VECTOR; i += 4)
-                    if (owns(v) && (!shared_out || v % GROUPS == group)) f(b * HIDDEN + vector(v) * VECTOR + i, &y[b][v * VECTOR + i]);
+                    if (owns(v) && (!shared_out || v % GROUPS == group))
+                        f(b * HIDDEN + vector(v) * VECTOR + i, &y[b][v * VECTOR + i]);
     }
 
     // True in the warp that is the last of `count` to come; it then sees what the others wrote before they came.
@@ -484,17 +489,19 @@ struct Worker {
             for (int v = 0; v < VECTORS; ++v) {
                 if (!owns(v) || v % GROUPS != group) continue;
                 if (a.down_bias) {
-                    float bias[VECTOR];
-                    unpack(*reinterpret_cast<const uint4*>(a.down_bias + vector(v) * 16), bias);
 #pragma unroll
-                    for (int i = 0; i < VECTOR; ++i) y[b][v * VECTOR + i] += bias[i];
+                    for (int i = 0; i < VECTOR; ++i) {
+                        float bias[2];
+                        unpack_word(load_element_from_l2(a.down_bias + vector(v) * 16 + i * ELEMENT_BYTES), bias);
+                        y[b][v * VECTOR + i] += bias[0];
+                    }
                 }
                 *reinterpret_cast<uint4*>(a.out + b * ROW_BYTES + vector(v) * 16) = pack(&y[b][v * VECTOR]);
             }
     }
 };
 
-extern "C" __global__ void __launch_bounds__(GROUPS* GROUP_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GROUPS * GROUP_THREADS, 1)
     gated_mlp(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
     int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;

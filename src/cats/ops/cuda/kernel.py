@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cats.ops.cuda.compiler import compile_kernel
 from cats.ops.cuda.status import check
-from cats.ops.cuda.variant import Variant, variant_for
+from cats.ops.cuda.variant import Variant, shared_memory, variant_for
 from cats.ops.cuda.workspace import COUNTERS, relaxed_capture, workspace
 
 __all__ = ["launch"]
@@ -59,9 +59,9 @@ def launch(
     neurons = router.shape[0]
     kernel = _kernel(device, hidden, x.dtype, batch, activation)
     stream = torch.cuda.current_stream(device).cuda_stream
-    capture, after_own = (
-        _capture(stream) if torch.cuda.is_current_stream_capturing() else (0, False)
-    )
+    capture, after_kernel, after_own = 0, False, False
+    if torch.cuda.is_current_stream_capturing():
+        capture, after_kernel, after_own = _predecessor(stream)
     memory = workspace(device, stream, capture, kernel.variant.copies * batch * hidden)
     in_order = torch.are_deterministic_algorithms_enabled()
 
@@ -101,7 +101,7 @@ def launch(
         ),
         blocks=blocks,
         stream=stream,
-        dependent=after_own,
+        dependent=after_kernel,
     )
     return out
 
@@ -167,24 +167,23 @@ class _Kernel:
 
 @cache
 def _kernel(device: int, hidden: int, dtype: torch.dtype, batch: int, activation: str) -> _Kernel:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    variant = variant_for(hidden, dtype, batch, activation, shared_limit=shared)
+    variant = variant_for(hidden, dtype, batch, activation, shared_limit=shared_memory(device))
     assert variant is not None, "refuses() lets only rows through that fit"
     return _Kernel(device, variant)
 
 
-def _capture(stream: int) -> tuple[int, bool]:
-    """The number of the capture, and whether the one node before this call is a launch of this kernel.
+def _predecessor(stream: int) -> tuple[int, bool, bool]:
+    """What a call is captured behind: ``(number of the capture, a kernel, a launch of this one)``.
 
-    Only then may the launch overlap that one and request weights before it ends. Any other kernel might write the
-    weights; this one writes its output and its workspace alone, and lets its successor start only when all
-    kernels before it are complete.
+    Behind one kernel, the launch may be dependent: blocks come in while that kernel ends, and wait
+    for it. Only behind a launch of this kernel may they request weights before that, because any
+    other kernel might write the weights. This one writes its output and its workspace alone, and
+    lets its successor start only when all kernels before it are complete.
     """
-    _, number, _, nodes, *_ = check(driver.cuStreamGetCaptureInfo(driver.CUstream(stream)))
-    if len(nodes) != 1:
-        return int(number), False
+    handle = driver.CUstream(stream)
+    _, number, _, nodes, *_ = check(driver.cuStreamGetCaptureInfo(handle))
     kernel_node = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
-    if check(driver.cuGraphNodeGetType(nodes[0])) != kernel_node:
-        return int(number), False
+    if len(nodes) != 1 or check(driver.cuGraphNodeGetType(nodes[0])) != kernel_node:
+        return int(number), False, False
     function = check(driver.cuGraphKernelNodeGetParams(nodes[0])).func
-    return int(number), int(function) in _own_functions
+    return int(number), True, int(function) in _own_functions

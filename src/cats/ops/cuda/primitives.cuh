@@ -70,15 +70,19 @@ __device__ __forceinline__ void expect_bytes(uint64* barrier, uint32 bytes) {
 // How many arrivals a call of copy_rows adds at the barrier.
 constexpr int COPY_ARRIVALS = HAS_BULK_COPY ? 0 : 32;
 
-// Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16.
+// Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16. Weights are read
+// once a token: what else is in the L2 cache is more likely to be read again.
 template <int BYTES>
 __device__ __forceinline__ void copy_rows(char* target, const char* source, int count, uint64* barrier) {
     int lane = threadIdx.x % 32;
 #if HAS_BULK_COPY
     if (lane < count)
         asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                shared_address(target)), "l"(source), "r"(BYTES), "r"(shared_address(barrier)) : "memory");
+            "{ .reg .b64 policy;"
+            "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+            "  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3],"
+            "  policy; }" ::"r"(shared_address(target)), "l"(source), "r"(BYTES), "r"(shared_address(barrier))
+            : "memory");
 #else
     for (int row = 0; row < count; ++row) {
         uint32 to = __shfl_sync(~0u, shared_address(target), row);

@@ -17,9 +17,7 @@ def check(result: tuple[Any, ...]) -> Any:
     """
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:
-        name = driver.cuGetErrorName(status)[1]
-        text = driver.cuGetErrorString(status)[1]
-        raise BackendError(
-            f"CUDA: {name.decode() if name else status}: {text.decode() if text else 'unknown error'}"
-        )
+        name = driver.cuGetErrorName(status)[1] or b"unknown error"
+        text = driver.cuGetErrorString(status)[1] or b"no description"
+        raise BackendError(f"CUDA: {name.decode()}: {text.decode()}")
     return values[0] if len(values) == 1 else tuple(values)

@@ -1,4 +1,4 @@
-"""Which compiled kernel a call uses: how long a row is, and how the ring in shared memory is cut for it."""
+"""Which compiled kernel a call uses: how the ring in shared memory is cut for rows of a length."""
 
 import math
 from dataclasses import dataclass
@@ -6,16 +6,19 @@ from functools import cache
 
 import torch
 
-__all__ = ["MAX_BATCH", "VECTOR_BYTES", "Variant", "variant_for"]
+__all__ = ["MAX_BATCH", "VECTOR_BYTES", "Variant", "shared_memory", "variant_for"]
 
 MAX_BATCH = 2
 VECTOR_BYTES = 16
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-_COPIES = 8
+_COPIES = 2
 _MAX_VECTORS_PER_THREAD = 4
-# The scheduler's loop over the ring is unrolled.
-_MAX_CHUNKS = 8
+# Shared memory of a group beside its chunks: two queues of at most 64 neurons, and padding.
+_QUEUE_BYTES = 2048
+# Three chunks keep memory busy; more take longer to go around when little is left to do.
+_CHUNKS = 3
+_MAX_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +70,15 @@ class Variant:
         }
 
 
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have on a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def _chunk_bytes(rows: int, row_bytes: int, batch: int, warps: int) -> int:
-    """Of `struct Group`: the rows, and beside them dot products, factors, queues and barriers."""
-    return rows * (row_bytes + 4 * batch * (warps + 5) + 16) + 20
+    """Shared memory of a chunk: rows, partial dot products, factors, barriers and kind."""
+    return rows * (row_bytes + 4 * batch * (warps + 1)) + 20
 
 
 @cache
@@ -89,11 +98,13 @@ def variant_for(
         return None
     # more workers would leave too few registers for each
     groups = 1 if warps * batch > 8 else 4 if vectors <= 256 else 2
-    budget = shared_limit
+    ring_bytes = shared_limit // groups - _QUEUE_BYTES
     rows = 1
-    while rows < 8 and (budget // groups - 512) // _chunk_bytes(2 * rows, row_bytes, batch, warps) >= 3:
+    while (
+        rows < _MAX_ROWS and _CHUNKS * _chunk_bytes(2 * rows, row_bytes, batch, warps) <= ring_bytes
+    ):
         rows *= 2
-    chunks = (budget // groups - 512) // _chunk_bytes(rows, row_bytes, batch, warps)
+    chunks = min(_CHUNKS, ring_bytes // _chunk_bytes(rows, row_bytes, batch, warps))
     if chunks < 2:
         return None
     return Variant(
@@ -103,8 +114,8 @@ def variant_for(
         activation=activation,
         groups=groups,
         rows=rows,
-        chunks=min(chunks, _MAX_CHUNKS),
+        chunks=chunks,
         warps=warps,
         copies=_COPIES,
-        shared_bytes=budget,
+        shared_bytes=groups * (chunks * _chunk_bytes(rows, row_bytes, batch, warps) + _QUEUE_BYTES),
     )

@@ -1,9 +1,9 @@
-"""Memory that the blocks of one call share: counters and float32 sums, zero before a call and zero after it.
+"""Memory that the blocks of a call share: counters and float32 sums, zero before and after it.
 
-Calls that follow each other on a stream share a workspace. Calls that may run at the same time must not, so there is
-one for each device and stream, and one more for each stream of each captured graph: a graph keeps the addresses
-that it was captured with, and may be replayed beside anything. Workspaces live as long as the process; each takes
-32 * B * D + 4096 bytes.
+Calls that follow each other on a stream share a workspace. Calls that may run at the same time must
+not, so there is one for each device and stream, and one more for each stream of each captured
+graph: a graph keeps the addresses that it was captured with, and may be replayed beside anything.
+Workspaces live as long as the process; each takes 8 * B * D + 4096 bytes, or a little more.
 """
 
 import threading
@@ -19,11 +19,11 @@ __all__ = ["COUNTERS", "relaxed_capture", "workspace"]
 
 # 32-bit counters in front of the sums; gated_mlp.cu says which is which.
 COUNTERS = 1024
-_MIN_FLOATS = 8 * 8192
+_MIN_FLOATS = 2 * 8192
 
 _NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 _Owner = tuple[int, int, int]
-_workspaces: dict[_Owner, Tensor] = {}
+_workspaces: dict[_Owner, list[Tensor]] = {}
 _lock = threading.Lock()
 
 
@@ -37,24 +37,23 @@ def workspace(device: int, stream: int, capture: int, floats: int) -> int:
         floats: How many.
     """
     owner = (device, stream, capture)
+    count = COUNTERS + max(floats, _MIN_FLOATS)
     found = _workspaces.get(owner)
-    if found is None or found.numel() < COUNTERS + floats:
+    if found is None or found[-1].numel() < count:
         with _lock:
-            # a smaller one stays alive in `_retired`: calls on the GPU may still use it
-            if found is not None:
-                _retired.append(found)
-            found = _workspaces[owner] = _allocate(device, COUNTERS + max(floats, _MIN_FLOATS))
-    return found.data_ptr()
-
-
-_retired: list[Tensor] = []
+            # smaller ones stay alive: calls on the GPU may still use them, and graphs always will
+            found = _workspaces.setdefault(owner, [])
+            if not found or found[-1].numel() < count:
+                found.append(_allocate(device, count))
+    return found[-1].data_ptr()
 
 
 def _allocate(device: int, count: int) -> Tensor:
     """Zeros that belong to no graph, even while one is captured.
 
-    PyTorch sends allocations of a capturing stream, or of a whole thread, to the memory pool of the graph, which
-    may reuse them once the capture ends. A stream and a thread of our own are outside of all that.
+    PyTorch sends allocations of a capturing stream, or of a whole thread, to the memory pool of the
+    graph, which may reuse them once the capture ends. A stream and a thread of our own are outside
+    of all that.
     """
 
     def zeros(stream: int) -> Tensor:
@@ -72,7 +71,7 @@ def _allocate(device: int, count: int) -> Tensor:
 
 
 class relaxed_capture:  # noqa: N801
-    """Context in which this thread may load code and wait for its own stream while some stream is captured."""
+    """Lets this thread load code and wait for its own stream while some stream is captured."""
 
     def __enter__(self) -> None:
         relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
