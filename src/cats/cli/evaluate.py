@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cats.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cats.results import Result
+
+# Blocks a forward pass where --batch-size is auto.
+_BLOCKS = 4
 
 
 def evaluate(
@@ -17,26 +26,91 @@ def evaluate(
         int | None, typer.Option(min=2, help="Evaluate on at most so many.", show_default="all")
     ] = None,
     block: options.Block = 512,
-    batch_size: options.BatchSize = 4,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Zero-shot tasks in the place of perplexity: [b]paper8[/b], or names by commas."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Questions a task, drawn by --seed.", show_default="all"),
+    ] = None,
+    seed: options.Seed = 0,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Take the tasks' data from TASK/SPLIT.parquet in this folder."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the tasks' answers; a run continues from it."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Blocks or questions a forward pass; auto: 4 blocks, and as many questions as "
+            "the GPU holds (16 on a CPU)."
+        ),
+    ] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Perplexity of a model, and of its sparse form beside it.
+    """Perplexity or zero-shot tasks of a model, and of its sparse form beside it.
 
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --text wiki.txt[/b]
+
+    Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --tasks paper8 -o DIR[/b]
     """
+    batch = _batch_size(batch_size)
+    _check_options(tasks, text, tokens, limit, data_dir, output)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
+    if tasks is not None:
+        found = _ask(loaded, tokenizer, model, tasks, thresholds, limit, seed, batch, data_dir,
+                     output)  # fmt: skip
+        _print_tasks(model, found, as_json)
+        return
     from cats.data import token_blocks
 
-    limit = None if tokens is None else max(1, tokens // block)
-    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, limit=limit)
+    most = None if tokens is None else max(1, tokens // block)
+    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, limit=most)
     report = {"model": model, "text": options.describe_texts(text), "tokens": blocks.numel()}
-    report |= _measure(loaded, blocks.split(batch_size))
+    report |= _measure(loaded, blocks.split(_BLOCKS if batch == "auto" else int(batch)))
     if as_json:
         options.print_json(report)
     else:
         _print(report)
+
+
+def _batch_size(text: str) -> int | str:
+    from cats.errors import ConfigError
+
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--batch-size: expected auto or a positive number, got {text!r}")
+    return int(text)
+
+
+def _check_options(
+    tasks: str | None,
+    text: list[Path] | None,
+    tokens: int | None,
+    limit: int | None,
+    data_dir: Path | None,
+    output: Path | None,
+) -> None:
+    """Complain about an option that would be ignored."""
+    from cats.errors import ConfigError
+
+    of_text = {"--text": text, "--tokens": tokens}
+    of_tasks = {"--limit": limit, "--data-dir": data_dir, "--output": output}
+    for name, value in (of_tasks if tasks is None else of_text).items():
+        if value is not None:
+            need = "goes with --tasks" if tasks is None else "is of perplexity, not of --tasks"
+            raise ConfigError(f"{name} {need}")
 
 
 def _measure(model: Any, batches: Any) -> dict[str, Any]:
@@ -80,3 +154,106 @@ def _print(report: dict[str, Any]) -> None:
             loss(dense, sparse),
         )
     options.out.print(table)
+
+
+def _ask(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    tasks: str,
+    thresholds: Path | None,
+    limit: int | None,
+    seed: int,
+    batch_size: int | str,
+    data_dir: Path | None,
+    output: Path | None,
+) -> list[Result]:
+    """Results of the dense model, and of the sparse one where there are thresholds."""
+    from cats.apply import densify_
+    from cats.checkpoint import read_config
+    from cats.config import CatsConfig
+    from cats.evaluation.run import answer_tasks, results
+    from cats.evaluation.tasks import task_names
+    from cats.evaluation.variants import Dense, Sparse, Variant
+    from cats.storage import replacing
+
+    names = task_names(tasks)
+    variants: list[Variant] = [Dense()]
+    if hasattr(model.config, "cats"):
+        stored = read_config(options.resolve(name)) if thresholds is None else None
+        variants.append(Sparse(stored or CatsConfig.load(thresholds or "")))
+        densify_(model)
+    settings = {"model": name, "dtype": str(model.dtype).removeprefix("torch.")}
+    found: list[Result] = []
+    dense = None
+    for variant in variants:
+        answers = []
+        for answer in answer_tasks(
+            model, tokenizer, variant, names, folder=output and output / "answers",
+            settings=settings, limit=limit, seed=seed, batch_size=batch_size, data_dir=data_dir,
+        ):  # fmt: skip
+            answers.append(answer)
+            options.err.print(f"{variant.label}: {answer.task} done")
+        dense = dense or answers
+        found += results(variant.label, answers, dense)
+    if output is not None:
+        with replacing(output / "results.jsonl") as temporary:
+            temporary.write_text("".join(result.to_json() + "\n" for result in found))
+    return found
+
+
+def _print_tasks(model: str, found: list[Result], as_json: bool) -> None:
+    if as_json:
+        options.print_json([_row(result) for result in found])
+    else:
+        options.out.print(task_table(f"{model}, zero-shot", found))
+
+
+def _row(result: Result) -> dict[str, Any]:
+    names = ("variant", "task", "split", "stderr", "difference", "difference_stderr")
+    return {
+        "metric": result.quantity,
+        "value": result.value,
+        "questions": result.samples,
+        **{name: result.settings[name] for name in names},
+    }
+
+
+def task_table(title: str, found: list[Result]) -> Table:
+    """One row a task and metric, one column a variant, each with its standard error.
+
+    The difference to the dense model has the error of the paired differences.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("questions", justify="right")
+    variants = list(dict.fromkeys(str(r.settings["variant"]) for r in found))
+    for variant in variants:
+        table.add_column(variant, justify="right")
+        if variant != "dense":
+            table.add_column("difference", justify="right")
+    rows: dict[tuple[str, str], dict[str, Result]] = {}
+    for result in found:
+        key = (str(result.settings["task"]), result.quantity)
+        rows.setdefault(key, {})[str(result.settings["variant"])] = result
+    for (task, metric), by_variant in rows.items():
+        first = next(iter(by_variant.values()))
+        split = f" ({first.settings['split']})" if first.settings["split"] else ""
+        cells = []
+        for variant in variants:
+            settings = by_variant[variant].settings
+            cells.append(plus_minus(by_variant[variant].value, settings["stderr"]))
+            if variant != "dense":
+                difference = settings["difference"], settings["difference_stderr"]
+                cells.append(plus_minus(*difference, sign=True))
+        table.add_row(task + split, metric, f"{first.samples:,}", *cells)
+    return table
+
+
+def plus_minus(value: Any, error: Any, *, sign: bool = False) -> str:
+    """A share and its standard error, in percent."""
+    number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return number if error is None else f"{number} ± {100 * error:.1f}"

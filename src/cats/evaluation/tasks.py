@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,7 @@ def evaluate_task(
     seed: int = 0,
     batch_size: int | str = "auto",
     data_dir: Path | None = None,
-    settings: dict[str, Value] | None = None,
+    settings: Mapping[str, Value] | None = None,
 ) -> Answers:
     """Ask a model the questions of one task, or of one group of tasks.
 

@@ -1,0 +1,138 @@
+"""The tasks of several variants of one model, kept in a folder and resumed task by task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cats.errors import DataError
+from cats.evaluation.answers import Answers, Score, Value, paired_difference
+from cats.evaluation.tasks import evaluate_task
+from cats.evaluation.variants import Variant
+from cats.results import Result
+
+BENCHMARK = "tasks"
+MEAN = "mean"
+
+
+def answer_tasks(
+    model: Any,
+    tokenizer: Any,
+    variant: Variant,
+    tasks: Sequence[str],
+    *,
+    folder: Path | None = None,
+    settings: Mapping[str, Value] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int | str = "auto",
+    data_dir: Path | None = None,
+) -> Iterator[Answers]:
+    """Answers of one variant, task after task.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer.
+        variant: How it runs.
+        tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
+        folder: Answers are kept as ``<variant>/<task>.jsonl`` in it; what is there already, with
+            the same settings, is not asked again.
+        settings: What the answers depend on besides the variant, such as the model's name.
+        limit: As for :func:`cats.evaluation.tasks.evaluate_task`, like all that follow.
+        seed: Of the draw that ``limit`` makes.
+        batch_size: A number or ``"auto"``.
+        data_dir: Folder of parquet files.
+
+    Raises:
+        DataError: If the folder holds answers with other settings.
+    """
+    source = "parquet files" if data_dir else "hub"
+    settings = {**(settings or {}), **variant.settings, "data": source}
+    for task in tasks:
+        path = None if folder is None else folder / variant.label / f"{task}.jsonl"
+        if path is not None and path.exists():
+            answers = Answers.load(path)
+            _check_same(path, answers, {"limit": limit, "seed": seed, **settings})
+        else:
+            with variant.on(model):
+                answers = evaluate_task(
+                    model, tokenizer, task, limit=limit, seed=seed, batch_size=batch_size,
+                    data_dir=data_dir, settings=settings,
+                )  # fmt: skip
+            if path is not None:
+                answers.save(path)
+        yield answers
+
+
+def results(variant: str, answers: Sequence[Answers], dense: Sequence[Answers]) -> list[Result]:
+    """One result for each task and metric, and the mean of ``acc`` over the tasks.
+
+    ``value`` is the mean over the questions, ``low`` and ``high`` lie one standard error beside
+    it. ``settings`` hold that error, and the difference to the dense model with its paired one.
+
+    Args:
+        variant: Label of the variant.
+        answers: Of the variant, one a task.
+        dense: Of the dense model, the same tasks in the same order.
+    """
+    rows = [
+        _result(variant, mine, metric, mine.score(metric), paired_difference(base, mine, metric))
+        for mine, base in zip(answers, dense, strict=True)
+        for metric in mine.metrics
+    ]
+    with_acc = [pair for pair in zip(answers, dense, strict=True) if "acc" in pair[0].metrics]
+    if len(with_acc) > 1:
+        score = mean_over_tasks(mine.score("acc") for mine, _ in with_acc)
+        difference = mean_over_tasks(paired_difference(d, mine, "acc") for mine, d in with_acc)
+        rows.append(_result(variant, with_acc[0][0], "acc", score, difference, task=MEAN))
+    return rows
+
+
+def mean_over_tasks(scores: Iterable[Score]) -> Score:
+    """Mean of the tasks' values, each of equal weight; their questions are independent."""
+    found = list(scores)
+    known = [s.stderr for s in found if s.stderr is not None]
+    variance = sum(error**2 for error in known) / len(found) ** 2
+    return Score(
+        sum(s.value for s in found) / len(found),
+        math.sqrt(variance) if len(known) == len(found) else None,
+        sum(s.questions for s in found),
+    )
+
+
+def _result(
+    variant: str,
+    answers: Answers,
+    metric: str,
+    score: Score,
+    difference: Score,
+    *,
+    task: str | None = None,
+) -> Result:
+    error = score.stderr or 0.0
+    return Result(
+        benchmark=BENCHMARK, quantity=metric, unit="share",
+        value=score.value, low=score.value - error, high=score.value + error,
+        samples=score.questions,
+        settings={
+            **answers.settings,
+            "variant": variant,
+            "task": task or answers.task,
+            "split": "" if task else answers.split,
+            "stderr": score.stderr,
+            "difference": difference.value,
+            "difference_stderr": difference.stderr,
+        },
+        environment=answers.environment,
+    )  # fmt: skip
+
+
+def _check_same(path: Path, answers: Answers, settings: dict[str, Value]) -> None:
+    for name, value in settings.items():
+        if answers.settings.get(name) != value:
+            raise DataError(
+                f"{path}: holds answers with {name} {answers.settings.get(name)!r}, wanted "
+                f"{value!r}; name another folder or delete it"
+            )

@@ -1,0 +1,69 @@
+import dataclasses
+
+import pytest
+
+import cats
+from cats.errors import DataError
+from cats.evaluation import run
+from cats.evaluation.variants import Dense, Sparse
+from tests import models
+from tests.evaluation.test_answers import answers
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def ask(model, tokenizer, variant, data_dir, folder, tasks=("piqa", "sciq"), **options):
+    return list(
+        run.answer_tasks(
+            model, tokenizer, variant, tasks, data_dir=data_dir, folder=folder,
+            settings={"model": "tiny"}, **options,
+        )
+    )  # fmt: skip
+
+
+def test_finished_tasks_are_not_asked_again(model, tokenizer, data_dir, tmp_path, monkeypatch):
+    first = ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))
+    real, asked = run.evaluate_task, []
+    monkeypatch.setattr(
+        run, "evaluate_task", lambda m, t, task, **k: asked.append(task) or real(m, t, task, **k)
+    )
+    again = ask(model, tokenizer, Dense(), data_dir, tmp_path)
+    assert asked == ["sciq"]
+    assert again[0] == first[0]
+
+
+def test_answers_with_other_settings_are_not_taken(model, tokenizer, data_dir, tmp_path):
+    ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))
+    with pytest.raises(DataError, match="limit None, wanted 2"):
+        ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",), limit=2)
+
+
+def test_results_stand_beside_the_dense_ones(model, tokenizer, data_dir):
+    sparse = Sparse(cats.calibrate(model, [models.make_ids()], target_sparsity=0.9))
+    dense = ask(model, tokenizer, Dense(), data_dir, None)
+    mine = ask(model, tokenizer, sparse, data_dir, None)
+    found = run.results("cats-90", mine, dense)
+    rows = {(r.settings["task"], r.quantity): r for r in found}
+    assert [*rows] == [
+        ("piqa", "acc"), ("piqa", "acc_norm"), ("sciq", "acc"), ("sciq", "acc_norm"),
+        ("mean", "acc"),
+    ]  # fmt: skip
+    assert rows["sciq", "acc"].settings["split"] == "validation"
+    mean = rows["mean", "acc"]
+    assert mean.value == pytest.approx((rows["piqa", "acc"].value + rows["sciq", "acc"].value) / 2)
+    assert mean.settings["difference"] == pytest.approx(
+        mean.value - sum(a.score("acc").value for a in dense) / 2
+    )
+
+
+def test_error_of_a_mean_over_tasks_is_that_of_independent_tasks():
+    scores = [answers([1, 0, 1, 1]).score("acc"), answers([1, 0, 0, 1]).score("acc")]
+    mean = run.mean_over_tasks(scores)
+    assert mean.value == 0.625
+    assert mean.stderr == pytest.approx((scores[0].stderr ** 2 + scores[1].stderr ** 2) ** 0.5 / 2)
+    assert run.mean_over_tasks([dataclasses.replace(scores[0], stderr=None)]).stderr is None

@@ -1,0 +1,87 @@
+import pytest
+
+import cats
+from cats.errors import ConfigError, StorageError
+from cats.evaluation.tasks import PAPER8, _manager, evaluate_task, task_names
+from tests import models
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+# the harness and the data library, not this package
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def plain(model, tokenizer, task, data_dir):
+    """The harness's own answers, through its own front door: per question, in order."""
+    from lm_eval.models.huggingface import HFLM
+
+    files = {p.stem: str(p) for p in (data_dir / task).glob("*.parquet")}
+    absent = {f"{s.replace('train', 'training')}_split": None
+              for s in ("train", "validation", "test") if s not in files}  # fmt: skip
+    member = {
+        "task": task, "dataset_path": "parquet", "dataset_name": None,
+        "dataset_kwargs": {"data_files": files}, **absent,
+    }  # fmt: skip
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+        tasks=[{"group": "plain", "task": [member]}],
+        task_manager=_manager(),
+    )
+    return found["samples"][task], found["results"][task]
+
+
+@pytest.mark.parametrize("task", ["piqa", "arc_easy"])
+def test_dense_answers_equal_those_of_plain_lm_eval_question_by_question(
+    task, model, tokenizer, data_dir
+):
+    samples, expected = plain(model, tokenizer, task, data_dir)
+    answers = evaluate_task(model, tokenizer, task, data_dir=data_dir)
+    assert len(answers.questions) == len(samples) == 8
+    for question, sample in zip(answers.questions, samples, strict=True):
+        assert question.prompt_hash == sample["prompt_hash"]
+        assert question.answer == [list(a) for a in sample["filtered_resps"]]
+        assert question.scores == {m: sample[m] for m in ("acc", "acc_norm")}
+    for metric in ("acc", "acc_norm"):
+        score = answers.score(metric)
+        assert score.value == pytest.approx(expected[f"{metric},none"])
+        assert score.stderr == pytest.approx(expected[f"{metric}_stderr,none"])
+
+
+def test_sparse_model_answers_otherwise(model, tokenizer, data_dir):
+    dense = evaluate_task(model, tokenizer, "piqa", data_dir=data_dir)
+    config = cats.calibrate(model, [models.make_ids()], target_sparsity=0.9)
+    sparse = evaluate_task(cats.sparsify_(model, config), tokenizer, "piqa", data_dir=data_dir)
+    pairs = zip(dense.questions, sparse.questions, strict=True)
+    assert all(a.answer != b.answer and a.prompt_hash == b.prompt_hash for a, b in pairs)
+
+
+def test_a_missing_test_split_is_replaced_by_validation_and_named(model, tokenizer, data_dir):
+    assert evaluate_task(model, tokenizer, "sciq", data_dir=data_dir).split == "validation"
+    assert evaluate_task(model, tokenizer, "arc_easy", data_dir=data_dir).split == "test"
+
+
+def test_limit_draws_questions_by_the_seed(model, tokenizer, data_dir):
+    def asked(seed):
+        answers = evaluate_task(model, tokenizer, "piqa", limit=3, seed=seed, data_dir=data_dir)
+        return [q.key for q in answers.questions]
+
+    assert asked(0) == asked(0)
+    assert len(set(map(str, map(asked, range(4))))) > 1
+    assert len(asked(0)) == 3
+
+
+def test_paper8_names_the_eight_tasks():
+    assert task_names("paper8, gsm8k,mmlu,piqa") == [*PAPER8, "gsm8k", "mmlu"]
+
+
+def test_unknown_tasks_absent_data_and_groups_offline_are_errors(model, tokenizer, data_dir):
+    with pytest.raises(ConfigError, match="no task 'piga'"):
+        task_names("piga")
+    with pytest.raises(StorageError, match="no parquet file of the task boolq"):
+        evaluate_task(model, tokenizer, "boolq", data_dir=data_dir)
+    with pytest.raises(ConfigError, match="mmlu is a group"):
+        evaluate_task(model, tokenizer, "mmlu", data_dir=data_dir)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import nn
+
+import cats
+from cats.evaluation.inputs import InputCounts, linears
+from cats.evaluation.traffic import mean_share, token_bytes
+from cats.evaluation.variants import Dense, Sparse
+from cats.mlp import find_gated_mlps
+from tests import models
+
+
+@pytest.fixture
+def batches():
+    return [models.make_ids(4, 64, seed) for seed in range(4)]
+
+
+@pytest.fixture
+def variants(model, batches):
+    counts = InputCounts.collect(model, batches)
+    return [
+        Dense(),
+        Sparse(cats.calibrate(model, batches, target_sparsity=0.5)),
+        Sparse(cats.calibrate(model, batches, method="relu")),
+        counts.uniform(1 / 3),
+        counts.teal(1 / 3),
+    ]
+
+
+def test_every_variant_leaves_the_model_dense(model, batches, variants):
+    expected = models.logits(model, batches[0])
+    for variant in variants:
+        with variant.on(model):
+            assert torch.equal(models.logits(model, batches[0]), expected) == (
+                variant.label == "dense"
+            )
+        variant.measure(model, batches)
+        assert torch.equal(models.logits(model, batches[0]), expected)
+
+
+def test_variants_at_equal_bytes_read_equal_shares(model, batches, variants):
+    shares = {v.label: v.measure(model, batches)[1] for v in variants}
+    assert shares["dense"] == 1
+    # half of the neurons dropped: all of gate and half of up and down are read
+    for label in ("cats-50", "relu", "input-33.3", "teal-33.3"):
+        tolerance = 0.06 if label == "relu" else 0.02
+        assert shares[label] == pytest.approx(2 / 3, abs=tolerance), label
+
+
+def test_input_thresholding_drops_the_small_inputs_of_each_matrix(model, batches):
+    variant = InputCounts.collect(model, batches).uniform(0.5)
+    mlp = find_gated_mlps(model)[0]
+    seen = {}
+    handles = [
+        layer.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (m, out)}))
+        for name, layer in linears(mlp).items()
+    ]
+    x = torch.randn(1, 200, 16)
+    with variant.on(model), torch.no_grad():
+        mlp.module(x)
+    for handle in handles:
+        handle.remove()
+    layer, out = seen["gate_proj"]
+    threshold = variant._thresholds[mlp.name]["gate_proj"]
+    expected = nn.functional.linear(torch.where(x.abs() < threshold, 0, x), layer.weight)
+    torch.testing.assert_close(out, expected)
+
+
+def test_teal_never_loses_more_than_uniform_thresholds_where_it_searched(model, batches):
+    counts = InputCounts.collect(model, batches)
+    for mlp in counts.mlps:
+        x = counts.samples[mlp.name][None]
+        with torch.no_grad():
+            exact = mlp.module(x)
+        greedy = counts._allocate(mlp, 0.5)
+        even = dict.fromkeys(greedy, 0.5)
+        assert sum(greedy.values()) / 3 == pytest.approx(0.5)
+        assert counts._error(mlp, x, exact, greedy) <= 1.02 * counts._error(mlp, x, exact, even)
+
+
+def test_bytes_of_a_token_count_the_head_once_and_the_embedding_not(model):
+    total = sum(4 * p.numel() for p in model.parameters())
+    table = 4 * model.get_input_embeddings().weight.numel()
+    mlps = sum(4 * p.numel() for m in find_gated_mlps(model) for p in m.module.parameters())
+    assert token_bytes(model, 1.0) == total - table
+    assert token_bytes(model, 0.5) == total - table - mlps // 2
+    tied = models.make_model(tie_word_embeddings=True)
+    assert token_bytes(tied, 1.0) == sum(4 * p.numel() for p in tied.parameters())
+    assert mean_share(model, {}) == 1

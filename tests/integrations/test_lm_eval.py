@@ -1,0 +1,78 @@
+import json
+import sys
+
+import pytest
+
+import cats
+from cats.cli import main
+from tests import models
+from tests.evaluation.conftest import models_data
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A folder with a task of the harness that reads local data."""
+    data = models_data(tmp_path / "data") / "piqa" / "validation.parquet"
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "colours.yaml").write_text(
+        "task: colours\ndataset_path: parquet\noutput_type: multiple_choice\n"
+        f"dataset_kwargs:\n  data_files:\n    validation: {data}\n"
+        "validation_split: validation\ndoc_to_text: goal\ndoc_to_target: label\n"
+        'doc_to_choice: "{{[sol1, sol2]}}"\nmetric_list:\n  - metric: acc\n'
+    )
+    return folder
+
+
+def run(monkeypatch, tmp_path, config, *model):
+    output = tmp_path / "out"
+    arguments = ["--tasks", "colours", "--include_path", config, "--output_path", output,
+                 "--log_samples", "--batch_size", "4", "--device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["cats", "lm-eval", *map(str, [*model, *arguments])])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    (samples,) = output.rglob("samples_*.jsonl")
+    return [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+
+
+def test_the_type_cats_answers_with_the_thresholds(monkeypatch, tmp_path, config):
+    model = models.make_model()
+    folder = tmp_path / "dense"
+    model.save_pretrained(folder)
+    models.make_tokenizer().save_pretrained(folder)
+    thresholds = tmp_path / "cats.safetensors"
+    cats.calibrate(model, [models.make_ids()], target_sparsity=0.9).save(thresholds)
+
+    dense = run(monkeypatch, tmp_path / "1", config, "--model", "hf",
+                "--model_args", f"pretrained={folder}")  # fmt: skip
+    sparse = run(monkeypatch, tmp_path / "2", config, "--model", "cats",
+                 "--model_args", f"pretrained={folder},thresholds={thresholds}")  # fmt: skip
+    assert len(dense) == len(sparse) == 8
+    assert all(a != b for a, b in zip(dense, sparse, strict=True))
+
+    cats.from_pretrained(folder, thresholds=thresholds).save_pretrained(tmp_path / "sparse")
+    models.make_tokenizer().save_pretrained(tmp_path / "sparse")
+    stored = run(monkeypatch, tmp_path / "3", config, "--model", "cats",
+                 "--model_args", f"pretrained={tmp_path / 'sparse'}")  # fmt: skip
+    assert stored == sparse
+
+
+def test_a_dense_checkpoint_without_thresholds_is_an_error(tmp_path, monkeypatch, capsys, config):
+    models.make_model().save_pretrained(tmp_path / "dense")
+    models.make_tokenizer().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(sys, "argv", [
+        "cats", "lm-eval", "--model", "cats", "--tasks", "colours", "--include_path", str(config),
+        "--model_args", f"pretrained={tmp_path / 'dense'}",
+    ])  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "dense checkpoint" in capsys.readouterr().err
