@@ -21,6 +21,10 @@ FOLDER = Path("src/cats/ops/cpu")
 # a universal build for macOS has one set of options for both processors
 IS_UNIVERSAL = "arm64" in os.environ.get("ARCHFLAGS", "")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and not IS_UNIVERSAL
+# what the kernels gain from -O3, in two thirds of its time
+OPTIONS = ["-O2", "-fpeel-loops", "-ftree-vectorize", "-fno-math-errno"]
+OPTIONS += ["-std=c++17", "-g0", "-fvisibility=hidden"]
+MSVC_OPTIONS = ["/O2", "/std:c++17"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Each source to the compiler options of its instruction set, for GCC and Clang, and for MSVC.
 SOURCES = {
@@ -62,11 +66,7 @@ class BuildKernels(build_ext):
         if not is_msvc:
             # the name depends on the version of setuptools
             self.compiler.spawn = self.compiler.call = run_compiler
-        common = (
-            ["/O2", "/std:c++17"]
-            if is_msvc
-            else ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
-        )
+        common = MSVC_OPTIONS if is_msvc else OPTIONS
 
         def compile_one(source: str) -> list[str]:
             options = [*common, *SOURCES[Path(source).name][is_msvc]]
