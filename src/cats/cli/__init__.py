@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from cats.cli import bench, calibrate, demo, evaluate, generate, info, lm_eval
+from cats.cli import bench, calibrate, demo, evaluate, generate, info, lm_eval, profile
 from cats.errors import CatsError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(info.info)
+app.command()(profile.profile)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
 app.add_typer(bench.app, name="bench")

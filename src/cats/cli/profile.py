@@ -1,0 +1,94 @@
+"""``cats profile``: what the activations of a model look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cats.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cats.evaluation.profile import Profile
+
+# Rows of a batch: unions over up to eight tokens are measured.
+_BATCH = 8
+
+
+def profile(
+    model: options.Model,
+    text: Annotated[
+        Path | None,
+        typer.Argument(help="UTF-8 text file, .gz too.", show_default="the sample that ships"),
+    ] = None,
+    thresholds: options.Thresholds = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Look at no more than so many.")] = 20_000,
+    block: options.Block = 128,
+    near: Annotated[
+        float, typer.Option(min=0, help="Magnitude below which an activation is near zero.")
+    ] = 0.1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write JSON for [b]cats report[/b].")
+    ] = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Share of activations that are zero or near zero, and how tokens share them.
+
+    Example: [b]cats profile smollm2 wiki.txt --thresholds cats50.safetensors[/b]
+
+    Models with ungated MLPs, such as OPT and GPT-2, are taken too.
+    """
+    import dataclasses
+
+    from cats.data import token_blocks
+    from cats.evaluation import profile as profiles
+
+    loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
+    texts = options.texts_or_sample([text] if text else None)
+    blocks = token_blocks(tokenizer, texts, length=block, limit=max(1, tokens // block))
+    batches = options.progress(blocks.split(_BATCH), "profiling")
+    found = profiles.profile(loaded, batches, near=near)
+    about = {
+        "model": model,
+        "text": options.describe_texts([text] if text else None),
+        "block": block,
+        "cats": getattr(loaded.config, "cats", None),
+    }
+    if output is not None:
+        found.save(output, **about)
+    if as_json:
+        options.print_json({**about, **dataclasses.asdict(found)})
+        return
+    options.out.print(table(f"{model} on {found.tokens:,} tokens of {about['text']}", found))
+    shares = ", ".join(f"{name} {value:.1%}" for name, value in found.by_token.items())
+    options.out.print(f"share of zeros of a token, quantiles over the tokens: {shares}")
+
+
+def table(title: str, found: Profile) -> Table:
+    """One row an activation module."""
+    from rich.table import Table
+
+    from cats.cli.tables import bar
+
+    view = Table(title=title, title_justify="left")
+    view.add_column("module", overflow="fold")
+    view.add_column("zero", justify="right")
+    view.add_column(f"< {found.near:g}", justify="right")
+    view.add_column("", width=20, no_wrap=True)
+    unions = sorted({n for layer in found.layers for n in layer.union})
+    for n in unions:
+        view.add_column(f"zero for {n}", justify="right")
+    view.add_column("kept again", justify="right")
+    for layer in found.layers:
+        shared = [f"{layer.union[n]:.1%}" if n in layer.union else "" for n in unions]
+        again = "" if layer.overlap is None else f"{layer.overlap:.1%}"
+        view.add_row(
+            f"{layer.name} ({layer.activation})", f"{layer.zero:.1%}", f"{layer.near_zero:.1%}",
+            bar(layer.near_zero), *shared, again,
+        )  # fmt: skip
+    return view
