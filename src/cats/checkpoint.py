@@ -51,6 +51,7 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
 
     Raises:
         StorageError: If there is no such model or its files are damaged.
+        FormatError: If weights are missing or of another size than the config says.
     """
     verbosity = hf_logging.get_verbosity()
     # the load report names the thresholds as unexpected; what else is wrong is raised below
@@ -60,6 +61,10 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
         model, info = load(str(path), output_loading_info=True, **kwargs)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise FormatError(f"{path}: its weights have other sizes than config.json says") from error
     finally:
         hf_logging.set_verbosity(verbosity)
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -15,7 +15,7 @@ from cats.calibration.collect import forward_hidden
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
-from cats.mlp import CatsActivation
+from cats.mlp import CatsActivation, evaluating
 
 
 def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -58,7 +58,7 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
         UnsupportedModelError: If the model is dense.
         DataError: If there are no tokens.
     """
-    with _Dropped(model) as dropped:
+    with _Dropped(model) as dropped, evaluating(model):
         device = next(model.parameters()).device
         for batch in batches:
             ids, dropped.mask = _on(device, batch)
@@ -75,7 +75,7 @@ def _perplexity(model: nn.Module, batches: Iterable[Batch], dropped: _Dropped | 
         if dropped is not None:
             dropped.mask = mask
         attention = {} if mask is None else {"attention_mask": mask.long()}
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = language_model(input_ids=ids, use_cache=False, **attention).logits
         targets = ids[:, 1:]
         if mask is not None:

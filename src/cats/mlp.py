@@ -6,6 +6,7 @@ import copy
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,14 +179,11 @@ def activation_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
         return None
     grid = torch.linspace(-8, 8, 257, device="cpu")
-    training = module.training
     try:
-        with torch.no_grad():
-            values = module.eval()(grid.clone())
+        with evaluating(module), torch.no_grad():
+            values = module(grid.clone())
     except Exception:  # whatever a foreign module raises here, it is no elementwise activation
         return None
-    finally:
-        module.training = training
     if not isinstance(values, Tensor) or values.shape != grid.shape:
         return None
     for name, act in ACTIVATIONS.items():
@@ -247,6 +245,18 @@ def _probe(module: nn.Module, activation_name: str) -> tuple[int, int] | str:
     return hidden_size, int(shapes[0][-1])
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each submodule is in the mode that it was in."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes.items():
+            submodule.training = mode
+
+
 def probe_inputs(mlp: GatedMLP) -> Iterator[Tensor]:
     """Random hidden states ``[1, T, D]`` of small, unit and large scale, the same at each call."""
     return _inputs(_first_matrix(mlp.module), mlp.hidden_size)
@@ -274,15 +284,12 @@ def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> tup
         shapes.append(args[0].shape)
         return torch.full_like(output, fill)
 
-    training = {m: m.training for m in module.modules()}
     handle = getattr(module, activation_name).register_forward_hook(constant)
     try:
-        with torch.no_grad():
-            return module.eval()(x), len(shapes), shapes
+        with evaluating(module), torch.no_grad():
+            return module(x), len(shapes), shapes
     finally:
         handle.remove()
-        for submodule, mode in training.items():
-            submodule.training = mode
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:

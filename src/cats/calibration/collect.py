@@ -16,7 +16,7 @@ from cats.config import CatsConfig, check_target
 from cats.data import Batch, as_batch
 from cats.errors import ConfigError, DataError, UnsupportedModelError
 from cats.methods import get_method
-from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
+from cats.mlp import CatsActivation, GatedMLP, evaluating, find_gated_mlps
 
 # First bin of infinity, sign taken off; NaN lies above it.
 _INFINITY_BIN = int(_counts.count(torch.tensor([float("inf")])).argmax())
@@ -100,11 +100,10 @@ class _Counting:
         self._model, self._mlps, self._statistics = model, mlps, statistics
         self._mask: Tensor | None = None
         self._stack = ExitStack()
-        self._training = model.training
 
     def __enter__(self) -> _Counting:
         method = get_method(self._statistics.method)
-        self._model.eval()
+        self._stack.enter_context(evaluating(self._model))
         for mlp in self._mlps:
 
             def record(values: Tensor, name: str = mlp.name) -> None:
@@ -115,7 +114,6 @@ class _Counting:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._model.train(self._training)
 
     def run(self, ids: Tensor, mask: Tensor | None) -> None:
         """One forward pass over ``ids [B, T]``; False in ``mask`` marks padding."""

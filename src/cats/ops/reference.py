@@ -1,4 +1,4 @@
-"""The definition of ``cats::gated_mlp`` in plain PyTorch. Every other backend is tested against it."""
+"""The definition of ``cats::gated_mlp`` in plain PyTorch, which every other backend is held to."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import cats
+from tests import models
+
+SMALL = ("--block", 32, "--tokens", 512, "--eval-tokens", 256)
+
+
+def test_thresholds_file_applies_to_the_base_model(command_json, checkpoint, text, tmp_path):
+    path = tmp_path / "t.safetensors"
+    report = command_json("calibrate", checkpoint, "--text", text, *SMALL, "-o", path)
+    assert report["target_sparsity"] == 0.5
+    model = cats.from_pretrained(checkpoint, thresholds=path)
+    assert model.config.cats["calibration_tokens"] == report["calibration_tokens"] == 512
+    assert all(0.3 < share < 0.7 for share in report["realized_sparsity"].values())
+
+
+def test_interrupted_calibration_resumes_to_the_same_thresholds(
+    command, checkpoint, text, tmp_path, monkeypatch
+):
+    from cats.cli import calibrate
+
+    monkeypatch.setattr(calibrate, "_CHUNK", 1)
+    common = ("calibrate", checkpoint, "--text", text, *SMALL)
+    assert command(*common, "-o", tmp_path / "whole.safetensors")[0] == 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    resumed = (*common, "-o", tmp_path / "resumed.safetensors", "--statistics", tmp_path / "s")
+    saved = cats.Statistics.save
+    calls = []
+
+    def save_twice(self, path):
+        saved(self, path)
+        calls.append(self.blocks)
+        if len(calls) == 2:
+            interrupt()
+
+    monkeypatch.setattr(cats.Statistics, "save", save_twice)
+    assert command(*resumed)[0] == 130
+    assert not (tmp_path / "resumed.safetensors").exists()
+    assert command(*resumed)[0] == 0
+    assert calls == [4, 8, 12, 16]
+    whole, again = (
+        (tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "resumed")
+    )
+    assert whole == again
+    code, _, err = command(*resumed, "--seed", 1)
+    assert code == 1
+    assert "another text" in err
+    code, _, err = command(*resumed, "--exclude", "*.0.*")
+    assert code == 1
+    assert "exclude" in err
+
+
+BAD = {
+    "unknown model": ("calibrate", "no/such-model"),
+    "unknown text": ("calibrate", "MODEL", "--text", "absent.txt"),
+    "target 0": ("calibrate", "MODEL", "--sparsity", "0"),
+    "target 1": ("calibrate", "MODEL", "--sparsity", "1"),
+    "max loss": ("calibrate", "MODEL", "--max-loss", "much"),
+    "method": ("calibrate", "MODEL", "--text", "TEXT", "--block", "32", "--method", "magic"),
+    "too short": ("calibrate", "MODEL", "--text", "TEXT", "--block", "100000"),
+    "device": ("evaluate", "MODEL", "--device", "toaster"),
+    "thresholds": ("evaluate", "MODEL", "--thresholds", "absent.safetensors"),
+    "info": ("info", "absent.safetensors"),
+    "empty prompt": ("generate", "MODEL", ""),
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(command, checkpoint, text, arguments):
+    places = {"MODEL": checkpoint, "TEXT": text}
+    code, _, err = command(*(places.get(a, a) for a in arguments))
+    assert code == 1
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+
+
+def test_max_loss_picks_the_largest_sparsity_within_the_limit(
+    command_json, checkpoint, text, monkeypatch
+):
+    from cats.cli import calibrate
+
+    def fake(model, batches, label):
+        # 1 % of loss for each 10 % of sparsity
+        return 10 + getattr(model.config, "cats", {}).get("target_sparsity", 0)
+
+    monkeypatch.setattr(calibrate, "_perplexity", fake)
+    report = command_json("calibrate", checkpoint, "--text", text, *SMALL, "--max-loss", "3.7001%")
+    assert report["target_sparsity"] == 0.37
+
+
+def test_relu_has_no_target(command_json, checkpoint, text):
+    report = command_json("calibrate", checkpoint, "--text", text, *SMALL, "--method", "relu")
+    assert report["target_sparsity"] is None
+    assert set(report["thresholds"].values()) == {0.0}
+
+
+def test_generate_and_evaluate_print_json(command_json, checkpoint, text):
+    report = command_json("generate", checkpoint, "abc", "--max-new-tokens", 3)
+    assert report["new_tokens"] <= 3
+    report = command_json("evaluate", checkpoint, "--text", text, "--block", 32, "--tokens", 64)
+    model = cats.checkpoint.load_dense(checkpoint)
+    blocks = cats.data.token_blocks(
+        models.make_tokenizer(), Path(text).read_text(), length=32, limit=2
+    )
+    assert torch.isclose(
+        torch.tensor(report["perplexity_dense"]),
+        torch.tensor(cats.metrics.perplexity(model, [blocks])),
+        rtol=1e-4,
+    )
