@@ -51,10 +51,9 @@ def sparse_backend(backend: str) -> str:
 
 
 @pytest.fixture(params=[False, True], ids=["fast", "deterministic"])
-def mode(request: pytest.FixtureRequest) -> str:
+def mode(request: pytest.FixtureRequest) -> None:
     """Both modes; the deterministic one also poisons ``torch.empty``, in every other test too."""
     torch.use_deterministic_algorithms(request.param, warn_only=True)
-    return request.node.callspec.id
 
 
 # --- against the reference and float64
@@ -91,7 +90,7 @@ def test_each_token_keeps_its_own_mask(backend, batch, dtype, device):
     assert_matches(backend, inputs)
 
 
-@pytest.mark.parametrize("product_sparsity", [None, 0.5, 1], ids=["", "product", "no_product"])
+@pytest.mark.parametrize("product_sparsity", [None, 0.5], ids=["", "product"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("router", ["gate", "up"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -107,7 +106,7 @@ def test_every_form_matches(backend, activation, router, bias, product_sparsity,
 @pytest.mark.parametrize("router", ["gate", "up"])
 def test_every_form_at_once_matches_in_each_dtype(backend, router, dtype, device, mode):
     inputs = make_inputs(
-        129, 67, dtype=dtype, device=device, batch=3, router=router, activation="gelu_tanh",
+        129, 61, dtype=dtype, device=device, batch=3, router=router, activation="gelu_tanh",
         bias=True, per_neuron=True, product_sparsity=0.3,
     )  # fmt: skip
     assert_matches(backend, inputs)
