@@ -31,13 +31,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate both buffers in the shape and dtype of the first tokens."""
-
-        def buffer(states: Tensor) -> Tensor:
-            batch, heads, _, size = states.shape
-            # zeros: an unused slot is masked, but 0 * NaN would still be NaN
-            return states.new_zeros(batch, heads, self.owner.capacity, size)
-
-        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
         self.is_initialized = True
 
     def update(
@@ -48,12 +42,16 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        start, window = self.owner.start, self.owner.window
-        keys, values = self.keys[:, :, :window], self.values[:, :, :window]
-        if isinstance(start, Tensor):
-            keys.index_copy_(2, start, key_states)
-            values.index_copy_(2, start, value_states)
+        keys, values = self.keys, self.values
+        if self.owner.window < keys.shape[2]:
+            keys = keys[:, :, : self.owner.window]
+            values = values[:, :, : self.owner.window]
+        if self.owner.slot is not None:
+            keys.index_copy_(2, self.owner.slot, key_states)
+            values.index_copy_(2, self.owner.slot, value_states)
         else:
+            start = self.owner.start
+            assert isinstance(start, int)
             end = start + key_states.shape[2]
             keys[:, :, start:end] = key_states
             values[:, :, start:end] = value_states
@@ -62,12 +60,19 @@ class SlotLayer(CacheLayerMixin):
     def grow(self) -> None:
         """Move to buffers of the owner's capacity."""
         if self.is_initialized:
-            keys, values = self.keys, self.values
-            assert keys is not None
-            assert values is not None
-            self.lazy_initialization(keys, values)
-            self.keys.narrow(2, 0, keys.shape[2]).copy_(keys)
-            self.values.narrow(2, 0, values.shape[2]).copy_(values)
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys, self.values = self._moved(self.keys), self._moved(self.values)
+
+    def _buffer(self, states: Tensor) -> Tensor:
+        batch, heads, _, size = states.shape
+        # zeros: an unused slot is masked, but 0 * NaN would still be NaN
+        return states.new_zeros(batch, heads, self.owner.capacity, size)
+
+    def _moved(self, states: Tensor) -> Tensor:
+        buffer = self._buffer(states)
+        buffer[:, :, : states.shape[2]] = states
+        return buffer
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
         start = self.owner.start
@@ -85,8 +90,9 @@ class SlotCache(Cache):
 
     Attributes:
         capacity: Slots of each buffer.
-        start: Slot of the next token: a number, or a tensor ``[1]`` where one captured step must
-            serve every slot.
+        start: Slots in use before the next tokens. Masks are made for it: a number, or a tensor
+            ``[1]`` where one captured step must serve every slot.
+        slot: Where the next token is written, ``[1]``; None for ``start``, a number then.
         window: Slots that attention reads, from the first; at least ``start`` and the new tokens.
     """
 
@@ -103,6 +109,7 @@ class SlotCache(Cache):
             )
         self.capacity = capacity
         self.start: int | Tensor = 0
+        self.slot: Tensor | None = None
         self.window = 0
         self.slots = [SlotLayer(self) for _ in kinds]
         super().__init__(layers=list(self.slots))

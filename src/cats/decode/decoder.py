@@ -10,16 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cats.decode.engines import Engine, make_engine
+from cats.decode.engines import Engine, make_engine, window_of
 from cats.decode.inputs import Prompts, batch_of
 from cats.decode.options import Options, resolve
 from cats.decode.state import State
 from cats.decode.stop import StopStrings
 from cats.decode.turns import Turn, Turns
 from cats.errors import ConfigError, UnsupportedModelError
-
-# Slots that a step's attention reads: the smallest of these, doubled as often as needed.
-_SMALLEST_WINDOW = 256
 
 
 def generate(
@@ -173,8 +170,7 @@ class Decoder:
                 turn.check()
                 with torch.inference_mode():
                     while started <= min(number + engine.lag, count - 1):
-                        window = _window(length + started, state.capacity)
-                        chosen = engine.step(self.model, state, window, options)
+                        chosen = engine.step(self.model, state, length + started, options)
                         pending.append(_Read(chosen))
                         started += 1
                     tokens = pending.popleft().wait()
@@ -210,16 +206,15 @@ class Decoder:
         state.begin(ids, mask, self._config.vocab_size, options)
         first = _Read(engine.prefill(self.model, state, ids[:, start:], start, options))
         if options.max_new_tokens > 1:
-            last = ids.shape[1] + options.max_new_tokens - 1
-            windows = {_window(n, state.capacity) for n in range(ids.shape[1] + 1, last + 1)}
-            engine.prepare(self.model, state, sorted(windows), options)
+            lengths = range(ids.shape[1] + 1, ids.shape[1] + options.max_new_tokens)
+            engine.prepare(self.model, state, lengths, options)
         return first
 
     def _ready_state(self, ids: Tensor, mask: Tensor, length: int) -> tuple[State, int]:
         """Buffers for ``length`` tokens a row, and how many tokens of the prompt they hold."""
         marks = _fingerprint(self.model)
         state, stored = self._state, self._stored
-        capacity = _window(length, None)
+        capacity = window_of(length)
         if state is None or marks != self._marks or state.batch != len(ids):
             with torch.inference_mode():
                 self._state = State(self.model, self._config, len(ids), capacity)
@@ -250,14 +245,6 @@ class _Read:
         if self._event is not None:
             self._event.synchronize()
         return self._host
-
-
-def _window(length: int, capacity: int | None) -> int:
-    """Slots that a step reads which has ``length`` tokens in sight."""
-    window = _SMALLEST_WINDOW
-    while window < length:
-        window *= 2
-    return window if capacity is None else min(window, capacity)
 
 
 def _common_columns(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> int:

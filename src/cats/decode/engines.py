@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from cats.decode.forward import StepFunction, flatten, prefill, step_function, step_inputs
+from cats.decode.blocks import compile_blocks
+from cats.decode.forward import (
+    StepFunction,
+    prefill,
+    step_inputs,
+    trace_unmasked,
+    trace_window,
+)
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.errors import BackendError, ConfigError
 
 ENGINES = ("eager", "compiled")
+
+
+# Slots that a masked step reads: the smallest of these, doubled as often as needed.
+_SMALLEST_WINDOW = 256
 
 
 class Engine(Protocol):
@@ -28,16 +41,20 @@ class Engine(Protocol):
     name: str
     lag: int
 
-    def prepare(self, model: nn.Module, state: State, windows: list[int], options: Options) -> None:
-        """Trace or compile the steps of these windows, before the first token."""
-
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
     ) -> Tensor:
         """Run prompt tokens ``[B, T]`` at slot ``start``; returns the first new tokens, ``[B]``."""
 
-    def step(self, model: nn.Module, state: State, window: int, options: Options) -> Tensor:
-        """Run the newest tokens; returns the next ones, ``[B]``."""
+    def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
+        """Trace or compile the steps at these lengths, after the prefill, before any of them.
+
+        Raises:
+            BackendError: If the engine cannot run this model.
+        """
+
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+        """Run the newest tokens, which make ``length`` a row; returns the next ones, ``[B]``."""
 
     def reset(self) -> None:
         """Forget what was traced or compiled: the model has changed."""
@@ -55,32 +72,39 @@ class EagerEngine:
     lag = 0
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[int, int, int], StepFunction | None] = {}
-
-    def prepare(self, model: nn.Module, state: State, windows: list[int], options: Options) -> None:
-        for window in windows:
-            key = self._key(state, window)
-            if key not in self._steps:
-                self._steps[key] = _traced(model, state, window)
+        self._steps: dict[Hashable, StepFunction | None] = {}
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
     ) -> Tensor:
         return state.advance(prefill(model, state, ids, start), options)
 
-    def step(self, model: nn.Module, state: State, window: int, options: Options) -> Tensor:
-        step = self._steps[self._key(state, window)]
+    def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
+        unmasked = state.batch, "unmasked"
+        if unmasked not in self._steps:
+            self._steps[unmasked] = _traced(model, lambda: trace_unmasked(model, state))
+        for window in _windows(state, lengths):
+            key = state.batch, state.capacity, window
+            if self._unmasked(state, min(window, lengths[-1])) is None and key not in self._steps:
+                trace = partial(trace_window, model, state, window)
+                self._steps[key] = _traced(model, trace)
+
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+        unmasked = self._unmasked(state, length)
+        if unmasked is not None:
+            return state.advance(unmasked(*step_inputs(state, length)), options)
+        step = self._steps[state.batch, state.capacity, window_of(length, state.capacity)]
         if step is None:
-            logits = prefill(model, state, state.tokens, int(state.slot))
-        else:
-            logits = step(*step_inputs(state))
-        return state.advance(logits, options)
+            return state.advance(prefill(model, state, state.tokens, length - 1), options)
+        return state.advance(step(*step_inputs(state)), options)
 
     def reset(self) -> None:
         self._steps.clear()
 
-    def _key(self, state: State, window: int) -> tuple[int, int, int]:
-        return state.batch, state.capacity, window
+    def _unmasked(self, state: State, length: int) -> StepFunction | None:
+        if state.padded or length > state.unmasked_slots:
+            return None
+        return self._steps[state.batch, "unmasked"]
 
 
 class CompiledEngine:
@@ -94,15 +118,19 @@ class CompiledEngine:
 
     def __init__(self, device: torch.device) -> None:
         self.lag = 1 if device.type == "cuda" else 0
-        self._steps: dict[tuple[int, int, int], StepFunction] = {}
+        self._steps: dict[Hashable, StepFunction] = {}
 
-    def prepare(self, model: nn.Module, state: State, windows: list[int], options: Options) -> None:
-        for window in windows:
-            key = (state.batch, state.capacity, window)
+    def prefill(
+        self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
+    ) -> Tensor:
+        return state.advance(prefill(model, state, ids, start), options)
+
+    def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
+        for window in _windows(state, lengths):
+            key, graph = (state.batch, state.capacity, window), _graph_key(window, options)
             try:
                 if key not in self._steps:
                     self._steps[key] = _compiled(model, state, window)
-                graph = _graph_key(window, options)
                 if state.device.type == "cuda" and graph not in state.captured:
                     state.captured[graph] = _capture(self._steps[key], state, options)
             except torch.cuda.OutOfMemoryError as error:
@@ -112,12 +140,8 @@ class CompiledEngine:
                     "context, a smaller batch, or engine='eager'"
                 ) from error
 
-    def prefill(
-        self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
-    ) -> Tensor:
-        return state.advance(prefill(model, state, ids, start), options)
-
-    def step(self, model: nn.Module, state: State, window: int, options: Options) -> Tensor:
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+        window = window_of(length, state.capacity)
         if state.device.type == "cuda":
             graph, chosen = state.captured[_graph_key(window, options)]
             graph.replay()
@@ -128,6 +152,14 @@ class CompiledEngine:
 
     def reset(self) -> None:
         self._steps.clear()
+
+
+def window_of(length: int, capacity: int | None = None) -> int:
+    """Slots that a masked step reads for ``length`` tokens a row."""
+    window = _SMALLEST_WINDOW
+    while window < length:
+        window *= 2
+    return window if capacity is None else min(window, capacity)
 
 
 def make_engine(name: str, device: torch.device) -> Engine:
@@ -149,15 +181,19 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def _traced(model: nn.Module, state: State, window: int) -> StepFunction | None:
+def _windows(state: State, lengths: range) -> list[int]:
+    return sorted({window_of(length, state.capacity) for length in lengths})
+
+
+def _traced(model: nn.Module, trace: Callable[[], StepFunction | None]) -> StepFunction | None:
     """The flat step, or None where the model has hooks, which would run once only."""
     if _has_hooks(model):
         return None
     try:
-        return flatten(step_function(model, state, window), state)
+        return trace()
     except Exception as error:
         # a tracer meets whatever a model does; the same step runs untraced, and errors there
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         warnings.warn(
             f"{type(model).__name__} cannot be traced ({type(error).__name__}: {reason}), so "
             "each token runs module by module, more slowly",
@@ -171,11 +207,14 @@ def _compiled(model: nn.Module, state: State, window: int) -> StepFunction:
         raise BackendError(
             "the engine compiled cannot run forward hooks: remove them, or use engine='eager'"
         )
-    graph = flatten(step_function(model, state, window), state)
-    step: StepFunction = torch.compile(graph, fullgraph=True, dynamic=False)
+    graph = compile_blocks(trace_window(model, state, window), _compile)
     # writes the newest token to its slot, as the real step will
-    step(*step_inputs(state))
-    return step
+    graph(*step_inputs(state))
+    return graph
+
+
+def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
+    return torch.compile(graph, fullgraph=True, dynamic=False)
 
 
 def _graph_key(window: int, options: Options) -> tuple[int, Options]:

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from cats.decode.cache import SlotCache
 from cats.decode.state import State
 
+# Tokens, positions, slot, valid, then keys and values of each layer in turn; to logits [B, V].
 StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
+
+# Slots in sight while a step for any number of slots is traced: no dimension of a model.
+_TRACED_SLOTS = 59
 
 
 def prefill(model: nn.Module, state: State, ids: Tensor, start: int) -> Tensor:
@@ -22,51 +27,90 @@ def prefill(model: nn.Module, state: State, ids: Tensor, start: int) -> Tensor:
     Attention reads the slots up to the last new one, without a mask where there is no padding.
     """
     end = start + ids.shape[1]
-    state.cache.start, state.cache.window = start, end
+    cache = state.cache
+    cache.start, cache.slot, cache.window = start, None, end
     valid = state.valid[:, :end]
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, start:]
-    return _logits(model, ids, positions, valid, state.cache)
+    return _logits(model, ids, positions, valid, cache)
 
 
-def step_function(model: nn.Module, state: State, window: int) -> StepFunction:
-    """One token a row as a function of tensors: those of :func:`step_inputs`, to ``[B, V]``.
+def step_inputs(
+    state: State, slots: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """What a step reads and writes, with the keys and values of all slots or of the first ones."""
+    stored = state.cache.buffers()
+    if slots is not None:
+        stored = [t[:, :, :slots] for t in stored]
+    return state.tokens, state.positions, state.slot, state.valid, stored
 
-    Its attention reads ``window`` slots under a mask, so that it is the same for every slot.
+
+def trace_window(model: nn.Module, state: State, window: int) -> fx.GraphModule:
+    """A step as a flat list of operators, without the Python of the model's modules.
+
+    Its attention reads the first ``window`` slots under a mask, so that it serves every slot among
+    them, and rows with padding. Weights and buffers are those of the model: what is written into
+    them later is seen.
+
+    Raises:
+        Exception: Whatever stops the tracing, a branch on the value of a tensor for one.
     """
     cache = state.cache
 
     def step(
         tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
     ) -> Tensor:
-        cache.start, cache.window = slot, window
+        cache.start, cache.slot, cache.window = slot, slot, window
         with cache.lent(stored):
             return _logits(model, tokens, positions, valid[:, :window], cache)
 
-    return step
+    return _trace(step, step_inputs(state))
 
 
-def step_inputs(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The buffers that a step reads: tokens, positions, slot, valid, and keys and values."""
-    return state.tokens, state.positions, state.slot, state.valid, state.cache.buffers()
+def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
+    """A step for rows without padding that reads as many slots as it is given, without a mask.
 
-
-def flatten(step: StepFunction, state: State) -> fx.GraphModule:
-    """The operators that a step runs, in a row, without the Python of its modules.
-
-    Weights and buffers are those of the model, so that what is written into them later is seen.
+    It serves fewer slots than a sliding window has. None where a model needs a step a length.
 
     Raises:
-        Exception: Whatever stops the tracing, a branch on the value of a tensor for one.
+        Exception: As :func:`trace_window`.
     """
+    if state.capacity < _TRACED_SLOTS or state.unmasked_slots < _TRACED_SLOTS:
+        return None
+    cache = state.cache
+
+    def step(
+        tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
+    ) -> Tensor:
+        cache.start, cache.slot, cache.window = _TRACED_SLOTS - 1, slot, _TRACED_SLOTS
+        with cache.lent(stored):
+            return _logits(model, tokens, positions, None, cache)
+
+    graph = _trace(step, step_inputs(state, _TRACED_SLOTS))
+    return None if _mentions(graph, {_TRACED_SLOTS - 1, _TRACED_SLOTS}) else graph
+
+
+def _trace(step: StepFunction, inputs: tuple[Any, ...]) -> fx.GraphModule:
     graph = make_fx(step, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
-        *step_inputs(state)
+        *inputs
     )
     _drop_copies(graph)
     return graph
 
 
+def _mentions(graph: fx.GraphModule, numbers: set[int]) -> bool:
+    found: list[bool] = []
+
+    def visit(argument: Any) -> Any:
+        found.append(type(argument) is int and argument in numbers)
+        return argument
+
+    for node in graph.graph.nodes:
+        pytree.tree_map(visit, (node.args, node.kwargs))
+    return any(found)
+
+
 def _logits(
-    model: nn.Module, ids: Tensor, positions: Tensor, valid: Tensor, cache: SlotCache
+    model: nn.Module, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: SlotCache
 ) -> Tensor:
     output: Any = model(
         input_ids=ids,

@@ -83,8 +83,8 @@ def resolve(model: nn.Module, prompt_length: int, given: Mapping[str, Any]) -> O
         setting = getattr(config, name, None)
         if setting is not None and setting not in neutral:
             raise ConfigError(
-                f"the model's generation_config sets {name}={setting!r}, which the decode loop does "
-                "not do: use model.generate, or clear it"
+                f"the model's generation_config sets {name}={setting!r}, which the decode loop "
+                "does not do: use model.generate, or clear it"
             )
 
     def value(name: str) -> Any:

@@ -28,6 +28,8 @@ class State:
         finished: Whether a row has ended, ``[B]``.
         seen: Whether a token of the vocabulary occurred, ``[B, V]``; None where nothing asks.
         noise: Draws of the step, ``[B, V]``, float32; None where nothing is drawn.
+        padded: Whether a row has padding.
+        unmasked_slots: How many slots a new token may see before some layer masks any of them.
         eos: Tokens that end a row, ``[E]``.
         captured: CUDA graphs over these very buffers; empty after each change of them.
     """
@@ -42,6 +44,9 @@ class State:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.seen: Tensor | None = None
         self.noise: Tensor | None = None
+        self.padded = False
+        spans = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        self.unmasked_slots = min((span - 1 for span in spans if span), default=2**62)
         self.eos = self._zeros(0)
         self.generator = torch.Generator(self.device)
         self.captured: dict[Hashable, Any] = {}
@@ -69,6 +74,7 @@ class State:
         length = ids.shape[1]
         self.valid.fill_(True)
         self.valid[:, :length] = mask
+        self.padded = not bool(mask.all())
         self.positions.copy_(mask.sum(1, keepdim=True) - 1)
         self.slot.fill_(length - 1)
         self.finished.fill_(False)
