@@ -232,7 +232,7 @@ struct Scheduler {
             if (lane == 0) shared.kind[chunk] = finished ? STOP : NOTHING;
             __syncwarp();
             copy_rows<ROW_BYTES>(shared.rows[chunk][0], a.router, 0, full);
-            if (lane == 0) barrier_arrive(full);
+            warp_arrive(full);
             return finished ? STOP : NOTHING;
         }
         (down ? downs_in_flight : dots_in_flight) += 1;
@@ -258,7 +258,7 @@ struct Scheduler {
         __syncwarp();
         const char* matrix = down ? a.down : queued ? a.other : a.router;
         copy_rows<ROW_BYTES>(shared.rows[chunk][lane % ROWS], matrix + (size_t)n * ROW_BYTES, rows, full);
-        if (lane == 0) barrier_arrive(full);
+        warp_arrive(full);
 
         limit[chunk] = 0.f;
         bias[chunk] = 0;
@@ -302,7 +302,7 @@ struct Worker {
                 else dot(rows, chunk, first);
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(&shared.done[chunk]);
+            warp_arrive(&shared.done[chunk]);
         }
         if (GROUPS > 1) share_sums();
         // a group that shares no vector has nothing to add
@@ -507,8 +507,8 @@ extern "C" __global__ void __launch_bounds__(GROUPS * GROUP_THREADS, 1)
     int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
     Group& shared = reinterpret_cast<Group*>(memory)[group];
     if (thread < CHUNKS) {
-        barrier_init(&shared.full[thread], 1 + COPY_ARRIVALS);
-        barrier_init(&shared.done[thread], WARPS);
+        barrier_init(&shared.full[thread], ARRIVALS_OF_WARP + COPY_ARRIVALS);
+        barrier_init(&shared.done[thread], WARPS * ARRIVALS_OF_WARP);
         barrier_init_visible();
     }
     __syncthreads();

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import struct
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,8 @@ _MIN_RUNS = 6
 _SHORT_SHARE = 4
 # Functions whose launches may be followed by a launch that requests weights early.
 _own_functions: set[int] = set()
+# Addresses that the last launch on a device and stream wrote in a capture.
+_outputs: dict[tuple[int, int, int], tuple[int, int]] = {}
 
 
 def launch(
@@ -59,9 +62,12 @@ def launch(
     neurons = router.shape[0]
     kernel = _kernel(device, hidden, x.dtype, batch, activation)
     stream = torch.cuda.current_stream(device).cuda_stream
-    capture, after_kernel, after_own = 0, False, False
+    capture, after_own = 0, False
     if torch.cuda.is_current_stream_capturing():
-        capture, after_kernel, after_own = _predecessor(stream)
+        capture, after_own = _capture(stream)
+    owner = (device, stream, capture)
+    # an output of the launch before this one may serve as a weight
+    early = after_own and not _written(owner, (router, router_bias, thresholds))
     memory = workspace(device, stream, capture, kernel.variant.copies * batch * hidden)
     in_order = torch.are_deterministic_algorithms_enabled()
 
@@ -97,13 +103,29 @@ def launch(
             long_tickets,
             max(1, rows // 2),
             gate_is_router,
-            after_own,
+            early,
         ),
         blocks=blocks,
         stream=stream,
-        dependent=after_kernel,
+        dependent=early,
     )
+    if capture:
+        _outputs[owner] = _span(out)
     return out
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def _written(owner: tuple[int, int, int], tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the last launch captured there writes one of the tensors; True if there is none."""
+    if owner not in _outputs:
+        return True
+    start, stop = _outputs[owner]
+    spans = [_span(tensor) for tensor in tensors if tensor is not None]
+    return any(begin < stop and start < end for begin, end in spans)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -172,11 +194,10 @@ def _kernel(device: int, hidden: int, dtype: torch.dtype, batch: int, activation
     return _Kernel(device, variant)
 
 
-def _predecessor(stream: int) -> tuple[int, bool, bool]:
-    """What a call is captured behind: ``(number of the capture, a kernel, a launch of this one)``.
+def _capture(stream: int) -> tuple[int, bool]:
+    """The number of the capture, and whether the call comes right behind a launch of this kernel.
 
-    Behind one kernel, the launch may be dependent: blocks come in while that kernel ends, and wait
-    for it. Only behind a launch of this kernel may they request weights before that, because any
+    Only then is the launch dependent, and may request weights before the one before it ends. Any
     other kernel might write the weights. This one writes its output and its workspace alone, and
     lets its successor start only when all kernels before it are complete.
     """
@@ -184,6 +205,6 @@ def _predecessor(stream: int) -> tuple[int, bool, bool]:
     _, number, _, nodes, *_ = check(driver.cuStreamGetCaptureInfo(handle))
     kernel_node = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
     if len(nodes) != 1 or check(driver.cuGraphNodeGetType(nodes[0])) != kernel_node:
-        return int(number), False, False
+        return int(number), False
     function = check(driver.cuGraphKernelNodeGetParams(nodes[0])).func
-    return int(number), True, int(function) in _own_functions
+    return int(number), int(function) in _own_functions

@@ -1,0 +1,35 @@
+"""Calls for ``compute-sanitizer python -m tests.ops.sanitize_cuda``.
+
+With ``--every-lane`` each lane of a warp arrives at a barrier. racecheck needs it: it follows
+arrivals lane by lane, and does not see that ``__syncwarp`` orders what the other lanes did.
+"""
+
+import sys
+
+import torch
+
+from cats.ops.cuda import variant
+from tests.ops.cases import TOLERANCE, make_inputs, reference_in_double
+
+SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300, torch.float32, 1)]
+
+
+def main() -> None:
+    if "--every-lane" in sys.argv:
+        plain = variant.Variant.defines
+        variant.Variant.defines = lambda self: plain(self) | {"EVERY_LANE_ARRIVES": 1}
+    for in_order in (False, True):
+        torch.use_deterministic_algorithms(in_order)
+        for D, F, dtype, batch in SHAPES:
+            inputs = make_inputs(
+                D, F, dtype=dtype, device=torch.device("cuda"), batch=batch, bias=True,
+                product_sparsity=0.3,
+            )  # fmt: skip
+            for _ in range(2):
+                out = torch.ops.cats.gated_mlp(*inputs.args(), "cuda")
+            expected = reference_in_double(inputs)
+            torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
+
+
+if __name__ == "__main__":
+    main()
