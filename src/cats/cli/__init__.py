@@ -4,7 +4,18 @@ import sys
 
 import typer
 
-from cats.cli import bench, calibrate, demo, evaluate, generate, info, lm_eval, profile
+from cats.cli import (
+    bench,
+    calibrate,
+    demo,
+    evaluate,
+    generate,
+    info,
+    lm_eval,
+    profile,
+    report,
+    reproduce,
+)
 from cats.errors import CatsError
 
 app = typer.Typer(
@@ -20,6 +31,8 @@ app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(profile.profile)
+app.command()(report.report)
+app.command()(reproduce.reproduce)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
 app.add_typer(bench.app, name="bench")

@@ -64,7 +64,7 @@ def evaluate(
 
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --tasks paper8 -o DIR[/b]
     """
-    batch = _batch_size(batch_size)
+    batch = parse_batch_size(batch_size)
     _check_options(tasks, text, tokens, limit, data_dir, output)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     if tasks is not None:
@@ -84,7 +84,8 @@ def evaluate(
         _print(report)
 
 
-def _batch_size(text: str) -> int | str:
+def parse_batch_size(text: str) -> int | str:
+    """A positive number, or ``"auto"``."""
     from cats.errors import ConfigError
 
     if text == "auto":

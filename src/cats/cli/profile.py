@@ -73,22 +73,23 @@ def table(title: str, found: Profile) -> Table:
     """One row an activation module."""
     from rich.table import Table
 
-    from cats.cli.tables import bar
-
     view = Table(title=title, title_justify="left")
-    view.add_column("module", overflow="fold")
+    view.add_column("MLP", overflow="fold")
     view.add_column("zero", justify="right")
     view.add_column(f"< {found.near:g}", justify="right")
-    view.add_column("", width=20, no_wrap=True)
     unions = sorted({n for layer in found.layers for n in layer.union})
     for n in unions:
-        view.add_column(f"zero for {n}", justify="right")
-    view.add_column("kept again", justify="right")
+        view.add_column(f"by {n}", justify="right")
+    view.add_column("again", justify="right")
     for layer in found.layers:
         shared = [f"{layer.union[n]:.1%}" if n in layer.union else "" for n in unions]
         again = "" if layer.overlap is None else f"{layer.overlap:.1%}"
         view.add_row(
-            f"{layer.name} ({layer.activation})", f"{layer.zero:.1%}", f"{layer.near_zero:.1%}",
-            bar(layer.near_zero), *shared, again,
+            layer.name.rpartition(".")[0], f"{layer.zero:.1%}", f"{layer.near_zero:.1%}",
+            *shared, again,
         )  # fmt: skip
+    view.caption = (
+        "by 2, 4, 8: zero for all of so many tokens of different texts; again: share of the "
+        "neurons that are not zero which were not for the token before either"
+    )
     return view

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from cats.errors import DataError
 from cats.evaluation.answers import Answers, Score, Value, paired_difference
 from cats.evaluation.tasks import evaluate_task
+from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
-from cats.results import Result
+from cats.results import Result, environment
 
 BENCHMARK = "tasks"
 MEAN = "mean"
@@ -88,6 +91,42 @@ def results(variant: str, answers: Sequence[Answers], dense: Sequence[Answers]) 
         difference = mean_over_tasks(paired_difference(d, mine, "acc") for mine, d in with_acc)
         rows.append(_result(variant, with_acc[0][0], "acc", score, difference, task=MEAN))
     return rows
+
+
+def measure_perplexity(
+    model: Any,
+    variant: Variant,
+    batches: Sequence[Tensor],
+    *,
+    text: str,
+    settings: Mapping[str, Value],
+) -> Result:
+    """Perplexity of a variant, with what a token of it reads.
+
+    Args:
+        model: The dense model.
+        variant: How it runs.
+        batches: Token ids ``[B, T]`` each.
+        text: What the result calls their text.
+        settings: What the number depends on besides, such as the model's name.
+    """
+    value, share = variant.measure(model, batches)
+    return Result(
+        benchmark="perplexity", quantity="perplexity", unit="",
+        value=value, low=value, high=value, samples=1,
+        settings={
+            **settings,
+            **variant.settings,
+            "variant": variant.label,
+            "text": text,
+            "tokens": sum(batch.numel() for batch in batches),
+            "block": batches[0].shape[1],
+            "realized_sparsity": variant.dropped,
+            "mlp_share": share,
+            "token_bytes": token_bytes(model, share),
+        },
+        environment=environment(str(next(model.parameters()).device)),
+    )  # fmt: skip
 
 
 def mean_over_tasks(scores: Iterable[Score]) -> Score:

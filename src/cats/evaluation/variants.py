@@ -28,10 +28,12 @@ class Variant(ABC):
     Attributes:
         label: What tables and file names call it, such as ``"cats-50"``.
         settings: What its answers depend on.
+        dropped: Mean share of neurons that its last measurement dropped; None where it drops none.
     """
 
     label: str
     settings: dict[str, str | int | float | bool | None]
+    dropped: float | None = None
 
     @abstractmethod
     def on(self, model: Any) -> Any:
@@ -70,7 +72,6 @@ class Sparse(Variant):
             "calibration_tokens": config.calibration_tokens,
             "calibration_hash": config.calibration_hash,
         }
-        self.realized_sparsity: dict[str, float] = {}
 
     @contextmanager
     def on(self, model: Any) -> Iterator[Any]:
@@ -81,8 +82,9 @@ class Sparse(Variant):
 
     def measure(self, model: Any, batches: Iterable[Batch]) -> tuple[float, float]:
         with self.on(model):
-            value, self.realized_sparsity = perplexity_and_sparsity(model, batches)
-        shares = {name: neuron_share(s) for name, s in self.realized_sparsity.items()}
+            value, realized = perplexity_and_sparsity(model, batches)
+        self.dropped = sum(realized.values()) / len(realized)
+        shares = {name: neuron_share(s) for name, s in realized.items()}
         return value, mean_share(model, shares)
 
 

@@ -1,0 +1,374 @@
+"""``cats reproduce``: the paper's whole recipe on one model, ending in a report."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cats.cli import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cats.calibration import Statistics
+    from cats.evaluation.variants import Variant
+    from cats.results import Result
+
+_REFINED_WEB = "tiiuae/falcon-refinedweb"
+_BATCH = 4
+_HELD_OUT_BLOCKS = 20
+_PROFILE_BLOCKS = 32
+_NEW_TOKENS = 64
+
+
+def reproduce(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder; a run that stopped continues from it.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A folder, a Hugging Face id, or [b]smollm2[/b].")
+    ] = "mistralai/Mistral-7B-v0.1",
+    sparsity: Annotated[str, typer.Option(help="Targets of CATS, by commas.")] = "0.5,0.7,0.9",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Calibration text.", show_default="RefinedWeb, from the hub"),
+    ] = None,
+    eval_text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for perplexity beside held-out calibration text; repeatable."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 500,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
+    seed: options.Seed = 0,
+    tasks: Annotated[str, typer.Option(help="Zero-shot tasks, by commas.")] = "paper8",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions a task.", show_default="all")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Parquet files of the tasks, as for cats evaluate.")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Time the MLP and tokens as well.")] = True,
+    batch_size: Annotated[str, typer.Option(help="Questions a forward pass, or auto.")] = "auto",
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+) -> None:
+    """Calibrate, measure perplexity, tasks, activations and speed of every method, and report.
+
+    Example: [b]cats reproduce --model mistralai/Mistral-7B-v0.1 -o mistral[/b]
+
+    Compared are dense, CATS, ReLU, and input thresholding, uniform and as TEAL allocates it, at
+    the bytes a token of each CATS target. What is in the folder already is not measured again.
+    """
+    from cats.cli.evaluate import parse_batch_size
+    from cats.evaluation.tasks import task_names
+
+    names = task_names(tasks)
+    targets = _targets(sparsity)
+    batch = parse_batch_size(batch_size)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    recipe = Recipe(
+        model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,
+        samples=samples, length=length, seed=seed,
+        source=_REFINED_WEB if text is None else text.name,
+    )  # fmt: skip
+    blocks, held_out = recipe.split(text)
+    variants = list(recipe.variants(blocks))
+    texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(eval_text or [])
+    for variant in variants:
+        for title, evaluated in texts.items():
+            recipe.perplexity(variant, title, evaluated)
+    recipe.profiles(variants[:2], held_out)
+    recipe.tasks(variants, names, limit=limit, batch_size=batch, data_dir=data_dir)
+    if speed:
+        recipe.mlp_times()
+        # input thresholding has no kernel, and ReLU no target to draw it at
+        timed = [v for v in variants if v.settings["method"] in ("dense", "cats")]
+        recipe.token_times(timed, held_out)
+    recipe.report()
+
+
+def _targets(text: str) -> list[float]:
+    from cats.config import check_target
+    from cats.errors import ConfigError
+
+    try:
+        targets = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--sparsity: expected numbers by commas, got {text!r}") from error
+    for target in targets:
+        check_target(target)
+    return targets
+
+
+@dataclass(kw_only=True, slots=True)
+class Recipe:
+    """One run of the recipe; each step keeps what it finds in ``folder``."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    name: str
+    targets: list[float]
+    samples: int
+    length: int
+    seed: int
+    source: str
+
+    @property
+    def settings(self) -> dict[str, str | int | float | bool | None]:
+        """What every number depends on."""
+        return {
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "calibration_text": self.source,
+            "calibration_samples": self.samples,
+            "calibration_length": self.length,
+            "calibration_seed": self.seed,
+        }
+
+    def split(self, text: Path | None) -> tuple[Tensor, Tensor]:
+        """Calibration blocks ``[N, T]`` and held-out ones, drawn by the seed."""
+        import torch
+
+        from cats.data import read_text, token_blocks
+        from cats.errors import DataError
+
+        wanted = self.samples + _HELD_OUT_BLOCKS
+        texts = [read_text(text)] if text is not None else self._refined_web(wanted)
+        limit = None if text is not None else wanted
+        blocks = token_blocks(self.tokenizer, texts, length=self.length, limit=limit)
+        if len(blocks) < 2:
+            raise DataError(f"the text fills {len(blocks)} block of {self.length}, 2 are needed")
+        generator = torch.Generator().manual_seed(self.seed)
+        blocks = blocks[torch.randperm(len(blocks), generator=generator)]
+        held_out = min(_HELD_OUT_BLOCKS, max(1, len(blocks) // 5))
+        calibration = blocks[held_out:][: self.samples]
+        if len(calibration) < self.samples:
+            options.err.print(
+                f"the text fills {len(calibration)} calibration blocks of {self.length} tokens, "
+                f"not {self.samples}"
+            )
+            self.samples = len(calibration)
+        return calibration, blocks[:held_out]
+
+    def _refined_web(self, blocks: int) -> Iterator[str]:
+        from cats.errors import ConfigError
+
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ConfigError(
+                "RefinedWeb needs the data library: pip install 'cats-llm[eval]', or give --text"
+            ) from error
+        stream = load_dataset(_REFINED_WEB, split="train", streaming=True)
+        # a document is shorter than a block more often than not
+        for row in itertools.islice(stream.shuffle(seed=self.seed), 20 * blocks):
+            yield row["content"]
+
+    def eval_blocks(self, paths: list[Path]) -> dict[str, Tensor]:
+        """Name of each text to its blocks."""
+        from cats.data import read_text, token_blocks
+
+        return {
+            path.name: token_blocks(self.tokenizer, read_text(path), length=self.length)
+            for path in paths
+        }
+
+    def variants(self, blocks: Tensor) -> Iterator[Variant]:
+        """Dense, CATS at every target, ReLU, and input thresholding at the bytes of each target."""
+        from cats.evaluation.inputs import InputCounts
+        from cats.evaluation.variants import Dense, Sparse
+
+        yield Dense()
+        counted = self._statistics("cats", blocks)
+        for target in self.targets:
+            yield Sparse(counted.config(target))
+        yield Sparse(self._statistics("relu", blocks).config())
+        batches = options.progress(blocks.split(_BATCH), "counting inputs")
+        inputs = InputCounts.collect(self.model, batches)
+        for target in self.targets:
+            # gate is read whole: of three matrices, two leave the share unread
+            equal_bytes = 2 / 3 * target
+            yield inputs.uniform(equal_bytes)
+            yield inputs.teal(equal_bytes)
+
+    def _statistics(self, method: str, blocks: Tensor) -> Statistics:
+        from cats.calibration import Statistics, collect
+        from cats.calibration.collect import block_hash
+        from cats.errors import DataError
+
+        path = self.folder / f"statistics-{method}.safetensors"
+        if path.exists():
+            found = Statistics.load(path)
+            if found.text_hash != sum(map(block_hash, blocks)) % (1 << 64):
+                raise DataError(f"{path}: counts of another text or seed; name another folder")
+            return found
+        batches = options.progress(blocks.split(_BATCH), f"calibrating {method}")
+        found = collect(self.model, batches, method=method)
+        found.save(path)
+        return found
+
+    def perplexity(self, variant: Variant, text: str, blocks: Tensor) -> None:
+        """Of one variant on one text."""
+        from cats.evaluation.run import measure_perplexity
+
+        file = f"perplexity/{variant.label}-{text.replace('/', '-').replace(', ', '-')}.jsonl"
+        self._once(file.replace(" ", "-"), lambda: [
+            measure_perplexity(
+                self.model, variant, list(options.progress(blocks.split(_BATCH), variant.label)),
+                text=text, settings=self.settings,
+            )
+        ])  # fmt: skip
+
+    def profiles(self, variants: list[Variant], blocks: Tensor) -> None:
+        """Activations of the dense model and of the sparse one of the first target."""
+        from cats.evaluation.profile import profile
+
+        for variant in variants:
+            path = self.folder / f"profile-{variant.label}.json"
+            if not path.exists():
+                with variant.on(self.model) as model:
+                    about = {"cats": getattr(model.config, "cats", None), "text": self.source}
+                    batches = blocks[:_PROFILE_BLOCKS].split(8)
+                    found = profile(model, options.progress(batches, "profiling"))
+                found.save(path, model=self.name, block=self.length, **about)
+
+    def tasks(
+        self,
+        variants: list[Variant],
+        names: list[str],
+        *,
+        limit: int | None,
+        batch_size: int | str,
+        data_dir: Path | None,
+    ) -> None:
+        """Zero-shot tasks of every variant, resumed task by task."""
+        from cats.evaluation.run import answer_tasks, results
+
+        found: list[Result] = []
+        dense = None
+        for variant in variants:
+            answers = []
+            for answer in answer_tasks(
+                self.model, self.tokenizer, variant, names, folder=self.folder / "answers",
+                settings=self.settings, limit=limit, seed=self.seed, batch_size=batch_size,
+                data_dir=data_dir,
+            ):  # fmt: skip
+                answers.append(answer)
+                options.err.print(f"{variant.label}: {answer.task} done")
+            dense = dense or answers
+            found += results(variant.label, answers, dense)
+        _write(self.folder / "tasks.jsonl", found)
+
+    def mlp_times(self) -> None:
+        """One MLP of the model's shape, in float32 as in the paper and in the model's dtype."""
+        import torch
+
+        from cats.benchmarks.mlp import Case, measure
+        from cats.mlp import find_gated_mlps
+
+        mlp = find_gated_mlps(self.model)[0]
+        device = next(self.model.parameters()).device
+        on_cpu = device.type == "cpu"
+        for dtype in dict.fromkeys((torch.float32, self.model.dtype)):
+            case = Case(
+                hidden_size=mlp.hidden_size, intermediate_size=mlp.intermediate_size, dtype=dtype,
+                device=str(device), sparsities=tuple(self.targets),
+                # a CPU reads slower, and its compiler takes minutes
+                rounds=5 if on_cpu else 50, size=2**28 if on_cpu else 2**32, compiled=not on_cpu,
+            )  # fmt: skip
+            name = str(dtype).removeprefix("torch.")
+            self._once(f"mlp-{name}.jsonl", partial(measure, case))
+
+    def token_times(self, variants: list[Variant], blocks: Tensor) -> None:
+        """A decoded token at batch 1: dense, and every sparse model with its fused MLPs."""
+        self._once("tokens.jsonl", partial(self._token_times, variants, blocks[:1]))
+
+    def _token_times(self, variants: list[Variant], block: Tensor) -> Iterator[Result]:
+        from cats.benchmarks.timing import read_bandwidth
+        from cats.evaluation.traffic import token_bytes
+        from cats.evaluation.variants import Dense
+        from cats.fusion import fuse_
+        from cats.results import Result, environment
+
+        device = next(self.model.parameters()).device
+        prompt = block[:, : self.length // 2].to(device)
+        size = 2**32 if device.type == "cuda" else 2**28
+        seconds_a_byte = read_bandwidth(device, size=size, rounds=5).median / size
+        for variant in variants:
+            dense = isinstance(variant, Dense)
+            _, share = variant.measure(self.model, [block])
+            limit = token_bytes(self.model, share) * seconds_a_byte
+            with variant.on(self.model) as model:
+                low, middle, high = _microseconds(model if dense else fuse_(model), prompt)
+            method, target = variant.settings["method"], variant.settings["target_sparsity"]
+            yield Result(
+                benchmark="token", quantity="time", unit="us", value=middle, low=low, high=high,
+                samples=_NEW_TOKENS - 1,
+                settings={
+                    "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch."),
+                    "batch": 1, "prompt_tokens": prompt.shape[1],
+                    "variant": "dense" if dense else f"{method}, fused",
+                    "sparsity": 0.0 if dense else target, "limit_us": limit * 1e6,
+                },
+                environment=environment(str(device)),
+            )  # fmt: skip
+
+    def report(self) -> None:
+        """The page of all that lies in the folder."""
+        from cats.report import Material, write_page
+
+        page = self.folder / "report.html"
+        write_page(Material.read([self.folder]), page, title=f"CATS on {self.name}")
+        options.out.print(f"wrote {page}")
+
+    def _once(self, file: str, measure: Callable[[], Iterable[Result]]) -> None:
+        """Keep the results of ``measure`` in a file, unless they are there already."""
+        from cats.errors import BackendError, DataError
+        from cats.results import read_results
+
+        path = self.folder / file
+        if not path.exists():
+            try:
+                _write(path, list(measure()))
+            except BackendError as error:
+                options.err.print(f"[b]left out:[/b] {file}: {error}")
+            return
+        for result in read_results(path):
+            for name, value in self.settings.items():
+                if result.settings.get(name, value) != value:
+                    raise DataError(
+                        f"{path}: {name} is {result.settings[name]!r}, wanted {value!r}; "
+                        "name another folder"
+                    )
+
+
+def _microseconds(model: Any, prompt: Tensor) -> tuple[float, float, float]:
+    """Quartiles of the time of a token after the first, in the second of two runs."""
+    from cats.decode import generate
+
+    stamps: list[float] = []
+    for _ in range(2):
+        stamps.clear()
+        generate(
+            model, prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None,
+            callback=lambda tokens: stamps.append(time.perf_counter()),
+        )  # fmt: skip
+    times = [1e6 * (b - a) for a, b in itertools.pairwise(stamps)]
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _write(path: Path, results: list[Result]) -> None:
+    from cats.storage import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text("".join(result.to_json() + "\n" for result in results))

@@ -1,0 +1,108 @@
+"""Read results and profiles, and group them as a reader compares them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cats.errors import DataError, FormatError, StorageError
+from cats.results import Result, read_results
+from cats.storage import check_version
+
+# What differs between the lines of one picture of times, or belongs to one of its points.
+_OF_A_POINT = {"variant", "sparsity", "kept_share", "limit_us", "copies", "calls"}
+
+
+@dataclass(slots=True)
+class Material:
+    """What a report is made of.
+
+    Attributes:
+        results: Of every kind, in the order of their files.
+        profiles: What ``cats profile -o`` wrote.
+        files: Where they come from.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, paths: Iterable[Path]) -> Material:
+        """Read results (``.jsonl``), profiles (``.json``), and folders that hold some.
+
+        Raises:
+            StorageError: If a file cannot be read.
+            FormatError: If a file holds something else.
+            DataError: If there is nothing in them.
+        """
+        found = cls()
+        for path in paths:
+            for file in _files(path):
+                found.files.append(file.name)
+                if file.suffix == ".jsonl":
+                    found.results += read_results(file)
+                else:
+                    found.profiles.append(_read_profile(file))
+        if not found.results and not found.profiles:
+            raise DataError("no results: name .jsonl files of results or folders that hold some")
+        return found
+
+    def tasks(self) -> dict[str, list[Result]]:
+        """Model and limit to its results of zero-shot tasks; a repeated one counts once."""
+        groups: dict[str, dict[tuple[Any, ...], Result]] = {}
+        for r in self.results:
+            if r.benchmark == "tasks":
+                s = r.settings
+                asked = "" if s["limit"] is None else f", {s['limit']} questions a task"
+                key = (s["variant"], s["task"], r.quantity)
+                groups.setdefault(f"{s['model']}, {s['dtype']}{asked}", {})[key] = r
+        return {name: list(group.values()) for name, group in groups.items()}
+
+    def perplexities(self) -> dict[str, list[Result]]:
+        """Model and text to its perplexities, one a variant."""
+        groups: dict[str, dict[Any, Result]] = {}
+        for r in self.results:
+            if r.benchmark == "perplexity":
+                s = r.settings
+                name = f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens of {s['text']}"
+                groups.setdefault(name, {})[s["variant"]] = r
+        return {name: list(group.values()) for name, group in groups.items()}
+
+    def times(self) -> dict[str, list[Result]]:
+        """What was timed, where and how to its times, over variants and sparsities."""
+        groups: dict[str, dict[tuple[Any, ...], Result]] = {}
+        for r in self.results:
+            if r.quantity == "time" and {"variant", "sparsity"} <= r.settings.keys():
+                rest = {n: v for n, v in r.settings.items() if n not in _OF_A_POINT}
+                words = ", ".join(f"{n} {v}" for n, v in rest.items() if v not in (None, "none"))
+                name = f"{r.benchmark} on {r.environment['device']}: {words}"
+                key = (r.settings["variant"], r.settings["sparsity"])
+                groups.setdefault(name, {})[key] = r
+        return {name: list(group.values()) for name, group in groups.items()}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        # the answers behind the results are no results
+        results = [p for p in path.rglob("*.jsonl") if "answers" not in p.relative_to(path).parts]
+        return sorted([*results, *path.rglob("profile*.json")])
+    if not path.is_file():
+        raise StorageError(f"{path}: no such file")
+    if path.suffix not in (".jsonl", ".json"):
+        raise FormatError(f"{path}: expected results (.jsonl) or a profile (.json)")
+    return [path]
+
+
+def _read_profile(path: Path) -> dict[str, Any]:
+    try:
+        block = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: not a profile ({error})") from error
+    check_version(block, str(path))
+    if block.get("kind") != "profile":
+        raise FormatError(f"{path}: holds {block.get('kind')}, expected a profile")
+    return dict(block)

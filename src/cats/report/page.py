@@ -1,0 +1,276 @@
+"""The page: sections of tables and figures, without script, fonts or network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from cats.report import figures, paper
+from cats.report.material import Material
+from cats.results import Result
+from cats.storage import replacing
+from cats.version import __version__
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
+  color: light-dark(#1c1c1c, #e4e4e4); background: light-dark(#fff, #16181b); }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+h3 { font-size: 1rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid light-dark(#ddd, #383c42); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 34rem; }
+figure svg { width: 100%; height: auto; }
+figcaption, .note, details { font-size: .875rem; color: light-dark(#555, #a4a8ae); }
+pre { overflow-x: auto; }
+"""
+
+
+def write_page(material: Material, path: Path, *, title: str = "CATS") -> dict[str, str]:
+    """Write the report.
+
+    Args:
+        material: What it is made of.
+        path: The page.
+        title: Its title.
+
+    Returns:
+        Name of each figure to its SVG.
+
+    Raises:
+        DataError: If matplotlib is not installed.
+        StorageError: If the page cannot be written.
+    """
+    page = _Page()
+    page.quality(material)
+    page.profiles(material)
+    page.times(material)
+    page.paper()
+    page.settings(material)
+    html = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n"
+        f'<p class="note">Made by cats {__version__} of {len(material.files)} files of results. '
+        "Errors are one standard error; times are medians with quartiles.</p>\n"
+        + "\n".join(page.parts)
+        + "\n</body>\n</html>\n"
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(html, "utf-8")
+    return page.figures
+
+
+class _Page:
+    """The parts of the body, one after another."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+        self.figures: dict[str, str] = {}
+
+    def quality(self, material: Material) -> None:
+        perplexities, tasks = material.perplexities(), material.tasks()
+        traffic = {
+            (r.settings["model"], r.settings["variant"]): r.settings
+            for group in perplexities.values()
+            for r in group
+        }
+        if perplexities:
+            self._heading("Perplexity")
+        for name, group in perplexities.items():
+            self._heading(name, level=3)
+            self._table(
+                ["variant", "perplexity", "change", "MLP weights read", "MB a token"],
+                _perplexity_rows(group),
+            )
+            self._quality_figures(group, "perplexity", traffic)
+        if tasks:
+            self._heading("Zero-shot tasks")
+        for name, group in tasks.items():
+            self._heading(name, level=3)
+            self._table(*_task_table(group))
+            means = [r for r in group if r.settings["task"] == "mean"]
+            if means:
+                self._quality_figures(means, "mean accuracy", traffic)
+
+    def profiles(self, material: Material) -> None:
+        if material.profiles:
+            self._heading("Activations")
+        for profile in material.profiles:
+            method = profile["cats"]["method"] if profile.get("cats") else "dense"
+            self._heading(
+                f"{profile['model']}, {method}, {profile['tokens']:,} tokens of {profile['text']}",
+                level=3,
+            )
+            self._draw({
+                "Magnitudes of activations; dotted: the threshold of that layer":
+                    lambda name, p=profile: figures.histograms(p, name),
+                "Share of zeros, layer by layer": lambda name, p=profile: figures.layers(p, name),
+                "Share of zeros by position": lambda name, p=profile: figures.positions(p, name),
+            })  # fmt: skip
+            shares = ", ".join(f"{q}: {value:.1%}" for q, value in profile["by_token"].items())
+            self._note(f"Share of zeros of a token, quantiles over the tokens: {shares}.")
+
+    def times(self, material: Material) -> None:
+        groups = material.times()
+        if groups:
+            self._heading("Speed")
+        for name, group in groups.items():
+            self._heading(name, level=3)
+            self._draw({"Time over sparsity": lambda figure, g=group: figures.times(g, figure)})
+            header = ["variant", "sparsity", group[0].unit, "quartiles", "limit", "of limit"]
+            self._table(header, map(_time_row, group))
+
+    def paper(self) -> None:
+        self._heading("The paper's numbers")
+        variants = list(dict.fromkeys(v for row in paper.MEAN_ACCURACY.values() for v in row))
+        self._table(
+            ["mean accuracy of the eight tasks", *variants],
+            [
+                [model, *(f"{100 * row[v]:.2f}" for v in variants)]
+                for model, row in paper.MEAN_ACCURACY.items()
+            ],
+        )
+        self._table(["speed at 50 %, float32", ""], [[n, v] for n, v in paper.SPEED.items()])
+        self._note("arXiv:2404.08763; accuracy without fine-tuning.")
+
+    def settings(self, material: Material) -> None:
+        self._heading("Settings behind the numbers")
+        self._note("Files: " + ", ".join(material.files) + ".")
+        by_benchmark: dict[str, dict[str, None]] = {}
+        for r in material.results:
+            environment = {n: v for n, v in r.environment.items() if n != "time"}
+            block = json.dumps(environment, indent=1)
+            by_benchmark.setdefault(r.benchmark, {})[block] = None
+        for benchmark, environments in by_benchmark.items():
+            for block in environments:
+                self._details(f"{benchmark}: where it was measured", block)
+        for r in material.results:
+            label = f"{r.benchmark}, {r.quantity}, {r.settings.get('variant', '')}"
+            if r.benchmark == "perplexity" or r.settings.get("task") == "mean":
+                self._details(label, json.dumps(r.settings, indent=1))
+
+    def _quality_figures(self, group: Sequence[Result], label: str, traffic: Any) -> None:
+        def read(r: Result, key: str) -> float | None:
+            settings = traffic.get((r.settings["model"], r.settings["variant"]), {})
+            value = settings.get(key)
+            return None if value is None else float(value)
+
+        def sparsity(r: Result) -> float | None:
+            # ReLU has no target: what it drops
+            target = r.settings["target_sparsity"]
+            return float(target) if target is not None else read(r, "realized_sparsity")
+
+        def megabytes(r: Result) -> float | None:
+            value = read(r, "token_bytes")
+            return None if value is None else value / 1e6
+
+        drawings = {f"{label} over sparsity, as each method counts it": (sparsity, "sparsity")}
+        if any(megabytes(r) is not None for r in group):
+            drawings[f"{label} over the bytes that a token reads"] = (megabytes, "MB a token")
+        self._draw({
+            caption: lambda name, x=x, x_label=x_label: figures.quality(
+                group, name, label=label, x_label=x_label, x=x
+            )
+            for caption, (x, x_label) in drawings.items()
+        })  # fmt: skip
+
+    def _draw(self, drawings: dict[str, Any]) -> None:
+        """Figures side by side where there is room; each caption to what draws it."""
+        html = []
+        for caption, draw in drawings.items():
+            name = f"figure{len(self.figures) + 1}"
+            self.figures[name] = draw(name)
+            html.append(
+                f"<figure>{self.figures[name]}<figcaption>{escape(caption)}</figcaption></figure>"
+            )
+        self.parts.append(f'<div class="figures">{"".join(html)}</div>')
+
+    def _heading(self, text: str, *, level: int = 2) -> None:
+        self.parts.append(f"<h{level}>{escape(text)}</h{level}>")
+
+    def _note(self, text: str) -> None:
+        self.parts.append(f'<p class="note">{escape(text)}</p>')
+
+    def _details(self, summary: str, text: str) -> None:
+        self.parts.append(
+            f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+        )
+
+    def _table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        self.parts.append(
+            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
+
+
+def _perplexity_rows(group: Sequence[Result]) -> Iterable[Sequence[str]]:
+    dense = next((r.value for r in group if r.settings["method"] == "dense"), None)
+    for r in group:
+        yield [
+            str(r.settings["variant"]),
+            f"{r.value:.3f}",
+            "" if dense is None or r.value == dense else f"{r.value / dense - 1:+.1%}",
+            f"{float(r.settings['mlp_share'] or 0):.1%}",
+            f"{float(r.settings['token_bytes'] or 0) / 1e6:,.1f}",
+        ]
+
+
+def _task_table(group: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row a task and metric, one column a variant, two of a sparse one."""
+    variants = list(dict.fromkeys(str(r.settings["variant"]) for r in group))
+    rows: dict[tuple[str, str], dict[str, Result]] = {}
+    for r in group:
+        key = (str(r.settings["task"]), r.quantity)
+        rows.setdefault(key, {})[str(r.settings["variant"])] = r
+    header = ["task", "metric", "questions"]
+    for variant in variants:
+        header += [variant] if variant == "dense" else [variant, "difference"]
+    table = []
+    for (task, metric), by_variant in rows.items():
+        first = next(iter(by_variant.values()))
+        split = f" ({first.settings['split']})" if first.settings["split"] else ""
+        cells = [task + split, metric, f"{first.samples:,}"]
+        for variant in variants:
+            cells += _task_cells(by_variant.get(variant), dense=variant == "dense")
+        table.append(cells)
+    return header, table
+
+
+def _task_cells(result: Result | None, *, dense: bool) -> list[str]:
+    if result is None:
+        return [""] if dense else ["", ""]
+    s = result.settings
+    value = _plus_minus(f"{100 * result.value:.1f}", s["stderr"])
+    if dense:
+        return [value]
+    return [value, _plus_minus(f"{100 * float(s['difference'] or 0):+.1f}", s["difference_stderr"])]
+
+
+def _plus_minus(value: str, error: Any) -> str:
+    return value if error is None else f"{value} ± {100 * float(error):.1f}"
+
+
+def _time_row(r: Result) -> list[str]:
+    limit = r.settings.get("limit_us")
+    known = limit is not None and r.unit == "us"
+    return [
+        str(r.settings["variant"]),
+        f"{float(r.settings['sparsity'] or 0):.0%}",
+        f"{r.value:.1f}",
+        f"{r.low:.1f} to {r.high:.1f}",
+        f"{float(limit or 0):.1f}" if known else "",
+        f"{float(limit or 0) / r.value:.2f}" if known else "",
+    ]
