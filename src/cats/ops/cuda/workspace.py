@@ -7,7 +7,9 @@ Workspaces live as long as the process; each takes 8 * B * D + 4096 bytes, or a 
 """
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from cuda.bindings import driver
@@ -70,12 +72,12 @@ def _allocate(device: int, count: int) -> Tensor:
     return result
 
 
-class relaxed_capture:  # noqa: N801
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
     """Lets this thread load code and wait for its own stream while some stream is captured."""
-
-    def __enter__(self) -> None:
-        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        self._before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
-
-    def __exit__(self, *exception: object) -> None:
-        check(driver.cuThreadExchangeStreamCaptureMode(self._before))
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
+    try:
+        yield
+    finally:
+        check(driver.cuThreadExchangeStreamCaptureMode(before))
