@@ -178,9 +178,8 @@ class Decoder:
                 shown = tokens.where(~ended, options.pad_token_id)
                 for eos in options.eos_token_ids:
                     ended |= tokens == eos
-                if stop is not None and (stopped := stop.add(shown) & ~ended).any():
-                    ended |= stopped
-                    state.finished.logical_or_(stopped.to(state.device))
+                if stop is not None:
+                    ended |= stop.add(shown)
                 yield shown
                 if ended.all():
                     break

@@ -1,0 +1,9 @@
+import pytest
+
+from tests.models import make_model
+
+
+@pytest.fixture(scope="package")
+def llama():
+    """A tiny dense model that no test changes."""
+    return make_model()

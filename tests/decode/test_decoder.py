@@ -1,0 +1,344 @@
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+import cats
+from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
+from tests.models import FAMILIES, make_ids, make_model, make_tokenizer
+
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def fused(config=LlamaConfig, **changes):
+    model = make_model(config, **changes)
+    cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=0.5))
+    return cats.fuse_(model)
+
+
+def reference(model, ids, **options):
+    """What transformers generates; without an end, whatever the model's own configuration says."""
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    eos = options.pop("eos_token_id", None)
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, eos
+    try:
+        return model.generate(ids, attention_mask=mask, eos_token_id=eos, **options)
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+def padded(rows=3, length=9):
+    ids, mask = make_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+def test_tokens_are_those_of_transformers_for_every_family(config):
+    model, ids = fused(config), make_ids(1, 7)
+    actual = cats.generate(model, ids, max_new_tokens=200, **GREEDY)
+    assert torch.equal(actual, reference(model, ids, max_new_tokens=200, **GREEDY))
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+def test_padded_batch_gives_the_tokens_of_transformers(config):
+    model, (ids, mask) = fused(config), padded()
+    options = dict(attention_mask=mask, max_new_tokens=60, **GREEDY)
+    assert torch.equal(cats.generate(model, ids, **options), reference(model, ids, **options))
+
+
+@pytest.mark.parametrize("config", [MistralConfig, Gemma2Config, Gemma3TextConfig])
+@pytest.mark.parametrize("window", [16, 80])
+def test_tokens_past_the_sliding_window_are_those_of_transformers(config, window):
+    model, ids = make_model(config, sliding_window=window), make_ids(1, 12)
+    actual = cats.generate(model, ids, max_new_tokens=150, **GREEDY)
+    assert torch.equal(actual, reference(model, ids, max_new_tokens=150, **GREEDY))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_tokens_past_the_first_window_of_slots_are_those_of_transformers(llama, padding):
+    ids, mask = padded(2, 200)
+    if not padding:
+        mask = torch.ones_like(mask)
+    options = dict(attention_mask=mask, max_new_tokens=120, **GREEDY)
+    assert torch.equal(cats.generate(llama, ids, **options), reference(llama, ids, **options))
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_compiled_engine_gives_the_tokens_of_transformers(padding):
+    model = fused(num_hidden_layers=4)
+    ids, mask = padded(2) if padding else (make_ids(1, 9), torch.ones(1, 9, dtype=torch.long))
+    options = dict(attention_mask=mask, max_new_tokens=40, **GREEDY)
+    actual = cats.generate(model, ids, engine="compiled", **options)
+    assert torch.equal(actual, reference(model, ids, **options))
+
+
+def test_rows_end_at_eos_and_are_filled_up_as_by_transformers(llama):
+    ids = make_ids(3, 5)
+    free = cats.generate(llama, ids, max_new_tokens=40, **GREEDY)
+    eos = [int(free[0, 12]), int(free[1, 25])]
+    options = dict(max_new_tokens=40, do_sample=False, eos_token_id=eos, pad_token_id=3)
+    expected = reference(llama, ids, **options)
+    assert torch.equal(cats.generate(llama, ids, **options), expected)
+
+
+def test_repetition_penalty_gives_the_tokens_of_transformers(llama):
+    options = dict(max_new_tokens=40, repetition_penalty=1.5, **GREEDY)
+    ids = make_ids(2, 6)
+    assert torch.equal(cats.generate(llama, ids, **options), reference(llama, ids, **options))
+
+
+def test_seed_decides_about_sampled_tokens(llama):
+    def sample(seed):
+        options = dict(do_sample=True, temperature=1.5, top_k=40, max_new_tokens=30)
+        return cats.generate(llama, make_ids(2, 4), seed=seed, eos_token_id=None, **options)
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+
+
+def test_sampled_tokens_follow_the_model(llama):
+    ids, rows = make_ids(1, 6), 2000
+    with torch.no_grad():
+        p = (llama(ids).logits[0, -1].double() / 0.5).softmax(-1)
+    options = dict(do_sample=True, temperature=0.5, max_new_tokens=1, seed=0, eos_token_id=None)
+    tokens = cats.generate(llama, ids.expand(rows, -1), **options)[:, -1]
+    likely = p.topk(10).indices
+    counts = torch.stack([(tokens == t).sum() for t in likely]).double()
+    counts, p = (
+        torch.cat([counts, rows - counts.sum()[None]]),
+        torch.cat([p[likely], 1 - p[likely].sum()[None]]),
+    )
+    # 99.99 % of a chi-squared distribution with 10 degrees of freedom lie below 35.6
+    assert ((counts - rows * p) ** 2 / (rows * p)).sum() < 35.6
+
+
+def test_generation_config_of_the_model_is_read():
+    model, ids = make_model(), make_ids(1, 5)
+    model.generation_config.max_new_tokens = 7
+    model.generation_config.eos_token_id = None
+    assert cats.generate(model, ids).shape == (1, 12)
+    model.generation_config.num_beams = 4
+    with pytest.raises(ConfigError, match="num_beams"):
+        cats.generate(model, ids)
+
+
+def test_stop_string_ends_a_row_with_the_token_that_completes_it(llama):
+    tokenizer, ids = make_tokenizer(), make_ids(2, 5)
+    free = cats.generate(llama, ids, max_new_tokens=40, **GREEDY)[:, 5:]
+    stop = tokenizer.decode(free[0, 10:13])
+    actual = cats.generate(
+        llama, ids, max_new_tokens=40, stop_strings=stop, tokenizer=tokenizer, **GREEDY
+    )[:, 5:]
+    ends = [
+        next((i for i in range(1, 41) if stop in tokenizer.decode(row[:i])), 40) for row in free
+    ]
+    assert ends[0] <= 13
+    for row, expected, end in zip(actual, free, ends, strict=True):
+        assert torch.equal(row[:end], expected[:end])
+        assert not row[end:].any()
+
+
+def test_callback_and_stream_give_the_tokens_of_each_step(llama):
+    ids, called = make_ids(2, 5), []
+    whole = cats.generate(llama, ids, max_new_tokens=9, callback=called.append, **GREEDY)
+    streamed = list(cats.Decoder(llama).stream(ids, max_new_tokens=9, **GREEDY))
+    assert torch.equal(torch.stack(called, 1), whole[:, 5:])
+    assert torch.equal(torch.stack(streamed, 1), whole[:, 5:])
+
+
+def test_lists_of_ids_of_different_lengths_are_padded(llama):
+    rows = [[5, 6, 7, 8], [9, 10]]
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]]), torch.tensor([[1] * 4, [0, 0, 1, 1]])
+    actual = cats.generate(llama, rows, max_new_tokens=20, **GREEDY)
+    expected = reference(llama, ids, attention_mask=mask, max_new_tokens=20, **GREEDY)
+    assert torch.equal(actual, expected)
+
+
+def prefilled(model):
+    """Counts the prompt tokens that the model runs."""
+    counts = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda m, args, out: counts.append(args[0].shape[1])
+    )
+    return counts
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_next_turn_runs_only_new_tokens_and_gives_the_same(engine):
+    model = make_model()
+    decoder = cats.Decoder(model, engine=engine)
+    first = decoder.generate(make_ids(1, 20), max_new_tokens=10, **GREEDY)
+    prompt = torch.cat([first, make_ids(1, 6, seed=1)], 1)
+    stored = decoder._stored[0]
+    assert torch.equal(stored, first[:, :-1])
+    second = decoder.generate(prompt, max_new_tokens=10, **GREEDY)
+    assert torch.equal(second, reference(model, prompt, max_new_tokens=10, **GREEDY))
+    # an earlier turn is edited: only what lies before it is used again
+    edited = prompt.clone()
+    edited[0, 15] = (edited[0, 15] + 1) % 256
+    third = decoder.generate(edited, max_new_tokens=10, **GREEDY)
+    assert torch.equal(third, reference(model, edited, max_new_tokens=10, **GREEDY))
+
+
+def test_shared_prefix_is_not_run_again():
+    model = make_model()
+    counts = prefilled(model)
+    decoder = cats.Decoder(model)
+    first = decoder.generate(make_ids(1, 20), max_new_tokens=1, **GREEDY)
+    counts.clear()
+    decoder.generate(torch.cat([first, make_ids(1, 5)], 1), max_new_tokens=1, **GREEDY)
+    assert counts == [6]
+
+
+def test_growing_conversation_gives_the_same_tokens(llama):
+    decoder, ids = cats.Decoder(llama), make_ids(1, 100)
+    for _ in range(3):
+        expected = reference(llama, ids, max_new_tokens=100, **GREEDY)
+        ids = decoder.generate(ids, max_new_tokens=100, **GREEDY)
+        assert torch.equal(ids, expected)
+
+
+def test_conversations_on_one_model_do_not_mix(llama):
+    a, b = cats.Decoder(llama), cats.Decoder(llama)
+    ids = make_ids(2, 8)
+    streams = [
+        decoder.stream(row[None], max_new_tokens=20, **GREEDY)
+        for decoder, row in zip((a, b), ids, strict=True)
+    ]
+    steps = [torch.cat(pair) for pair in zip(*streams, strict=True)]
+    expected = [reference(llama, row[None], max_new_tokens=20, **GREEDY)[0, 8:] for row in ids]
+    assert torch.equal(torch.stack(steps, 1), torch.stack(expected))
+
+
+@pytest.mark.parametrize("change", ["sparsify", "weights", "replaced", "dtype", "hook"])
+def test_model_changed_between_calls_gives_its_new_tokens(change):
+    model, ids = make_model(), make_ids(1, 8)
+    decoder = cats.Decoder(model)
+    before = decoder.generate(ids, max_new_tokens=60, **GREEDY)
+    mlp = model.model.layers[1].mlp
+    if change == "sparsify":
+        cats.fuse_(cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=0.9)))
+    elif change == "weights":
+        with torch.no_grad():
+            mlp.up_proj.weight.mul_(-1)
+    elif change == "replaced":
+        mlp.up_proj = nn.Linear(16, 40, bias=False)
+    elif change == "dtype":
+        model.to(torch.float64)
+        mlp.up_proj.weight.data.mul_(-1)
+    else:
+        mlp.register_forward_hook(lambda m, args, out: -out)
+    after = decoder.generate(ids, max_new_tokens=60, **GREEDY)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, reference(model, ids, max_new_tokens=60, **GREEDY))
+
+
+def test_weights_written_in_place_during_a_stream_are_seen(llama):
+    model, ids = make_model(), make_ids(1, 8)
+    stream = cats.Decoder(model).stream(ids, max_new_tokens=30, **GREEDY)
+    begun = [int(next(stream)) for _ in range(3)]
+    unchanged = reference(model, ids, max_new_tokens=30, **GREEDY)[0, 8:].tolist()
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    rest = [int(t) for t in stream]
+    assert begun == unchanged[:3]
+    assert rest != unchanged[3:]
+
+
+def test_dropped_or_interrupted_stream_leaves_a_decoder_that_is_right(llama):
+    decoder, ids = cats.Decoder(llama), make_ids(1, 8)
+    expected = reference(llama, ids, max_new_tokens=20, **GREEDY)
+    stream = decoder.stream(ids, max_new_tokens=20, **GREEDY)
+    next(stream)
+    del stream
+
+    def interrupt(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoder.generate(ids, max_new_tokens=20, callback=interrupt, **GREEDY)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=20, **GREEDY), expected)
+
+
+def test_second_call_of_a_thread_ends_its_first_stream(llama):
+    decoder, ids = cats.Decoder(llama), make_ids(1, 8)
+    stream = decoder.stream(ids, max_new_tokens=20, **GREEDY)
+    next(stream)
+    whole = decoder.generate(ids, max_new_tokens=20, **GREEDY)
+    assert torch.equal(whole, reference(llama, ids, max_new_tokens=20, **GREEDY))
+    with pytest.raises(ConfigError, match="later call"):
+        next(stream)
+
+
+def test_threads_on_one_decoder_wait_for_each_other(llama):
+    decoder, rows = cats.Decoder(llama), make_ids(3, 8)
+    results = {}
+
+    def work(i):
+        results[i] = decoder.generate(rows[i : i + 1], max_new_tokens=25, **GREEDY)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(3):
+        expected = reference(llama, rows[i : i + 1], max_new_tokens=25, **GREEDY)
+        assert torch.equal(results[i], expected)
+
+
+def test_model_that_branches_on_values_runs_untraced_and_says_so():
+    model, ids = make_model(Qwen2Config), make_ids(1, 8)
+    expected = reference(model, ids, max_new_tokens=20, **GREEDY)
+    norm = model.model.norm
+    forward = norm.forward
+    norm.forward = lambda x: forward(x) if x.sum() > -1e9 else x
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        actual = cats.generate(model, ids, max_new_tokens=20, **GREEDY)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "error"),
+    [
+        (make_ids(1, 500), {"max_new_tokens": 20}, ConfigError),
+        (make_ids(1, 5), {"max_new_tokens": 0}, ConfigError),
+        (make_ids(1, 5), {"max_length": 5}, ConfigError),
+        (make_ids(1, 5), {"num_beams": 2}, ConfigError),
+        (make_ids(1, 5), {"temperature": 0.0, "do_sample": True}, ConfigError),
+        (make_ids(1, 5), {"stop_strings": "a"}, ConfigError),
+        (make_ids(1, 5), {"engine": "fast"}, ConfigError),
+        (make_ids(1, 5).float(), {}, DataError),
+        (make_ids(1, 0), {}, DataError),
+        (make_ids(1, 5) + 250, {}, DataError),
+        ([[1], []], {}, DataError),
+        (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1, 0]])}, DataError),
+        (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1]])}, DataError),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_right_is_an_error(llama, inputs, options, error):
+    with pytest.raises(error):
+        cats.generate(llama, inputs, **options)
+
+
+def test_forward_hook_is_an_error_for_the_compiled_engine():
+    model = make_model()
+    model.model.norm.register_forward_hook(lambda m, args, out: out)
+    with pytest.raises(BackendError, match="hooks"):
+        cats.generate(model, make_ids(1, 5), engine="compiled", max_new_tokens=3)
+
+
+def test_model_of_another_library_is_an_error():
+    with pytest.raises(UnsupportedModelError):
+        cats.generate(nn.Linear(2, 2), make_ids(1, 5))
