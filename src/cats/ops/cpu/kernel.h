@@ -318,7 +318,9 @@ struct GatedMlp {
         if (!keeps(value, call.thresholds[j])) value = 0.0f;
         any |= value != 0.0f;
       }
-      if (any) listed[count++] = j;
+      // no branch: whether a neuron is kept is not predictable
+      listed[count] = j;
+      count += any;
     }
     float others[kMaxChunk][B];
     dot_rows(other, other_bias, listed, count, size, others);
@@ -336,7 +338,8 @@ struct GatedMlp {
         products[needed * B + b] = product;
         any |= product != 0.0f;
       }
-      if (any) neurons[needed++] = j;
+      neurons[needed] = j;
+      needed += any;
     }
     return needed;
   }
