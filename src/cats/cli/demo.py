@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,23 +60,29 @@ def _run(
     from cats.apply import sparsify_
     from cats.calibration import calibrate
     from cats.cli.calibrate import split
+    from cats.fusion import fuse_
     from cats.metrics import perplexity, perplexity_and_sparsity
 
     blocks, held_out = (
         part.split(4) for part in split(tokenizer, text, None, 512, tokens, eval_tokens, seed)
     )
     config = calibrate(model, options.progress(blocks, "calibrating"), target_sparsity=sparsity)
+    answer = partial(_answer, model, tokenizer, prompt, max_new_tokens)
     dense = {
         "perplexity": perplexity(model, options.progress(held_out, "dense perplexity")),
-        **_answer(model, tokenizer, prompt, max_new_tokens, "dense answer"),
+        "transformers_tokens_per_second": _plain_speed(model, tokenizer, prompt, max_new_tokens),
+        **answer("dense answer"),
     }
     sparsify_(model, config)
     sparse_perplexity, realized = perplexity_and_sparsity(
         model, options.progress(held_out, "CATS perplexity")
     )
+    plain = _plain_speed(model, tokenizer, prompt, max_new_tokens)
+    fuse_(model)
     sparse = {
         "perplexity": sparse_perplexity,
-        **_answer(model, tokenizer, prompt, max_new_tokens, "CATS answer"),
+        "transformers_tokens_per_second": plain,
+        **answer("CATS answer"),
     }
     return {
         "seed": seed,
@@ -98,24 +105,37 @@ def _answer(
 
     with options.counter(label, max_new_tokens) as advance:
         return run(
-            model, tokenizer, prompt, max_new_tokens=max_new_tokens, streamer=_Counting(advance)
+            model, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False,
+            callback=lambda tokens: advance(),
+        )  # fmt: skip
+
+
+def _plain_speed(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> float:
+    """Tokens a second of ``model.generate``, without the pass over the prompt."""
+    import torch
+    from transformers import StoppingCriteriaList
+
+    from cats.cli.generate import encode, tokens_per_second
+
+    ids = encode(tokenizer, prompt, chat=True).to(model.device)
+    times: list[float] = []
+
+    def stamp(tokens: torch.Tensor, scores: Any) -> torch.Tensor:
+        if tokens.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    with torch.no_grad():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            stopping_criteria=StoppingCriteriaList([stamp]),
         )
-
-
-class _Counting:
-    """A streamer for ``generate`` that only counts tokens."""
-
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self._advance = advance
-        self._saw_prompt = False
-
-    def put(self, tokens: Any) -> None:
-        if self._saw_prompt:
-            self._advance()
-        self._saw_prompt = True
-
-    def end(self) -> None:
-        pass
+    return tokens_per_second(times)
 
 
 def _print(report: dict[str, Any], text: list[Path] | None) -> None:
@@ -134,12 +154,23 @@ def _print(report: dict[str, Any], text: list[Path] | None) -> None:
     table.add_column("model")
     table.add_column("held-out perplexity", justify="right")
     table.add_column("change", justify="right")
-    table.add_column("tokens/s", justify="right")
-    speed = "tokens_per_second"
-    table.add_row("dense", f"{dense['perplexity']:.2f}", "", f"{dense[speed]:.1f}")
+    table.add_column("tokens/s, transformers", justify="right")
+    table.add_column("tokens/s, cats", justify="right")
     change = loss(dense["perplexity"], sparse["perplexity"])
-    table.add_row(name, f"{sparse['perplexity']:.2f}", change, f"{sparse[speed]:.1f}")
+    for label, row, lost in (("dense", dense, ""), (name, sparse, change)):
+        table.add_row(
+            label,
+            f"{row['perplexity']:.2f}",
+            lost,
+            f"{row['transformers_tokens_per_second']:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+        )
     out.print(table)
+    out.print(
+        f"transformers is model.generate; cats is cats.generate, engine {sparse['engine']}, CATS "
+        "with fused MLPs",
+        style="dim",
+    )
     out.print(
         f"calibrated on {report['calibration_tokens']:,} tokens and measured on "
         f"{report['held_out_tokens']:,} held-out tokens of {options.describe_texts(text)}, "

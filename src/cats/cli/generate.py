@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -16,9 +17,16 @@ def generate(
     thresholds: options.Thresholds = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this sum.")] = 1,
+    min_p: Annotated[float, typer.Option(help="Least share of the likeliest's probability.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repetition.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt in the model's chat template, if it has one.")
     ] = True,
+    engine: Annotated[str, typer.Option(help="auto, eager or compiled.")] = "auto",
+    fuse: Annotated[bool, typer.Option(help="Run a sparse model's MLPs as one operator.")] = True,
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -29,22 +37,29 @@ def generate(
     Example: [b]cats generate smollm2 "Why is the sky blue?" --thresholds cats50.safetensors[/b]
     """
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
-    import torch
     from transformers import TextStreamer
 
-    torch.manual_seed(seed)
-    streamer = (
-        None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    )
+    from cats.fusion import fuse_
+    from cats.mlp import CatsActivation
+
+    if fuse and any(isinstance(m, CatsActivation) for m in loaded.modules()):
+        fuse_(loaded)
+    streamer: Any = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     report = run(
-        loaded, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens,
-        temperature=temperature, streamer=streamer,
+        loaded, tokenizer, prompt, chat=chat, engine=engine, max_new_tokens=max_new_tokens,
+        callback=None if streamer is None else streamer.put, stop_strings=stop or None, seed=seed,
+        repetition_penalty=repetition_penalty, **sampling,
     )  # fmt: skip
     if as_json:
         options.print_json({"model": model, "prompt": prompt, **report})
     else:
+        streamer.end()
         options.err.print(
-            f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} tokens/s",
+            f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} tokens/s "
+            f"({report['engine']})",
             style="dim",
         )
 
@@ -54,61 +69,66 @@ def run(
     tokenizer: Any,
     prompt: str,
     *,
-    max_new_tokens: int,
     chat: bool = True,
-    temperature: float = 0.0,
-    streamer: Any = None,
+    engine: str = "auto",
+    callback: Callable[[Any], object] | None = None,
+    **sampling: Any,
 ) -> dict[str, Any]:
     """Generate, and time the tokens after the first, so that the prompt's pass is left out.
 
     Returns:
-        ``text``, ``new_tokens``, and ``tokens_per_second`` of decoding (0 where one token came).
+        ``text``, ``new_tokens``, ``engine``, and ``tokens_per_second`` of decoding (0 where one
+        token came).
     """
-    import torch
-    from transformers import StoppingCriteriaList
+    from cats.decode import Decoder
 
-    from cats.errors import DataError
-
-    ids = encode(tokenizer, prompt, chat=chat).to(model.device)
-    if ids.shape[1] == 0:
-        raise DataError("the prompt has no tokens: give some text")
+    ids = encode(tokenizer, prompt, chat=chat)
     times: list[float] = []
 
-    def stamp(tokens: torch.Tensor, scores: Any) -> torch.Tensor:
-        if tokens.device.type == "cuda":
-            torch.cuda.synchronize()
+    def stamp(tokens: Any) -> None:
         times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        if callback is not None:
+            callback(tokens)
 
-    with torch.no_grad():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None,
-            top_k=None,
-            top_p=None,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([stamp]),
-            streamer=streamer,
-        )
-    new = output[0, ids.shape[1] :]
-    seconds = times[-1] - times[0]
+    decoder = Decoder(model, engine=engine)
+    output = decoder.generate(
+        ids,
+        callback=stamp,
+        tokenizer=tokenizer,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        **sampling,
+    )
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
-        "new_tokens": len(new),
-        "tokens_per_second": (len(times) - 1) / seconds if seconds > 0 else 0.0,
+        "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip(),
+        "new_tokens": len(times),
+        "engine": decoder.engine,
+        "tokens_per_second": tokens_per_second(times),
     }
 
 
+def tokens_per_second(times: list[float]) -> float:
+    """Of the tokens after the first; 0 where one token came. ``times`` in seconds, one a token."""
+    seconds = times[-1] - times[0]
+    return (len(times) - 1) / seconds if seconds > 0 else 0.0
+
+
 def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Token ids ``[1, T]`` of a prompt, in the chat template where there is one."""
+    """Token ids ``[1, T]`` of a prompt, in the chat template where there is one.
+
+    Raises:
+        DataError: If there are none.
+    """
+    from cats.errors import DataError
+
     if chat and tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )["input_ids"]
-    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise DataError("the prompt has no tokens: give some text")
+    return ids
