@@ -251,6 +251,10 @@ def task_table(title: str, found: list[Result]) -> Table:
                 difference = settings["difference"], settings["difference_stderr"]
                 cells.append(plus_minus(*difference, sign=True))
         table.add_row(task + split, metric, f"{first.samples:,}", *cells)
+    calibrated = [r.settings for r in found if r.settings.get("calibration_tokens")]
+    if calibrated:
+        tokens, text = calibrated[0]["calibration_tokens"], calibrated[0]["calibration_hash"]
+        table.caption = f"calibrated on {tokens:,} tokens (hash {text})"
     return table
 
 

@@ -41,7 +41,7 @@ def _svg(figure: Any, name: str) -> str:
     for text in figure.findobj(lambda a: hasattr(a, "set_fontsize")):
         text.set_color(_INK)
     for axis in figure.axes:
-        axis.tick_params(color=_INK, labelcolor=_INK)
+        axis.tick_params(which="both", color=_INK, labelcolor=_INK)
         for spine in axis.spines.values():
             spine.set_color(_INK)
     # text stays text: it follows the page's colour, and can be searched

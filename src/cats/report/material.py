@@ -60,7 +60,7 @@ class Material:
                 asked = "" if s["limit"] is None else f", {s['limit']} questions a task"
                 key = (s["variant"], s["task"], r.quantity)
                 groups.setdefault(f"{s['model']}, {s['dtype']}{asked}", {})[key] = r
-        return {name: list(group.values()) for name, group in groups.items()}
+        return {name: _dense_first(group.values()) for name, group in groups.items()}
 
     def perplexities(self) -> dict[str, list[Result]]:
         """Model and text to its perplexities, one a variant."""
@@ -70,7 +70,7 @@ class Material:
                 s = r.settings
                 name = f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens of {s['text']}"
                 groups.setdefault(name, {})[s["variant"]] = r
-        return {name: list(group.values()) for name, group in groups.items()}
+        return {name: _dense_first(group.values()) for name, group in groups.items()}
 
     def times(self) -> dict[str, list[Result]]:
         """What was timed, where and how to its times, over variants and sparsities."""
@@ -83,6 +83,10 @@ class Material:
                 key = (r.settings["variant"], r.settings["sparsity"])
                 groups.setdefault(name, {})[key] = r
         return {name: list(group.values()) for name, group in groups.items()}
+
+
+def _dense_first(results: Iterable[Result]) -> list[Result]:
+    return sorted(results, key=lambda r: r.settings["method"] != "dense")
 
 
 def _files(path: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,20 @@ class _Page:
                 ["variant", "perplexity", "change", "MLP weights read", "MB a token"],
                 _perplexity_rows(group),
             )
+            self._note(_calibration(group))
             self._quality_figures(group, "perplexity", traffic)
         if tasks:
             self._heading("Zero-shot tasks")
         for name, group in tasks.items():
             self._heading(name, level=3)
-            self._table(*_task_table(group))
+            for metric in dict.fromkeys(r.quantity for r in group):
+                of_metric = [r for r in group if r.quantity == metric]
+                self._table(*_task_table(of_metric, metric, _score))
+                self._table(*_task_table(of_metric, f"{metric}, less dense", _difference))
+            self._note(
+                "In percent. The error of a difference is that of the paired differences, question "
+                "by question. " + _calibration(group)
+            )
             means = [r for r in group if r.settings["task"] == "mean"]
             if means:
                 self._quality_figures(means, "mean accuracy", traffic)
@@ -228,35 +236,43 @@ def _perplexity_rows(group: Sequence[Result]) -> Iterable[Sequence[str]]:
         ]
 
 
-def _task_table(group: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row a task and metric, one column a variant, two of a sparse one."""
-    variants = list(dict.fromkeys(str(r.settings["variant"]) for r in group))
-    rows: dict[tuple[str, str], dict[str, Result]] = {}
+def _calibration(group: Sequence[Result]) -> str:
+    """On what the group's thresholds were calibrated, as far as its results say."""
+    s = next((r.settings for r in group if r.settings["method"] != "dense"), None)
+    if s is None:
+        return ""
+    if "calibration_samples" not in s:
+        return f"Calibrated on {s['calibration_tokens']} tokens."
+    return (
+        f"Calibrated on {s['calibration_samples']} blocks of {s['calibration_length']} tokens of "
+        f"{s['calibration_text']}, seed {s['calibration_seed']}."
+    )
+
+
+def _task_table(
+    group: Sequence[Result], title: str, cell: Callable[[Result], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one row a variant, one column a task, the mean last."""
+    tasks: dict[str, str] = {}
+    rows: dict[str, dict[str, str]] = {}
     for r in group:
-        key = (str(r.settings["task"]), r.quantity)
-        rows.setdefault(key, {})[str(r.settings["variant"])] = r
-    header = ["task", "metric", "questions"]
-    for variant in variants:
-        header += [variant] if variant == "dense" else [variant, "difference"]
-    table = []
-    for (task, metric), by_variant in rows.items():
-        first = next(iter(by_variant.values()))
-        split = f" ({first.settings['split']})" if first.settings["split"] else ""
-        cells = [task + split, metric, f"{first.samples:,}"]
-        for variant in variants:
-            cells += _task_cells(by_variant.get(variant), dense=variant == "dense")
-        table.append(cells)
-    return header, table
+        task, split = str(r.settings["task"]), r.settings["split"]
+        tasks[task] = f"{task} ({split}, {r.samples:,})" if split else task
+        rows.setdefault(str(r.settings["variant"]), {})[task] = cell(r)
+    return [title, *tasks.values()], [
+        [variant, *(cells.get(task, "") for task in tasks)] for variant, cells in rows.items()
+    ]
 
 
-def _task_cells(result: Result | None, *, dense: bool) -> list[str]:
-    if result is None:
-        return [""] if dense else ["", ""]
-    s = result.settings
-    value = _plus_minus(f"{100 * result.value:.1f}", s["stderr"])
-    if dense:
-        return [value]
-    return [value, _plus_minus(f"{100 * float(s['difference'] or 0):+.1f}", s["difference_stderr"])]
+def _score(r: Result) -> str:
+    return _plus_minus(f"{100 * r.value:.1f}", r.settings["stderr"])
+
+
+def _difference(r: Result) -> str:
+    if r.settings["method"] == "dense":
+        return ""
+    difference = f"{100 * float(r.settings['difference'] or 0):+.1f}"
+    return _plus_minus(difference, r.settings["difference_stderr"])
 
 
 def _plus_minus(value: str, error: Any) -> str:

@@ -1,0 +1,207 @@
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from cats.cli import main
+from cats.errors import DataError, FormatError, StorageError
+from cats.report import Material, write_page
+from cats.results import Result, append_results
+
+pytest.importorskip("matplotlib", reason="needs the extra report")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)  # fmt: skip
+ENVIRONMENT = {"device": "a <device> & more", "cats": "0.1.0", "time": "now"}
+
+
+def result(benchmark, quantity, value, unit, **settings):
+    return Result(
+        benchmark=benchmark, quantity=quantity, value=value, unit=unit, low=value * 0.9,
+        high=value * 1.1, samples=8, settings=settings, environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def quality(method, target, value):
+    """A perplexity and the accuracy of two tasks and their mean, of one variant."""
+    variant = method if target is None else f"{method}-{target * 100:g}"
+    common = dict(model="tiny", dtype="float32", method=method, target_sparsity=target,
+                  variant=variant, calibration_samples=500, calibration_length=1024,
+                  calibration_text="web.txt", calibration_seed=7)  # fmt: skip
+    dropped = target if target is not None or method == "dense" else 0.4
+    yield result("perplexity", "perplexity", 10 / value, "", text="wiki.txt", tokens=1000,
+                 realized_sparsity=dropped, mlp_share=1 - (target or 0) * 2 / 3,
+                 token_bytes=round(1e9 * value), **common)  # fmt: skip
+    for task in ("piqa", "sciq", "mean"):
+        split = "" if task == "mean" else "validation"
+        yield result("tasks", "acc", value, "share", task=task, split=split, limit=None,
+                     stderr=0.02, difference=value - 0.7, difference_stderr=0.011,
+                     **common)  # fmt: skip
+
+
+def profile(threshold):
+    layer = dict(name="model.layers.0.mlp.act_fn", activation="silu", threshold=threshold, zero=0.5,
+                 near_zero=0.6, histogram=[0.5] + [0.01] * 50, by_position=[0.5] * 16,
+                 union={"2": 0.3, "4": 0.2}, overlap=0.6)  # fmt: skip
+    return dict(version=1, kind="profile", model="tiny", text="wiki.txt", cats={"method": "cats"},
+                layers=[layer, layer], tokens=1000, near=0.1, by_token={"50%": 0.5})  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Results of every kind, as the commands leave them."""
+    rows = [("dense", None, 0.7), ("cats", 0.5, 0.68), ("cats", 0.9, 0.4), ("relu", None, 0.3)]
+    append_results(tmp_path / "quality.jsonl", [r for row in rows for r in quality(*row)])
+    append_results(tmp_path / "mlp.jsonl", [
+        result("mlp", "time", 20.0 - 10 * s, "us", variant=v, sparsity=s, limit_us=15.0 - 10 * s,
+               hidden_size=64, neighbour="none")
+        for v, s in [("dense_eager", 0.0), ("cpu", 0.0), ("cpu", 0.5), ("cpu", 0.9)]
+    ])  # fmt: skip
+    (tmp_path / "profile-cats.json").write_text(json.dumps(profile(0.2)))
+    (tmp_path / "answers" / "dense").mkdir(parents=True)
+    (tmp_path / "answers" / "dense" / "piqa.jsonl").write_text("not a result\n")
+    return tmp_path
+
+
+@pytest.fixture
+def page(folder):
+    path = folder / "report.html"
+    write_page(Material.read([folder]), path, title="Tiny <report>")
+    return path
+
+
+def test_page_holds_every_table_with_errors_and_paired_differences(page):
+    text = html.unescape(re.sub(r"<svg.*?</svg>", "", page.read_text(), flags=re.S))
+    assert "piqa (validation, 8)" in text
+    assert "<td>68.0 ± 2.0</td>" in text
+    assert "<td>-2.0 ± 1.1</td>" in text
+    assert "<td>cats-50</td><td>14.706</td><td>+2.9%</td><td>66.7%</td>" in text
+    assert "Calibrated on 500 blocks of 1024 tokens of web.txt, seed 7." in text
+    assert "Mistral-7B</td><td>69.94" in text
+    assert "<td>cpu</td><td>50%</td><td>15.0</td>" in text
+
+
+def test_page_is_self_contained_and_escaped(page):
+    text = page.read_text()
+    fetched = re.findall(r'(?:src|href)="(?!#)([^"]*)"|url\((?!#)([^)]*)\)|@import', text)
+    assert not fetched
+    assert "<script" not in text
+    assert "Tiny &lt;report&gt;" in text
+    assert "a &lt;device&gt; &amp; more" in text
+
+
+class Tags(HTMLParser):
+    """Checks that every tag is closed, and collects ids."""
+
+    void = frozenset({"meta", "path", "use", "rect"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.ids += [value for name, value in attributes if name == "id"]
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+
+def test_tags_are_closed_and_ids_unique(page):
+    tags = Tags()
+    tags.feed(page.read_text())
+    assert not tags.open
+    assert len(tags.ids) == len(set(tags.ids)) > 0
+
+
+def test_figures_take_their_ink_from_the_page(folder):
+    figures = write_page(Material.read([folder]), folder / "report.html")
+    assert len(figures) == 8
+    for svg in figures.values():
+        assert "currentColor" in svg
+        assert "#000000" not in svg
+        assert "memory limit" in svg or "dense" in svg or "activation" in svg or "zeros" in svg
+
+
+def test_repeated_results_count_once_and_the_dense_one_stands_first(folder):
+    again = list(quality("cats", 0.5, 0.69))
+    append_results(folder / "results.jsonl", again)
+    (group,) = Material.read([folder]).perplexities().values()
+    assert [r.settings["variant"] for r in group] == ["dense", "cats-50", "cats-90", "relu"]
+    assert group[1].value == pytest.approx(10 / 0.69)
+
+
+def test_nothing_and_foreign_files_are_errors(tmp_path):
+    with pytest.raises(DataError, match="no results"):
+        Material.read([tmp_path])
+    with pytest.raises(StorageError, match="no such file"):
+        Material.read([tmp_path / "absent.jsonl"])
+    (tmp_path / "profile.json").write_text('{"version": 1, "kind": "thresholds"}')
+    with pytest.raises(FormatError, match="expected a profile"):
+        Material.read([tmp_path])
+    (tmp_path / "profile.json").write_text('{"version": 2, "kind": "profile"}')
+    with pytest.raises(FormatError, match="format version 2"):
+        Material.read([tmp_path])
+
+
+def test_command_writes_page_and_figures(folder, monkeypatch):
+    output, figures = folder / "out" / "report.html", folder / "out" / "figures"
+    arguments = ["cats", "report", folder, "-o", output, "--figures", figures]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    assert output.read_text().startswith("<!doctype html>")
+    assert len(list(figures.glob("*.svg"))) == 8
+
+
+# The page in a frame of the given width; reports what a browser made of it.
+FRAME = """<!doctype html><body><iframe id="f" style="width:{width}px;height:900px"></iframe>
+<script>
+const frame = document.getElementById("f");
+frame.onload = () => {{
+  const d = frame.contentDocument, root = d.documentElement;
+  const wide = [...d.querySelectorAll("svg, h1, h2, h3, p, figure")]
+    .filter(e => e.getBoundingClientRect().right > root.clientWidth + 1).length;
+  document.body.innerHTML = "<pre>" + JSON.stringify({{
+    width: root.clientWidth, scroll: root.scrollWidth, wide,
+    svgs: [...d.querySelectorAll("svg")].map(e => e.getBoundingClientRect().height),
+    ink: frame.contentWindow.getComputedStyle(d.body).color,
+    paper: frame.contentWindow.getComputedStyle(d.body).backgroundColor,
+  }}) + "</pre>";
+}};
+frame.srcdoc = {page};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1300])
+def test_chromium_shows_the_page_without_overflow(page, width, scheme):
+    frame = page.with_name("frame.html")
+    source = json.dumps(page.read_text()).replace("</", "<\\/")
+    frame.write_text(FRAME.format(width=width, page=source))
+    run = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+         f"--user-data-dir={page.parent / 'chromium'}", "--window-size=1400,1000", "--dump-dom",
+         frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    seen = json.loads(html.unescape(re.search(r"<pre>(\{.*?\})</pre>", run.stdout)[1]))
+    assert seen["width"] > width - 20
+    assert seen["scroll"] == seen["width"]
+    assert seen["wide"] == 0
+    assert len(seen["svgs"]) == 8
+    assert all(100 < height < 700 for height in seen["svgs"])
+    light = [sum(map(int, re.findall(r"\d+", seen[name])[:3])) for name in ("ink", "paper")]
+    assert (light[0] > light[1]) == (scheme == "dark")
