@@ -75,6 +75,51 @@ def mlp(
 
 
 @app.command()
+def model(
+    shape: Annotated[str, typer.Option(help="mistral-7b, llama-2-7b, llama-3.2-1b, ...")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than it has.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "bfloat16",
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
+    cache: Annotated[str, typer.Option(help="Caches of generate, by commas.")] = "dynamic,static",
+    device: options.Device = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Append the results to this file.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed runs of each variant.")] = 5,
+) -> None:
+    """Time prefill and model.generate of a whole model with random weights.
+
+    Example: [b]cats bench model --shape mistral-7b --layers 8 -o results.jsonl[/b]
+    """
+    import torch
+    from rich.table import Table
+
+    from cats.benchmarks.model import Case, measure
+    from cats.results import append_results
+
+    options.quiet()
+    case = Case(
+        shape=shape, layers=layers, sparsity=sparsity, dtype=_dtype(dtype), prefill=prefill,
+        new_tokens=new_tokens, caches=tuple(cache.split(",")), rounds=rounds,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+    )  # fmt: skip
+    results = list(measure(case))
+    if output is not None:
+        append_results(output, results)
+    table = Table(title=f"{shape}, {results[0].settings['layers']} layers, {dtype}")
+    for column in ("quantity", "cache", "variant", "median", "quartiles", "unit"):
+        table.add_column(column)
+    for r in results:
+        table.add_row(
+            r.quantity, str(r.settings.get("cache", "")), str(r.settings["variant"]),
+            f"{r.value:.2f}", f"{r.low:.2f}-{r.high:.2f}", r.unit,
+        )  # fmt: skip
+    options.out.print(table)
+
+
+@app.command()
 def show(file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")]) -> None:
     """Print the tables of a results file."""
     from cats.benchmarks.mlp_report import panels, table
