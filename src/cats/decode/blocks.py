@@ -16,28 +16,58 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+Compiler = Callable[[fx.GraphModule], Callable[..., Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Where the repeated operators of a graph stand, and what flows into and out of each block."""
+    """Ranges of a graph's nodes with the same operators, and what flows into and out of each."""
 
     ranges: list[list[fx.Node]]
     inputs: list[list[fx.Node]]
     outputs: list[list[fx.Node]]
 
 
-def compile_blocks(
-    graph: fx.GraphModule, compiler: Callable[[fx.GraphModule], Callable[..., Any]]
-) -> fx.GraphModule:
-    """Replace each repeated block by a call of one compiled function, in place.
+def compile_blocks(graph: fx.GraphModule, compiler: Compiler) -> fx.GraphModule:
+    """Compile head, block and tail of a step, in place; without a repeated block, the whole.
 
     Args:
-        graph: A step; unchanged where nothing is repeated.
-        compiler: Makes a function of a graph, whose result is a tuple.
+        graph: A step.
+        compiler: Makes a function of a graph whose result is a tuple.
     """
-    blocks = find_blocks(graph)
-    if blocks is None:
-        return graph
+    _weights_first(graph.graph)
+    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
+    blocks = find_blocks(nodes)
+    parts = [nodes]
+    if blocks is not None:
+        first, last = nodes.index(blocks.ranges[0][0]), nodes.index(blocks.ranges[-1][-1])
+        parts = [nodes[:first], nodes[last + 1 :]]
+        _replace(graph, blocks, compiler)
+    for part in parts:
+        if part:
+            single = _flow([part])
+            assert single is not None
+            _replace(graph, single, compiler)
+    graph.recompile()
+    return graph
+
+
+def find_blocks(nodes: list[fx.Node]) -> Blocks | None:
+    """The longest run of equal blocks, cut where least flows from one to the next; or None."""
+    period, start, count = _repetition([_shape_of(n) for n in nodes])
+    best: Blocks | None = None
+    # every cut of the run into whole blocks is tried; one block is lost where the cut moves
+    for offset in range(period if count > 2 else 0):
+        whole = count if offset == 0 else count - 1
+        first = start + offset
+        blocks = _flow([nodes[first + i * period : first + (i + 1) * period] for i in range(whole)])
+        if blocks is not None and (best is None or len(blocks.outputs[0]) < len(best.outputs[0])):
+            best = blocks
+    return best
+
+
+def _replace(graph: fx.GraphModule, blocks: Blocks, compiler: Compiler) -> None:
+    """Put calls of one compiled function in the place of these ranges."""
     function = compiler(_extract(blocks))
 
     def block(*inputs: Any) -> Any:
@@ -50,29 +80,12 @@ def compile_blocks(
         for index, output in enumerate(outputs):
             with graph.graph.inserting_after(call):
                 item = graph.graph.call_function(operator.getitem, (call, index))
+            # for the shapes that those who read it are described by
+            item.meta = output.meta
             output.replace_all_uses_with(item)
             handed[output] = item
         for node in reversed(nodes):
             graph.graph.erase_node(node)
-    graph.recompile()
-    return graph
-
-
-def find_blocks(graph: fx.GraphModule) -> Blocks | None:
-    """The longest run of equal blocks, cut where least flows from one to the next; or None."""
-    _weights_first(graph.graph)
-    nodes = [n for n in graph.graph.nodes if n.op == "call_function"]
-    period, start, count = _repetition([_shape_of(n) for n in nodes])
-    best: tuple[int, Blocks] | None = None
-    # every cut of the run into whole blocks is tried; one block is lost where the cut moves
-    for offset in range(period if count > 2 else 0):
-        whole = count if offset == 0 else count - 1
-        first = start + offset
-        ranges = [nodes[first + i * period : first + (i + 1) * period] for i in range(whole)]
-        blocks = _flow(ranges)
-        if blocks is not None and (best is None or len(blocks.outputs[0]) < best[0]):
-            best = len(blocks.outputs[0]), blocks
-    return None if best is None else best[1]
 
 
 def _weights_first(graph: fx.Graph) -> None:

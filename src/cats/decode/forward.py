@@ -146,6 +146,9 @@ def _drop_copies(graph: fx.GraphModule) -> None:
             twin = source if same and not node.args[2:] and not node.kwargs else node
         elif node.target is aten.unsqueeze.default:
             twin = seen.setdefault((node.target, *node.args), node)
+            # next to its source, so that the first layer has the same operators as the others
+            if twin is node and isinstance(node.args[0], fx.Node):
+                node.args[0].append(node)
         else:
             continue
         if twin is not node:
