@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from tests.evaluation.conftest import models_data
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture
+def thresholds(command, checkpoint, text, tmp_path):
+    path = tmp_path / "cats90.safetensors"
+    code, _, err = command("calibrate", checkpoint, "--text", text, "--block", 64,
+                           "--sparsity", 0.9, "-o", path)  # fmt: skip
+    assert code == 0, err
+    return path
+
+
+def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tmp_path):
+    data, folder = models_data(tmp_path / "data"), tmp_path / "run"
+    arguments = ("evaluate", checkpoint, "--thresholds", thresholds, "--tasks", "piqa,sciq",
+                 "--data-dir", data, "-o", folder)  # fmt: skip
+    code, out, err = command(*arguments, "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(r["variant"], r["task"]) for r in rows if r["metric"] == "acc"] == [
+        ("dense", "piqa"), ("dense", "sciq"), ("dense", "mean"),
+        ("cats-90", "piqa"), ("cats-90", "sciq"), ("cats-90", "mean"),
+    ]  # fmt: skip
+    dense, sparse = (
+        next(r for r in rows if (r["variant"], r["task"], r["metric"]) == (v, "piqa", "acc_norm"))
+        for v in ("dense", "cats-90")
+    )
+    assert sparse["difference"] == pytest.approx(sparse["value"] - dense["value"])
+    assert dense["questions"] == 8
+    assert (folder / "answers" / "cats-90" / "sciq.jsonl").exists()
+    assert len((folder / "results.jsonl").read_text().splitlines()) == len(rows)
+
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "(validation)" in out
+    assert "calibrated on 1,920 tokens" in out
+
+    code, _, err = command(*arguments, "--limit", 2)
+    assert code == 1
+    assert "holds answers with limit None, wanted 2" in err
+
+
+def test_options_that_would_be_ignored_are_errors(command, checkpoint, text):
+    code, _, err = command("evaluate", checkpoint, "--limit", 3)
+    assert (code, "--limit goes with --tasks" in err) == (1, True)
+    code, _, err = command("evaluate", checkpoint, "--tasks", "piqa", "--text", text)
+    assert (code, "--text is of perplexity" in err) == (1, True)
+    code, _, err = command("evaluate", checkpoint, "--batch-size", "many")
+    assert (code, "expected auto or a positive number" in err) == (1, True)

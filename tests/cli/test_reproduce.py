@@ -1,0 +1,74 @@
+import pytest
+
+from cats.errors import CatsError
+from cats.evaluation import run as runs
+from cats.results import read_results
+from tests.evaluation.conftest import models_data
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+pytest.importorskip("matplotlib", reason="needs the extra report")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+VARIANTS = ["dense", "cats-50", "relu", "input-33.3", "teal-33.3"]
+
+
+@pytest.fixture
+def reproduce(command, checkpoint, text, tmp_path):
+    data = models_data(tmp_path / "data")
+
+    def run(*options):
+        return command(
+            "reproduce", "--model", checkpoint, "-o", tmp_path / "run", "--text", text,
+            "--samples", 8, "--length", 64, "--sparsity", 0.5, "--tasks", "piqa,sciq",
+            "--data-dir", data, "--limit", 4, *options,
+        )  # fmt: skip
+
+    return run
+
+
+def test_the_whole_recipe_ends_in_a_report_and_is_resumed(reproduce, tmp_path, monkeypatch):
+    code, out, err = reproduce()
+    assert code == 0, err
+    folder = tmp_path / "run"
+    assert out.replace("\n", "").endswith("report.html")
+    page = (folder / "report.html").read_text()
+    assert "sciq (validation, 4)" in page
+    assert "Calibrated on 8 blocks of 64 tokens of text.txt, seed 0." in page
+    assert "Mistral-7B" in page
+
+    tasks = read_results(folder / "tasks.jsonl")
+    assert list(dict.fromkeys(r.settings["variant"] for r in tasks)) == VARIANTS
+    shares = {
+        r.settings["variant"]: r.settings["mlp_share"]
+        for path in (folder / "perplexity").iterdir()
+        for r in read_results(path)
+    }
+    assert sorted(shares) == sorted(VARIANTS)
+    assert shares["cats-50"] == pytest.approx(2 / 3, abs=0.04)
+    assert shares["teal-33.3"] == pytest.approx(2 / 3, abs=0.04)
+    tokens = read_results(folder / "tokens.jsonl")
+    assert [r.settings["variant"] for r in tokens] == ["dense", "cats, fused"]
+
+    def never(*arguments, **options):
+        raise CatsError("measured again")
+
+    before = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    monkeypatch.setattr(runs, "evaluate_task", never)
+    monkeypatch.setattr(runs, "measure_perplexity", never)
+    code, _, err = reproduce()
+    assert code == 0, err
+    assert {path: path.read_bytes() for path in folder.rglob("*.jsonl")} == before
+
+    code, _, err = reproduce("--seed", 1)
+    assert code == 1
+    assert "another text or seed" in err
+
+
+def test_a_wrong_target_is_an_error_before_the_model_is_loaded(command, tmp_path):
+    code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", "--sparsity", "50")
+    assert code == 1
+    assert "target_sparsity" in err
