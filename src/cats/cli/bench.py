@@ -1,4 +1,4 @@
-"""``cats bench``: time the operator, and show what a results file holds."""
+"""``cats bench``: time the operator and whole models, and show what a results file holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cats.cli import options
 if TYPE_CHECKING:
     import torch
 
-app = typer.Typer(help="Time the gated MLP; show results.", no_args_is_help=True)
+app = typer.Typer(help="Time the gated MLP and decoding; show results.", no_args_is_help=True)
 
 
 @app.command()
@@ -117,6 +117,73 @@ def model(
             f"{r.value:.2f}", f"{r.low:.2f}-{r.high:.2f}", r.unit,
         )  # fmt: skip
     options.out.print(table)
+
+
+@app.command()
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
+            "mistral-7b, llama-2-7b, llama-3.2-1b."
+        ),
+    ] = "smollm2",
+    sparsity: Annotated[str, typer.Option(help="Targets of CATS, by commas.")] = "0.5,0.7",
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: auto, eager, compiled.")
+    ] = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 128,
+    rounds: Annotated[int, typer.Option(min=2, help="Runs of each variant, in turns.")] = 5,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="For the thresholds.")] = 8192,
+    read_mib: Annotated[
+        int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
+    ] = 4096,
+    static: Annotated[
+        bool, typer.Option(help="Time generate with a static cache and compilation too.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Append the results to this file.")
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+    ] = None,
+) -> None:
+    """Time a token of dense and CATS models: the decode loop, transformers, the byte limit.
+
+    Example: [b]cats bench decode smollm2 --dtype float32 -o results.jsonl[/b]
+    """
+    import torch
+
+    from cats.benchmarks.decode import SHAPES, Case, measure, random_model
+    from cats.benchmarks.decode_report import table
+    from cats.data import sample_text, token_blocks
+    from cats.results import append_results
+
+    torch.manual_seed(0)
+    case = Case(
+        model=model, sparsities=tuple(_share(part) for part in sparsity.split(",")),
+        engines=tuple(engine or ("auto",)), batch=batch, prompt_length=prompt_length,
+        new_tokens=new_tokens, rounds=rounds, read_bytes=read_mib * 2**20,
+        generate_compiled=static,
+    )  # fmt: skip
+    length = max(256, prompt_length)
+    count = max(batch, -(-calibration_tokens // length))
+    if model in SHAPES:
+        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
+        loaded = random_model(model, _dtype(name), torch.device(where))
+        blocks = torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
+    else:
+        loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+        blocks = token_blocks(tokenizer, sample_text(), length=length, limit=count)
+    results = list(measure(loaded, blocks, case, commit=commit))
+    if output is not None:
+        append_results(output, results)
+    options.out.print(table(results))
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,30 +111,17 @@ def _answer(
 
 def _plain_speed(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> float:
     """Tokens a second of ``model.generate``, without the pass over the prompt."""
-    import torch
-    from transformers import StoppingCriteriaList
-
+    from cats.benchmarks.decode import run_transformers
     from cats.cli.generate import encode, tokens_per_second
 
-    ids = encode(tokenizer, prompt, chat=True).to(model.device)
-    times: list[float] = []
-
-    def stamp(tokens: torch.Tensor, scores: Any) -> torch.Tensor:
-        if tokens.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-    with torch.no_grad():
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([stamp]),
-        )
-    return tokens_per_second(times)
+    run = run_transformers(
+        model,
+        encode(tokenizer, prompt, chat=True).to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    return tokens_per_second(run.times)
 
 
 def _print(report: dict[str, Any], text: list[Path] | None) -> None:
