@@ -43,7 +43,7 @@ def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tm
 
     code, out, err = command(*arguments)
     assert code == 0, err
-    assert "(validation)" in out
+    assert "splits: piqa validation, sciq validation" in out
     assert "calibrated on 1,920 tokens" in out
 
     code, _, err = command(*arguments, "--limit", 2)

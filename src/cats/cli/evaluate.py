@@ -242,7 +242,6 @@ def task_table(title: str, found: list[Result]) -> Table:
         rows.setdefault(key, {})[str(result.settings["variant"])] = result
     for (task, metric), by_variant in rows.items():
         first = next(iter(by_variant.values()))
-        split = f" ({first.settings['split']})" if first.settings["split"] else ""
         cells = []
         for variant in variants:
             settings = by_variant[variant].settings
@@ -250,11 +249,14 @@ def task_table(title: str, found: list[Result]) -> Table:
             if variant != "dense":
                 difference = settings["difference"], settings["difference_stderr"]
                 cells.append(plus_minus(*difference, sign=True))
-        table.add_row(task + split, metric, f"{first.samples:,}", *cells)
+        table.add_row(task, metric, f"{first.samples:,}", *cells)
+    splits = {r.settings["task"]: r.settings["split"] for r in found if r.settings["split"]}
+    notes = ["splits: " + ", ".join(f"{task} {split}" for task, split in splits.items())]
     calibrated = [r.settings for r in found if r.settings.get("calibration_tokens")]
     if calibrated:
         tokens, text = calibrated[0]["calibration_tokens"], calibrated[0]["calibration_hash"]
-        table.caption = f"calibrated on {tokens:,} tokens (hash {text})"
+        notes.append(f"calibrated on {tokens:,} tokens (hash {text})")
+    table.caption = "\n".join(notes)
     return table
 
 
