@@ -45,6 +45,9 @@ def reproduce(
         list[Path] | None,
         typer.Option(help="Text for perplexity beside held-out calibration text; repeatable."),
     ] = None,
+    eval_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Of each such text, at most.", show_default="all")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 500,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
     seed: options.Seed = 0,
@@ -60,7 +63,7 @@ def reproduce(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
 ) -> None:
-    """Calibrate, measure perplexity, tasks, activations and speed of every method, and report.
+    """The paper's recipe on one model: quality, activations and speed of every method, a report.
 
     Example: [b]cats reproduce --model mistralai/Mistral-7B-v0.1 -o mistral[/b]
 
@@ -81,7 +84,9 @@ def reproduce(
     )  # fmt: skip
     blocks, held_out = recipe.split(text)
     variants = list(recipe.variants(blocks))
-    texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(eval_text or [])
+    texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
+        eval_text or [], eval_tokens
+    )
     for variant in variants:
         for title, evaluated in texts.items():
             recipe.perplexity(variant, title, evaluated)
@@ -173,12 +178,15 @@ class Recipe:
         for row in itertools.islice(stream.shuffle(seed=self.seed), 20 * blocks):
             yield row["content"]
 
-    def eval_blocks(self, paths: list[Path]) -> dict[str, Tensor]:
-        """Name of each text to its blocks."""
+    def eval_blocks(self, paths: list[Path], tokens: int | None) -> dict[str, Tensor]:
+        """Name of each text to its blocks, of at most so many tokens."""
         from cats.data import read_text, token_blocks
 
+        limit = None if tokens is None else max(1, tokens // self.length)
         return {
-            path.name: token_blocks(self.tokenizer, read_text(path), length=self.length)
+            path.name: token_blocks(
+                self.tokenizer, read_text(path), length=self.length, limit=limit
+            )
             for path in paths
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class InputCounts:
     counts: dict[str, Tensor]
     samples: dict[str, Tensor]
     tokens: int
+    # of each layer the rising magnitudes, and the share of its input below each: made once
+    _quantiles: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def collect(cls, model: Any, batches: Iterable[Batch]) -> InputCounts:
@@ -107,9 +109,16 @@ class InputCounts:
         )
 
     def _threshold(self, layer: str, sparsity: float) -> float:
-        if sparsity == 0:
-            return 0.0
-        return float(_counts.threshold_at(self.counts[layer], torch.abs, sparsity)[0])
+        """The magnitude below which that share of the layer's input lies."""
+        if layer not in self._quantiles:
+            counts = self.counts[layer].cpu()
+            bins = counts.nonzero()[:, 0]
+            below = (counts[bins].cumsum(0) - counts[bins]).double() / counts.sum()
+            self._quantiles[layer] = _counts.bin_values(bins), below
+        values, below = self._quantiles[layer]
+        nearest = int((below - sparsity).abs().argmin())
+        # nothing lies below the smallest bin
+        return float(values[nearest]) if nearest else 0.0
 
     def _allocate(self, mlp: GatedMLP, target: float) -> dict[str, float]:
         sizes = {name: layer.weight.numel() for name, layer in linears(mlp).items()}
