@@ -1,8 +1,8 @@
 import pytest
 
 import cats
-from cats.errors import ConfigError, StorageError
-from cats.evaluation.tasks import PAPER8, _manager, evaluate_task, task_names
+from cats.errors import ConfigError, DataError, StorageError
+from cats.evaluation.tasks import PAPER8, _manager, _questions, evaluate_task, task_names
 from tests import models
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -85,3 +85,36 @@ def test_unknown_tasks_absent_data_and_groups_offline_are_errors(model, tokenize
         evaluate_task(model, tokenizer, "boolq", data_dir=data_dir)
     with pytest.raises(ConfigError, match="mmlu is a group"):
         evaluate_task(model, tokenizer, "mmlu", data_dir=data_dir)
+
+
+def found(task, metrics, *samples):
+    """What the harness returns, for samples of ``(number, filter, values of the metrics)``."""
+    rows = [
+        {"doc_id": i, "filter": name, "metrics": [*values], "prompt_hash": f"hash{i}",
+         "filtered_resps": ["42"], **values}
+        for i, name, values in samples
+    ]  # fmt: skip
+    return {"samples": {task: rows}, "results": {task: metrics}}
+
+
+def test_answers_that_are_read_in_two_ways_give_two_metrics():
+    both = found(
+        "gsm8k", {"exact_match,strict": 0.5, "exact_match,flexible": 1.0},
+        (1, "strict", {"exact_match": 1.0}), (1, "flexible", {"exact_match": 1.0}),
+        (0, "strict", {"exact_match": 0.0}), (0, "flexible", {"exact_match": 1.0}),
+    )  # fmt: skip
+    assert [(q.key, q.scores) for q in _questions("gsm8k", both)] == [
+        ("gsm8k/0 (flexible)", {"exact_match (flexible)": 1.0}),
+        ("gsm8k/1 (flexible)", {"exact_match (flexible)": 1.0}),
+        ("gsm8k/0 (strict)", {"exact_match (strict)": 0.0}),
+        ("gsm8k/1 (strict)", {"exact_match (strict)": 1.0}),
+    ]
+
+
+def test_metrics_that_are_no_mean_over_questions_are_left_out():
+    values = {"acc": 1.0, "f1": (1, 1)}
+    questions = _questions("cb", found("cb", {"acc,none": 1.0, "f1,none": 0.3},
+                                       (0, "none", values)))  # fmt: skip
+    assert questions[0].scores == {"acc": 1.0}
+    with pytest.raises(DataError, match="none of the metrics"):
+        _questions("cb", found("cb", {"acc,none": 0.3}, (0, "none", {"acc": 1.0})))
