@@ -91,6 +91,7 @@ def test_page_is_self_contained_and_escaped(page):
     assert not fetched
     assert "<script" not in text
     assert "Tiny &lt;report&gt;" in text
+    assert "<report>" not in text
     assert "a &lt;device&gt; &amp; more" in text
 
 

@@ -23,7 +23,7 @@ from cats.mlp import GatedMLP, find_gated_mlps
 _STEP = 0.05
 _LARGEST = 0.99
 # Tokens whose output decides which matrix loses most.
-_SEARCH_TOKENS = 512
+_SEARCH_TOKENS = 256
 # Magnitudes have no sign bit.
 _BINS = _counts.BINS // 2
 
