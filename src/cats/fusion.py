@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats.errors import BackendError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, keep_mask
 from cats.mlp import CatsActivation, GatedMLP, activation_kind, find_gated_mlps, probe_inputs
-from cats.ops import BACKENDS, dense
+from cats.ops import BACKENDS, call, dense
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,13 +67,9 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self._linears()
-        weights, biases = self._weights(gate, up, down), self._biases(gate, up, down)
-        # the C++ kernel that may stand behind the first loses the errors of a named backend
-        cats = torch.ops.cats
-        operator = cats.gated_mlp if self.backend == "auto" else cats._gated_mlp
-        out: Tensor = operator(
-            x.reshape(-1, x.shape[-1]), *weights, self.thresholds, self.activation, "gate",
-            *biases, None, self.backend,
+        out = call(
+            x.reshape(-1, x.shape[-1]), *self._weights(gate, up, down), self.thresholds,
+            self.activation, "gate", *self._biases(gate, up, down), None, self.backend,
         )  # fmt: skip
         return out.view(x.shape)
 
@@ -89,16 +85,19 @@ class FusedGatedMLP(nn.Module):
     def extra_repr(self) -> str:
         return f"backend={self.backend}"
 
-    def _linears(self) -> list[nn.Linear]:
-        children = [self._modules[n] for n in (self.layout.gate, self.layout.up, self.layout.down)]
-        act = self._modules[self.activation_name]
+    def _linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        modules, layout = self._modules, self.layout
+        gate, up, down = modules[layout.gate], modules[layout.up], modules[layout.down]
         # an adapter that was added later, or another activation, would be ignored in silence
-        if any(type(c) is not nn.Linear for c in children) or type(act) is not CatsActivation:
+        if not (
+            type(gate) is type(up) is type(down) is nn.Linear
+            and type(modules[self.activation_name]) is CatsActivation
+        ):
             raise BackendError(
                 "a layer of this fused MLP was replaced after fuse_ (by an adapter, quantisation "
                 "or another activation): call cats.unfuse_(model) before changing its layers"
             )
-        return children  # type: ignore[return-value]
+        return gate, up, down
 
     def _weights(
         self, gate: nn.Linear, up: nn.Linear, down: nn.Linear

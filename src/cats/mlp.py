@@ -98,7 +98,8 @@ class GatedMLP:
     def fingerprint(self) -> Tensor:
         """Some of the MLP's weights, ``[8]``, float32: the same in every dtype up to rounding."""
         weights = [p.detach().flatten() for p in self.module.parameters() if p.ndim >= 2]
-        picks = [w[torch.linspace(0, w.numel() - 1, 8, device=w.device).long()] for w in weights]
+        # in integers: a float32 index beyond 2**24 is rounded
+        picks = [w[torch.arange(8, device=w.device) * (w.numel() - 1) // 7] for w in weights]
         return torch.stack([p.float().cpu() for p in picks]).sum(0)
 
 

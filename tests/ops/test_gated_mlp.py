@@ -315,6 +315,8 @@ def test_graph_replays_with_new_inputs(backend, batch, device, mode):
 
 @gpu_only
 def test_two_graphs_on_two_streams_do_not_disturb_each_other(backend, device, mode):
+    if backend == "dense":
+        pytest.skip("graphs captured on one stream share the workspace of cuBLAS, in torch itself")
     cases = [make_inputs(2048, 8192, dtype=BF16, device=device) for _ in range(2)]
     skip_refused(backend, cases[0])
     expected = [run(backend, inputs) for inputs in cases]
