@@ -116,9 +116,8 @@ class InputCounts:
             below = (counts[bins].cumsum(0) - counts[bins]).double() / counts.sum()
             self._quantiles[layer] = _counts.bin_values(bins), below
         values, below = self._quantiles[layer]
-        nearest = int((below - sparsity).abs().argmin())
-        # nothing lies below the smallest bin
-        return float(values[nearest]) if nearest else 0.0
+        first = int(torch.searchsorted(below, sparsity))
+        return float(values[min(first, len(values) - 1)]) if sparsity else 0.0
 
     def _allocate(self, mlp: GatedMLP, target: float) -> dict[str, float]:
         sizes = {name: layer.weight.numel() for name, layer in linears(mlp).items()}
