@@ -100,11 +100,11 @@ def call(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Tenso
     ):
         recorded: Any = _NoGradient
         out: Tensor = recorded.apply(operator, x, gate, up, down, *rest)
-        return out
-    if x.is_cuda and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
+    elif x.is_cuda and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
         # nothing watches: a trip through the dispatcher and back to Python takes 25 microseconds
-        return _gated_mlp(x, gate, up, down, *rest)
-    out = operator(x, gate, up, down, *rest)
+        out = _gated_mlp(x, gate, up, down, *rest)
+    else:
+        out = operator(x, gate, up, down, *rest)
     return out
 
 
