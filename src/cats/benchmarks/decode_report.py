@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One row a variant and sparsity, of one run of ``cats bench decode``."""
+    """One row a variant and sparsity, of one run of ``cats bench decode``.
+
+    ``spread`` is the distance of the quartiles over the median; ``limit`` the share of the rate
+    that the read bandwidth allows.
+    """
     # imported here: reading results needs no terminal
     from rich.table import Table
 
@@ -32,8 +36,8 @@ def table(results: Sequence[Result]) -> Table:
         title_justify="left",
     )
     for column in (
-        "variant", "target", "dropped", "tokens/s", "ms a token", "quartiles", "GB/s",
-        "of the limit", "first token, ms", "start-up, s",
+        "variant", "target", "dropped", "tok/s", "ms", "spread", "GB/s", "limit", "first, ms",
+        "start, s",
     ):  # fmt: skip
         out.add_column(column, justify="left" if column == "variant" else "right")
     for key, step in by_quantity["time"].items():
@@ -47,7 +51,7 @@ def table(results: Sequence[Result]) -> Table:
             f"{settings['realized_sparsity']:.1%}",
             f"{1e3 / step.value:.1f}",
             f"{step.value:.2f}",
-            f"{step.low:.2f} to {step.high:.2f}",
+            f"{(step.high - step.low) / step.value:.0%}",
             f"{size / step.value / 1e6:.0f}",
             f"{limit / step.value:.2f}",
             f"{by_quantity['time_to_first_token'][key].value:.0f}",
