@@ -34,7 +34,7 @@ def document(tmp_path):
 
 def test_quoted_table_is_made_from_the_file(document):
     text = requote(document)
-    assert text.startswith("before\n<!-- mlp: mlp.jsonl -->\na GPU, bfloat16, batch 1")
+    assert text.startswith("before\n<!-- mlp: mlp.jsonl -->\na GPU, bfloat16: micro")
     assert text.endswith("|\n<!-- /mlp -->\nafter\n")
     assert "| | cuda | 80.0 (0.50, 1.00x) | 50.0 (0.80, 1.60x) |" in text
     assert "70.0" not in text

@@ -103,16 +103,23 @@ def plot(panels: list[Panel], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DataError("plots need matplotlib: pip install 'cats-llm[report]'") from error
-    figure = Figure(figsize=(5.5, 4 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for panel, axis in zip(panels, axes, strict=True):
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for panel, axis in zip(panels, axes, strict=False):
         limits: dict[float, float] = {}
         lines: defaultdict[str, list[Result]] = defaultdict(list)
         for (name, sparsity), result in sorted(panel.times.items(), key=lambda item: item[0][1]):
             limits[sparsity] = float(result.settings["limit_us"] or 0)
             if name in DENSE:
                 axis.axhline(result.value, color="0.6", linewidth=1, linestyle=":")
-                axis.text(0, result.value, f" {name}", color="0.4", fontsize=7, va="bottom")
+                axis.text(
+                    1, result.value, f"{name} ", color="0.4", fontsize=7, va="bottom", ha="right",
+                    transform=axis.get_yaxis_transform(),
+                )  # fmt: skip
             else:
                 lines[name].append(result)
         for name, measured in lines.items():

@@ -37,14 +37,15 @@ def markdown(found: list[Panel]) -> str:
     sparsities = sorted({sparsity for panel in found for _, sparsity in panel.times})
     columns = [f"{sparsity:.0%}" for sparsity in sparsities]
     lines = [
-        f"{found[0].device}, {found[0].dtype}, batch {found[0].batch}: microseconds a call "
+        f"{found[0].device}, {found[0].dtype}: microseconds a call "
         "(fraction of the memory limit, speed-up over the best dense)",
         "",
         "| shape | | " + " | ".join(columns) + " |",
         "| --- | --- |" + " ---: |" * len(columns),
     ]
     for panel in found:
-        shape = f"{panel.hidden_size}x{panel.intermediate_size}"
+        tokens = f", {panel.batch} tokens" if panel.batch > 1 else ""
+        shape = f"{panel.hidden_size}x{panel.intermediate_size}{tokens}"
         dense = ", ".join(f"{name} {result.value:.1f}" for name, result in panel.dense.items())
         lines.append(
             f"| {shape} | best dense of: {dense} | {panel.best_dense:.1f} |"

@@ -200,13 +200,28 @@ def show(file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")
 def plot(
     file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")],
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Only these shapes, calls chained; repeatable.")
+    ] = None,
 ) -> None:
     """Draw time against sparsity, with the memory limit as a line."""
     from cats.benchmarks import mlp_report
+    from cats.errors import DataError
     from cats.results import read_results
     from cats.storage import replacing
 
     panels = mlp_report.panels(read_results(file))
+    if shape:
+        wanted = [_shape(text) for text in shape]
+        panels = [
+            panel
+            for panel in panels
+            if panel.neighbour == "none"
+            and panel.batch == 1
+            and (panel.hidden_size, panel.intermediate_size) in wanted
+        ]
+    if not panels:
+        raise DataError(f"{file} has no results of {', '.join(shape or [])}")
     with replacing(output) as temporary:
         mlp_report.plot(panels, temporary)
     options.out.print(f"wrote {output}")
