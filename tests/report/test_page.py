@@ -82,7 +82,7 @@ def test_page_holds_every_table_with_errors_and_paired_differences(page):
     assert "<td>cats-50</td><td>14.706</td><td>+2.9%</td><td>66.7%</td>" in text
     assert "Calibrated on 500 blocks of 1024 tokens of web.txt, seed 7." in text
     assert "Mistral-7B</td><td>69.94" in text
-    assert "<td>cpu</td><td>50%</td><td>15.0</td>" in text
+    assert "<td>cpu</td><td>50%</td><td>15</td><td>13.5 to 16.5</td><td>10</td>" in text
 
 
 def test_page_is_self_contained_and_escaped(page):

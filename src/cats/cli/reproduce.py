@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +24,6 @@ _REFINED_WEB = "tiiuae/falcon-refinedweb"
 _BATCH = 4
 _HELD_OUT_BLOCKS = 20
 _PROFILE_BLOCKS = 32
-_NEW_TOKENS = 64
 
 
 def reproduce(
@@ -94,9 +91,7 @@ def reproduce(
     recipe.tasks(variants, names, limit=limit, batch_size=batch, data_dir=data_dir)
     if speed:
         recipe.mlp_times()
-        # input thresholding has no kernel, and ReLU no target to draw it at
-        timed = [v for v in variants if v.settings["method"] in ("dense", "cats")]
-        recipe.token_times(timed, held_out)
+        recipe.token_times(held_out)
     recipe.report()
 
 
@@ -296,39 +291,17 @@ class Recipe:
             name = str(dtype).removeprefix("torch.")
             self._once(f"mlp-{name}.jsonl", partial(measure, case))
 
-    def token_times(self, variants: list[Variant], blocks: Tensor) -> None:
-        """A decoded token at batch 1: dense, and every sparse model with its fused MLPs."""
-        self._once("tokens.jsonl", partial(self._token_times, variants, blocks[:1]))
+    def token_times(self, blocks: Tensor) -> None:
+        """A decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
+        from cats.benchmarks.decode import Case, measure
 
-    def _token_times(self, variants: list[Variant], block: Tensor) -> Iterator[Result]:
-        from cats.benchmarks.timing import read_bandwidth
-        from cats.evaluation.traffic import token_bytes
-        from cats.evaluation.variants import Dense
-        from cats.fusion import fuse_
-        from cats.results import Result, environment
-
-        device = next(self.model.parameters()).device
-        prompt = block[:, : self.length // 2].to(device)
-        size = 2**32 if device.type == "cuda" else 2**28
-        seconds_a_byte = read_bandwidth(device, size=size, rounds=5).median / size
-        for variant in variants:
-            dense = isinstance(variant, Dense)
-            _, share = variant.measure(self.model, [block])
-            limit = token_bytes(self.model, share) * seconds_a_byte
-            with variant.on(self.model) as model:
-                low, middle, high = _microseconds(model if dense else fuse_(model), prompt)
-            method, target = variant.settings["method"], variant.settings["target_sparsity"]
-            yield Result(
-                benchmark="token", quantity="time", unit="us", value=middle, low=low, high=high,
-                samples=_NEW_TOKENS - 1,
-                settings={
-                    "model": self.name, "dtype": str(self.model.dtype).removeprefix("torch."),
-                    "batch": 1, "prompt_tokens": prompt.shape[1],
-                    "variant": "dense" if dense else f"{method}, fused",
-                    "sparsity": 0.0 if dense else target, "limit_us": limit * 1e6,
-                },
-                environment=environment(str(device)),
-            )  # fmt: skip
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        case = Case(
+            model=self.name, sparsities=tuple(self.targets), prompt_length=self.length // 2,
+            new_tokens=min(64, self.length // 2), rounds=2 if on_cpu else 5,
+            read_bytes=2**28 if on_cpu else 2**32,
+        )  # fmt: skip
+        self._once("tokens.jsonl", partial(measure, self.model, blocks, case))
 
     def report(self) -> None:
         """The page of all that lies in the folder."""
@@ -357,22 +330,6 @@ class Recipe:
                         f"{path}: {name} is {result.settings[name]!r}, wanted {value!r}; "
                         "name another folder"
                     )
-
-
-def _microseconds(model: Any, prompt: Tensor) -> tuple[float, float, float]:
-    """Quartiles of the time of a token after the first, in the second of two runs."""
-    from cats.decode import generate
-
-    stamps: list[float] = []
-    for _ in range(2):
-        stamps.clear()
-        generate(
-            model, prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None,
-            callback=lambda tokens: stamps.append(time.perf_counter()),
-        )  # fmt: skip
-    times = [1e6 * (b - a) for a, b in itertools.pairwise(stamps)]
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    return low, middle, high
 
 
 def _write(path: Path, results: list[Result]) -> None:

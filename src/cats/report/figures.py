@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cats.errors import DataError
+from cats.report.material import limit
 from cats.results import Result
 
 # Replaced by the colour of the page's text.
@@ -154,9 +155,9 @@ def times(results: Sequence[Result], name: str) -> str:
     for result in sorted(results, key=lambda r: float(r.settings["sparsity"] or 0)):
         sparsity = float(result.settings["sparsity"] or 0)
         lines[str(result.settings["variant"])].append(result)
-        # the dense variants of a sweep stand at its sparsity of 0
-        if result.settings.get("limit_us") is not None:
-            limits[sparsity] = float(result.settings["limit_us"] or 0)
+        bound = limit(result)
+        if bound is not None:
+            limits[sparsity] = bound
     for variant, points in lines.items():
         if len(points) == 1:
             axis.axhline(points[0].value, linestyle=":", linewidth=1, color=_INK)

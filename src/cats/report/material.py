@@ -13,7 +13,10 @@ from cats.results import Result, read_results
 from cats.storage import check_version
 
 # What differs between the lines of one picture of times, or belongs to one of its points.
-_OF_A_POINT = {"variant", "sparsity", "kept_share", "limit_us", "copies", "calls"}
+_OF_A_POINT = {
+    "variant", "sparsity", "kept_share", "realized_sparsity", "bytes", "limit_us", "limit_ms",
+    "copies", "calls",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -83,6 +86,12 @@ class Material:
                 key = (r.settings["variant"], r.settings["sparsity"])
                 groups.setdefault(name, {})[key] = r
         return {name: list(group.values()) for name, group in groups.items()}
+
+
+def limit(result: Result) -> float | None:
+    """The time that the bytes of a call or token take at least, in the unit of the result."""
+    value = result.settings.get(f"limit_{result.unit}")
+    return None if value is None else float(value)
 
 
 def _dense_first(results: Iterable[Result]) -> list[Result]:

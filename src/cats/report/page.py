@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cats.report import figures, paper
-from cats.report.material import Material
+from cats.report.material import Material, limit
 from cats.results import Result
 from cats.storage import replacing
 from cats.version import __version__
@@ -280,13 +280,12 @@ def _plus_minus(value: str, error: Any) -> str:
 
 
 def _time_row(r: Result) -> list[str]:
-    limit = r.settings.get("limit_us")
-    known = limit is not None and r.unit == "us"
+    bound = limit(r)
     return [
         str(r.settings["variant"]),
         f"{float(r.settings['sparsity'] or 0):.0%}",
-        f"{r.value:.1f}",
-        f"{r.low:.1f} to {r.high:.1f}",
-        f"{float(limit or 0):.1f}" if known else "",
-        f"{float(limit or 0) / r.value:.2f}" if known else "",
+        f"{r.value:.4g}",
+        f"{r.low:.4g} to {r.high:.4g}",
+        "" if bound is None else f"{bound:.4g}",
+        "" if bound is None else f"{bound / r.value:.2f}",
     ]
