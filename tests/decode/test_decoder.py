@@ -190,6 +190,14 @@ def test_next_turn_runs_only_new_tokens_and_gives_the_same(engine):
     assert torch.equal(third, reference(model, edited, max_new_tokens=10, **GREEDY))
 
 
+def test_rows_that_share_different_prefixes_give_the_same_tokens(llama):
+    decoder, ids = cats.Decoder(llama), make_ids(2, 20)
+    decoder.generate(ids, max_new_tokens=10, **GREEDY)
+    ids[1, 5] = (ids[1, 5] + 1) % 256
+    actual = decoder.generate(ids, max_new_tokens=10, **GREEDY)
+    assert torch.equal(actual, reference(llama, ids, max_new_tokens=10, **GREEDY))
+
+
 def test_shared_prefix_is_not_run_again():
     model = make_model()
     counts = prefilled(model)
@@ -225,7 +233,7 @@ def test_model_changed_between_calls_gives_its_new_tokens(change):
     model, ids = make_model(), make_ids(1, 8)
     decoder = cats.Decoder(model)
     before = decoder.generate(ids, max_new_tokens=60, **GREEDY)
-    mlp = model.model.layers[1].mlp
+    mlp = model.model.layers[0].mlp  # its output is in the keys and values of the next layer
     if change == "sparsify":
         cats.fuse_(cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=0.9)))
     elif change == "weights":
