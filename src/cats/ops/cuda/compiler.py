@@ -13,8 +13,9 @@ from typing import Any
 from cuda.bindings import nvrtc
 
 from cats.errors import BackendError
+from cats.storage import cache_directory
 
-__all__ = ["architecture", "cache_directory", "compile_kernel", "supported_architectures"]
+__all__ = ["architecture", "compile_kernel", "supported_architectures"]
 
 _SOURCE = "gated_mlp.cu"
 _HEADER = "primitives.cuh"
@@ -31,14 +32,6 @@ def architecture(capability: tuple[int, int]) -> int:
 def supported_architectures() -> frozenset[int]:
     """The architectures that the installed NVRTC compiles for."""
     return frozenset(_check(nvrtc.nvrtcGetSupportedArchs()))
-
-
-def cache_directory() -> Path:
-    """Where machine code is kept: ``$CATS_CACHE_DIR``, or ``cats`` in the user's cache folder."""
-    if chosen := os.environ.get("CATS_CACHE_DIR"):
-        return Path(chosen) / "cuda"
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cats" / "cuda"
 
 
 def compile_kernel(defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
@@ -63,7 +56,7 @@ def compile_kernel(defines: Mapping[str, int], capability: tuple[int, int]) -> b
     ]
     version = _check(nvrtc.nvrtcVersion())
     key = hashlib.sha256(repr((source, header, options, version)).encode()).hexdigest()
-    path = cache_directory() / f"{key}.cubin"
+    path = cache_directory() / "cuda" / f"{key}.cubin"
     code = _read(path)
     if code is None:
         code = _compile(source, header, options)
