@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from cats.benchmarks.decode import Case, measure, random_model, run_transformers
+from cats.benchmarks.decode import Case, measure, run_transformers
 from cats.benchmarks.decode_report import table
+from cats.benchmarks.shapes import random_model
 from cats.errors import ConfigError
 from cats.results import Result
 from tests.models import make_ids, make_model

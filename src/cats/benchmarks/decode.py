@@ -24,22 +24,6 @@ NAME = "decode"
 GENERATE = "generate"
 GENERATE_COMPILED = "generate_compiled"
 
-# Sizes of models that are timed with random weights.
-SHAPES: dict[str, dict[str, Any]] = {
-    "mistral-7b": dict(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=32000,
-    ),
-    "llama-2-7b": dict(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, vocab_size=32000,
-    ),
-    "llama-3.2-1b": dict(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
@@ -183,22 +167,6 @@ def run_transformers(model: nn.Module, ids: Tensor, **options: Any) -> Run:
         **options,
     )
     return Run(tokens, times)
-
-
-def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A model of one of :data:`SHAPES`, with random weights.
-
-    Raises:
-        ConfigError: If there is no such shape.
-    """
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    if name not in SHAPES:
-        raise ConfigError(f"shape must be one of {', '.join(SHAPES)}; got {name!r}")
-    config: Any = LlamaConfig
-    with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config(**SHAPES[name]), dtype=dtype)
-    return model.eval()
 
 
 def _sparse(model: nn.Module, blocks: Tensor, sparsity: float) -> nn.Module:

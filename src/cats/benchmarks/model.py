@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cats.apply import densify_, sparsify_
+from cats.benchmarks.shapes import random_model
 from cats.benchmarks.timing import Timing
 from cats.calibration import calibrate
 from cats.config import CatsConfig
@@ -21,22 +22,6 @@ from cats.fusion import fuse_
 from cats.results import Result, environment
 
 NAME = "model"
-_LLAMA_2_7B = dict(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
-)  # fmt: skip
-SHAPES: dict[str, dict[str, int]] = {
-    "mistral-7b": _LLAMA_2_7B | dict(intermediate_size=14336, num_key_value_heads=8),
-    "llama-2-7b": _LLAMA_2_7B,
-    "llama-3.2-1b": dict(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-    ),
-    "smollm2-135m": dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192,
-    ),
-}  # fmt: skip
 VARIANTS = ("dense", "sparse", "fused")
 
 
@@ -59,8 +44,6 @@ class Case:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise ConfigError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}")
         if self.rounds < 2 or self.new_tokens < 2 or self.prefill < 1:
             raise ConfigError("rounds and new tokens must be at least 2, prefill at least 1")
 
@@ -70,7 +53,7 @@ def measure(case: Case) -> Iterator[Result]:
 
     Yields milliseconds of the prefill, and tokens a second of decoding after the first token.
     """
-    model = random_model(case)
+    model: Any = random_model(case.shape, case.dtype, torch.device(case.device), layers=case.layers)
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (4, 512), device=case.device)
     config = calibrate(model, ids.split(1), target_sparsity=case.sparsity)
@@ -107,20 +90,6 @@ def measure(case: Case) -> Iterator[Result]:
             _become(model, name, config)
             rates = _decode_rates(model, ids[:1, :32], case, cache)
             yield result("decode", "tokens/s", Timing.of(rates), variant=name, cache=cache)
-
-
-def random_model(case: Case) -> Any:
-    """A Llama model of the case's shape with random weights of standard deviation 0.02."""
-    import transformers
-
-    shape = dict(SHAPES[case.shape])
-    shape["num_hidden_layers"] = case.layers or shape["num_hidden_layers"]
-    library: Any = transformers
-    with torch.device(case.device):
-        model = library.AutoModelForCausalLM.from_config(
-            library.LlamaConfig(**shape), dtype=case.dtype
-        )
-    return model.eval()
 
 
 def _become(model: nn.Module, variant: str, config: CatsConfig) -> None:

@@ -158,8 +158,9 @@ def decode(
     """
     import torch
 
-    from cats.benchmarks.decode import SHAPES, Case, measure, random_model
+    from cats.benchmarks.decode import Case, measure
     from cats.benchmarks.decode_report import table
+    from cats.benchmarks.shapes import SHAPES, random_model
     from cats.data import sample_text, token_blocks
     from cats.results import append_results
 
