@@ -13,9 +13,8 @@ import cats
 from tests import models
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-COMMAND = [sys.executable, "-c", "from cats.cli import main; main()"]
-# torchrun takes a file or a module, not a command
 SCRIPT = "from cats.cli import main; main()"
+COMMAND = [sys.executable, "-c", SCRIPT]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,10 @@ def test_two_processes_find_the_thresholds_of_one_bit_for_bit(folder, tmp_path):
 
 def test_control_c_leaves_no_half_written_file(folder, tmp_path):
     output, statistics = tmp_path / "thresholds.safetensors", tmp_path / "statistics.safetensors"
-    command = [*COMMAND, *arguments(folder, output, tokens=10**9), "--statistics", statistics]
+    # a shell lets its background jobs ignore SIGINT, and children inherit that
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    command = [sys.executable, "-c", listen + SCRIPT]
+    command += [*arguments(folder, output, tokens=10**9), "--statistics", statistics]
     # the text is repeated, so that the run is long enough to be stopped in its middle
     command += ["--text", folder / "text.txt"] * 20
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
