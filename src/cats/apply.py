@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cats.config import CatsConfig
-from cats.errors import ModelMismatchError
+from cats.errors import ConfigError, ModelMismatchError
 from cats.fusion import unfuse_
 from cats.methods import get_method
 from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
@@ -36,6 +36,11 @@ def sparsify_(model: M, config: CatsConfig) -> M:
         UnsupportedModelError: If the model has no gated MLP.
     """
     method = get_method(config.method)
+    if config.router != method.router:
+        raise ConfigError(
+            f"method {config.method!r} puts its thresholds on {method.router}, the config says "
+            f"{config.router!r}: it comes from a newer release or another program"
+        )
     mlps = _check_fits(unfuse_(model), config)
     densify_(model)
     for name, tensors in config.tensors.items():

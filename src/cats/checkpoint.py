@@ -100,6 +100,8 @@ def is_sparse_checkpoint(path: str | Path) -> bool:
 
 
 def _load_config(path: str | Path, hub_options: dict[str, Any]) -> Any:
+    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise StorageError(f"cannot load the model {path}: no such folder")
     try:
         return AutoConfig.from_pretrained(str(path), **hub_options)
     except (OSError, ValueError) as error:

@@ -63,12 +63,6 @@ class CatsConfig:
         """Name of each sparse MLP to its threshold: one number, or ``[F]``."""
         return {mlp: tensors["threshold"] for mlp, tensors in self.tensors.items()}
 
-    @property
-    def mean_realized_sparsity(self) -> float | None:
-        """Mean over the MLPs of what was dropped on the calibration tokens."""
-        values = self.realized_sparsity.values()
-        return sum(values) / len(values) if values else None
-
     def to_dict(self) -> dict[str, Any]:
         """The small ``cats`` block of ``config.json``; the tensors lie beside the weights."""
         return {

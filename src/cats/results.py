@@ -117,7 +117,7 @@ def environment(device: str, *, commit: str | None = None) -> dict[str, _Value]:
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cats": __version__,
         "cuda": torch.version.cuda,

@@ -40,6 +40,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         StorageError: If there is no such file or it cannot be read.
         FormatError: If it is no safetensors file, is truncated, or comes from a newer release.
     """
+    if Path(path).is_dir():
+        raise StorageError(f"{path}: is a folder, expected a file")
     if not Path(path).is_file():
         raise StorageError(f"{path}: no such file")
     try:

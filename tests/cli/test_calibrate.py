@@ -57,7 +57,31 @@ def test_interrupted_calibration_resumes_to_the_same_thresholds(
     assert "exclude" in err
 
 
+def test_finished_calibration_is_extended_from_a_batch_that_was_not_full(
+    command, checkpoint, text, tmp_path
+):
+    path = tmp_path / "s.safetensors"
+    common = ("calibrate", checkpoint, "--text", text, "--block", 32, "--eval-tokens", 64)
+    assert command(*common, "--tokens", 32 * 7, "--statistics", path)[0] == 0
+    assert cats.Statistics.load(path).blocks == 7
+    assert command(*common, "--tokens", 32 * 12, "--statistics", path)[0] == 0
+    assert cats.Statistics.load(path).blocks == 12
+    code, _, err = command(*common, "--tokens", 32 * 5, "--statistics", path)
+    assert code == 1
+    assert "more than are asked for" in err
+
+
+def test_brackets_in_names_are_no_markup(command, checkpoint, text, tmp_path):
+    output = tmp_path / "a[" / "b].safetensors"
+    code, out, err = command("calibrate", checkpoint, "--text", text, *SMALL, "-o", output)
+    assert code == 0, err
+    assert "b].safetensors" in out.replace("\n", "")
+
+
 BAD = {
+    "relu and a loss": ("calibrate", "MODEL", "--method", "relu", "--max-loss", "2%"),
+    "no percent": ("calibrate", "MODEL", "--max-loss", "2"),
+    "folder as file": ("calibrate", "MODEL", "-o", "FOLDER.safetensors"),
     "unknown model": ("calibrate", "no/such-model"),
     "unknown text": ("calibrate", "MODEL", "--text", "absent.txt"),
     "target 0": ("calibrate", "MODEL", "--sparsity", "0"),
@@ -74,7 +98,9 @@ BAD = {
 
 @pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(command, checkpoint, text, arguments):
-    places = {"MODEL": checkpoint, "TEXT": text}
+    folder = Path(text).parent / "folder.safetensors"
+    folder.mkdir()
+    places = {"MODEL": checkpoint, "TEXT": text, "FOLDER.safetensors": folder}
     code, _, err = command(*(places.get(a, a) for a in arguments))
     assert code == 1
     lines = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -45,6 +45,3 @@ def main() -> None:
     except CatsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; nothing was left half written", file=sys.stderr)
-        sys.exit(130)

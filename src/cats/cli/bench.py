@@ -225,7 +225,7 @@ def plot(
         raise DataError(f"{file} has no results of {', '.join(shape or [])}")
     with replacing(output) as temporary:
         mlp_report.plot(panels, temporary)
-    options.out.print(f"wrote {output}")
+    options.out.print(f"wrote {output}", markup=False)
 
 
 @app.command()
@@ -249,7 +249,7 @@ def quote(
             raise DataError(f"{document} does not say what its results files say: cats bench quote")
         with replacing(document) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        options.out.print(f"wrote {document}")
+        options.out.print(f"wrote {document}", markup=False)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -69,16 +69,12 @@ def calibrate(
     Several processes share the work under [b]torchrun[/b] and find the same thresholds.
     """
     limit = _parse_percent(max_loss)
-    from cats.config import check_target
-
-    check_target(sparsity)
-    _check_output(output)
+    _check_method(method, sparsity, limit)
+    options.check_output(output, folder=output is not None and output.suffix != ".safetensors")
     rank, world = _start_processes()
     loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
     blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
-    counted = _collect(
-        loaded, blocks.split(batch_size), method, exclude or [], statistics, rank, world
-    )
+    counted = _collect(loaded, blocks, batch_size, method, exclude or [], statistics, rank, world)
     if rank != 0:
         return
     held_out_batches = held_out.split(batch_size)
@@ -114,19 +110,19 @@ def _parse_percent(value: str | None) -> float | None:
         number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError:
         number = -1.0
-    if not 0 < number < 10:
+    if not 0 < number < (10 if value.endswith("%") else 1):
         raise ConfigError(f"--max-loss must be a share such as 2% or 0.02, got {value!r}")
     return number
 
 
-def _check_output(output: Path | None) -> None:
-    """Complain before the long work, not after it."""
-    from cats.errors import StorageError
+def _check_method(name: str, sparsity: float, limit: float | None) -> None:
+    from cats.config import check_target
+    from cats.errors import ConfigError
+    from cats.methods import get_method
 
-    if output is None or output.suffix == ".safetensors":
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise StorageError(f"{output}: exists already; choose another name or delete it first")
+    check_target(sparsity)
+    if limit is not None and not get_method(name).has_target:
+        raise ConfigError(f"method {name!r} has no sparsity to choose: leave out --max-loss")
 
 
 def _start_processes() -> tuple[int, int]:
@@ -184,7 +180,8 @@ def split(
 
 def _collect(
     model: Any,
-    batches: tuple[Tensor, ...],
+    blocks: Tensor,
+    batch_size: int,
     method: str,
     exclude: list[str],
     path: Path | None,
@@ -197,20 +194,22 @@ def _collect(
     from cats.errors import DataError
 
     counted = collect(model, [], method=method, exclude=exclude)
-    start = 0
-    if path is not None and path.exists():
+    # the file is that of the first process, which alone writes it
+    if path is not None and path.exists() and rank == 0:
         counted += Statistics.load(path)
-        rows = [row for batch in batches for row in batch][: counted.blocks]
-        start = next(
-            (i for i in range(len(batches) + 1) if sum(map(len, batches[:i])) == counted.blocks), -1
-        )
-        if start < 0 or sum(map(block_hash, rows)) % (1 << 64) != counted.text_hash:
+        if counted.blocks > len(blocks):
             raise DataError(
-                f"{path}: counts of another text, seed, block or batch size; "
+                f"{path}: holds {counted.tokens:,} tokens, more than are asked for now: "
+                "give as many with --tokens, or name another file with --statistics"
+            )
+        if sum(map(block_hash, blocks[: counted.blocks])) % (1 << 64) != counted.text_hash:
+            raise DataError(
+                f"{path}: counts of another text, seed or block length; "
                 "delete it or name another file with --statistics"
             )
+    batches = blocks[_from_first_process(counted.blocks, world) :].split(batch_size)
     chunk = _CHUNK * world
-    chunks = [batches[i : i + chunk] for i in range(start, len(batches), chunk)]
+    chunks = [batches[i : i + chunk] for i in range(0, len(batches), chunk) if len(batches[0])]
     show = rank == 0
     for i, part in enumerate(chunks):
         label = "calibrating" if len(chunks) == 1 else f"calibrating {i + 1}/{len(chunks)}"
@@ -222,6 +221,16 @@ def _collect(
         if path is not None and rank == 0:
             counted.save(path)
     return counted
+
+
+def _from_first_process(number: int, world: int) -> int:
+    if world == 1:
+        return number
+    import torch.distributed as dist
+
+    numbers = [number]
+    dist.broadcast_object_list(numbers)
+    return numbers[0]
 
 
 def _perplexity(model: Any, batches: tuple[Tensor, ...], label: str) -> float:
@@ -288,6 +297,8 @@ def _save(model: Any, tokenizer: Any, config: Any, output: Path) -> None:
 
 
 def _print(report: dict[str, Any]) -> None:
+    from rich.markup import escape
+
     from cats.cli.tables import layer_table, loss
 
     options.out.print(layer_table(report["thresholds"], report["realized_sparsity"]))
@@ -301,9 +312,10 @@ def _print(report: dict[str, Any]) -> None:
     options.out.print(
         f"perplexity on {report['held_out_tokens']:,} held-out tokens: dense {dense:.3f}, "
         f"{report['method']} {sparse:.3f} ({loss(dense, sparse)})\n"
-        f"calibrated on {report['calibration_tokens']:,} tokens of {report['calibration_text']}"
+        f"calibrated on {report['calibration_tokens']:,} tokens of "
+        + escape(report["calibration_text"])
     )
     if report["output"]:
-        options.out.print(f"wrote {report['output']}")
+        options.out.print(f"wrote {report['output']}", markup=False)
     else:
         options.out.print("nothing written: name a file with [b]-o NAME.safetensors[/b]")

@@ -125,6 +125,7 @@ def _plain_speed(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -
 
 
 def _print(report: dict[str, Any], text: list[Path] | None) -> None:
+    from rich.markup import escape
     from rich.panel import Panel
     from rich.table import Table
 
@@ -134,9 +135,9 @@ def _print(report: dict[str, Any], text: list[Path] | None) -> None:
     name = f"CATS-{report['target_sparsity'] * 100:g}"
     out = options.out
     out.print(layer_table(report["thresholds"], report["realized_sparsity"]))
-    out.print(Panel(dense["text"], title="dense", title_align="left"))
-    out.print(Panel(sparse["text"], title=name, title_align="left"))
-    table = Table(title=report["prompt"], title_justify="left")
+    out.print(Panel(escape(dense["text"]), title="dense", title_align="left"))
+    out.print(Panel(escape(sparse["text"]), title=name, title_align="left"))
+    table = Table(title=escape(report["prompt"]), title_justify="left")
     table.add_column("model")
     table.add_column("held-out perplexity", justify="right")
     table.add_column("change", justify="right")

@@ -131,12 +131,13 @@ def _measure(model: Any, batches: Any) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from cats.cli.tables import loss
 
     table = Table(
-        title=f"{report['model']} on {report['tokens']:,} tokens of {report['text']}",
+        title=escape(f"{report['model']} on {report['tokens']:,} tokens of {report['text']}"),
         title_justify="left",
     )
     table.add_column("model")
@@ -225,9 +226,10 @@ def task_table(title: str, found: list[Result]) -> Table:
 
     The difference to the dense model has the error of the paired differences.
     """
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("task")
     table.add_column("metric")
     table.add_column("questions", justify="right")

@@ -29,12 +29,13 @@ def info(
     if as_json:
         options.print_json(report)
         return
+    from rich.markup import escape
     from rich.table import Table
 
     for title, rows in report.items():
-        table = Table(title=title, title_justify="left", show_header=False)
+        table = Table(title=escape(title), title_justify="left", show_header=False)
         for name, value in rows.items():
-            table.add_row(name, _word(value))
+            table.add_row(name, escape(_word(value)))
         options.out.print(table)
 
 

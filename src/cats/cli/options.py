@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def load(
         raise ConfigError(f"no device {device!r}: {first_line(error)}") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here: use --device cpu, or a CUDA build of torch")
-    with err.status(f"loading {model} ..."):
+    with err.status(escape(f"loading {model} ...")):
         if thresholds is not None or (not dense and is_sparse_checkpoint(path)):
             loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value)
         else:
@@ -105,6 +106,21 @@ def load(
                 f"cannot load the tokenizer of {model}: {first_line(error)}"
             ) from error
     return loaded.to(where), tokenizer
+
+
+def check_output(path: Path | None, *, folder: bool = False) -> None:
+    """Complain about a place that cannot be written before the long work, not after it."""
+    from cats.errors import StorageError
+
+    if path is None:
+        return
+    if folder and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StorageError(f"{path}: exists already; choose another name or delete it first")
+    if not folder and path.is_dir():
+        raise StorageError(f"{path}: is a folder, expected the name of a file")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise StorageError(f"{path}: cannot be written, {parent} is not a folder")
 
 
 def quiet() -> None:

@@ -71,9 +71,10 @@ def profile(
 
 def table(title: str, found: Profile) -> Table:
     """One row an activation module."""
+    from rich.markup import escape
     from rich.table import Table
 
-    view = Table(title=title, title_justify="left")
+    view = Table(title=escape(title), title_justify="left")
     view.add_column("MLP", overflow="fold")
     view.add_column("zero", justify="right")
     view.add_column(f"< {found.near:g}", justify="right")

@@ -33,4 +33,4 @@ def report(
         assert figures is not None
         with replacing(figures / f"{name}.svg") as temporary:
             temporary.write_text(svg, "utf-8")
-    options.out.print(f"wrote {output}")
+    options.out.print(f"wrote {output}", markup=False)

@@ -309,7 +309,7 @@ class Recipe:
 
         page = self.folder / "report.html"
         write_page(Material.read([self.folder]), page, title=f"CATS on {self.name}")
-        options.out.print(f"wrote {page}")
+        options.out.print(f"wrote {page}", markup=False)
 
     def _once(self, file: str, measure: Callable[[], Iterable[Result]]) -> None:
         """Keep the results of ``measure`` in a file, unless they are there already."""
