@@ -208,7 +208,8 @@ def _collect(
                 "delete it or name another file with --statistics"
             )
     batches = blocks[_from_first_process(counted.blocks, world) :].split(batch_size)
-    chunk = _CHUNK * world
+    # each chunk's counts are a second copy in memory: none where nothing is saved in between
+    chunk = _CHUNK * world if path is not None or world > 1 else max(1, len(batches))
     chunks = [batches[i : i + chunk] for i in range(0, len(batches), chunk) if len(batches[0])]
     show = rank == 0
     for i, part in enumerate(chunks):
@@ -217,7 +218,7 @@ def _collect(
         bar = options.progress(mine, label, show=show)
         share = collect(model, bar, method=method, exclude=exclude)
         share = share.all_reduce() if world > 1 else share
-        counted += share
+        counted = share if not counted.tokens else counted + share
         if path is not None and rank == 0:
             counted.save(path)
     return counted
