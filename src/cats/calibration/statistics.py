@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,9 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         self._check_same_model(other)
-        return Statistics(
-            method=self.method,
-            activations=self.activations,
-            sizes=self.sizes,
+        return replace(
+            self,
             counts={name: c + other.counts[name] for name, c in self.counts.items()},
-            fingerprints=self.fingerprints,
             tokens=self.tokens + other.tokens,
             blocks=self.blocks + other.blocks,
             text_hash=(self.text_hash + other.text_hash) % _HASH_MODULUS,
@@ -119,12 +116,9 @@ class Statistics:
         # int64 wraps around as the modulus does
         signed = self.text_hash - _HASH_MODULUS * (self.text_hash >= _HASH_MODULUS // 2)
         tokens, blocks, text_hash = total(torch.tensor([self.tokens, self.blocks, signed])).tolist()
-        return Statistics(
-            method=self.method,
-            activations=self.activations,
-            sizes=self.sizes,
+        return replace(
+            self,
             counts={name: total(c) for name, c in self.counts.items()},
-            fingerprints=self.fingerprints,
             tokens=tokens,
             blocks=blocks,
             text_hash=text_hash % _HASH_MODULUS,

@@ -207,10 +207,11 @@ def _collect(
                 f"{path}: counts of another text, seed or block length; "
                 "delete it or name another file with --statistics"
             )
-    batches = blocks[_from_first_process(counted.blocks, world) :].split(batch_size)
+    left = blocks[_from_first_process(counted.blocks, world) :]
+    batches = left.split(batch_size) if len(left) else ()
     # each chunk's counts are a second copy in memory: none where nothing is saved in between
     chunk = _CHUNK * world if path is not None or world > 1 else max(1, len(batches))
-    chunks = [batches[i : i + chunk] for i in range(0, len(batches), chunk) if len(batches[0])]
+    chunks = [batches[i : i + chunk] for i in range(0, len(batches), chunk)]
     show = rank == 0
     for i, part in enumerate(chunks):
         label = "calibrating" if len(chunks) == 1 else f"calibrating {i + 1}/{len(chunks)}"
