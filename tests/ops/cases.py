@@ -184,7 +184,7 @@ def check_taken(backend: str, inputs: Inputs) -> None:
     module = importlib.import_module(f"cats.ops.{backend}")
     if reason := module.refuses(inputs.x, inputs.gate, inputs.up, inputs.down):
         with pytest.raises(BackendError, match=re.escape(reason)):
-            ops.gated_mlp(*inputs.args(), backend=backend)
+            ops.gated_mlp(**inputs.kwargs(), backend=backend)
         raise RefusedError(reason)
 
 
