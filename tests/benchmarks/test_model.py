@@ -14,7 +14,7 @@ TINY = dict(
 def test_prefill_and_decode_of_every_variant_are_timed(monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     case = Case(
-        shape="tiny", layers=1, dtype=torch.float32, device="cpu", prefill=16, new_tokens=4,
+        shape="tiny", layers=1, dtype=torch.float32, device="cpu", prefill=16, new_tokens=32,
         caches=("dynamic",), rounds=2,
     )  # fmt: skip
     results = list(measure(case))
