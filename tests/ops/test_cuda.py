@@ -52,7 +52,7 @@ def test_each_dtype_and_batch_compiles_for_each_generation(capability):
     names = list(ACTIVATIONS)
     for i, (dtype, batch) in enumerate((d, b) for d in (BF16, F16, F32) for b in (1, 2)):
         chosen = variant(40, dtype, batch, names[i % len(names)], capability)
-        assert compile_kernel(chosen.defines(), capability)[:4] == b"\x7fELF"
+        assert compile_kernel("gated_mlp.cu", chosen.defines(), capability)[:4] == b"\x7fELF"
 
 
 @needs_nvrtc
@@ -62,7 +62,9 @@ def test_each_activation_compiles(activation, capability):
     from cats.ops.cuda.compiler import compile_kernel
 
     assert compile_kernel(
-        variant(40, activation=activation, capability=capability).defines(), capability
+        "gated_mlp.cu",
+        variant(40, activation=activation, capability=capability).defines(),
+        capability,
     )
 
 
@@ -72,7 +74,7 @@ def test_each_activation_compiles(activation, capability):
 def test_widths_of_models_compile(D, capability):
     from cats.ops.cuda.compiler import compile_kernel
 
-    assert compile_kernel(variant(D, capability=capability).defines(), capability)
+    assert compile_kernel("gated_mlp.cu", variant(D, capability=capability).defines(), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -97,9 +99,9 @@ def test_second_compilation_comes_from_disk(monkeypatch, tmp_path):
     from cats.ops.cuda import compiler
 
     defines = variant(8).defines()
-    code = compiler.compile_kernel(defines, (9, 0))
+    code = compiler.compile_kernel("gated_mlp.cu", defines, (9, 0))
     monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert compiler.compile_kernel(defines, (9, 0)) == code
+    assert compiler.compile_kernel("gated_mlp.cu", defines, (9, 0)) == code
     assert len(list(tmp_path.rglob("*.cubin"))) == 1
 
 
@@ -108,9 +110,9 @@ def test_other_options_are_another_entry(tmp_path):
     from cats.ops.cuda.compiler import compile_kernel
 
     codes = {
-        compile_kernel(variant(8).defines(), (9, 0)),
-        compile_kernel(variant(16).defines(), (9, 0)),
-        compile_kernel(variant(8).defines(), (8, 0)),
+        compile_kernel("gated_mlp.cu", variant(8).defines(), (9, 0)),
+        compile_kernel("gated_mlp.cu", variant(16).defines(), (9, 0)),
+        compile_kernel("gated_mlp.cu", variant(8).defines(), (8, 0)),
     }
     assert len(codes) == len(list(tmp_path.rglob("*.cubin"))) == 3
 
@@ -120,10 +122,10 @@ def test_other_options_are_another_entry(tmp_path):
 def test_damaged_entry_is_compiled_again(damage, tmp_path):
     from cats.ops.cuda.compiler import compile_kernel
 
-    code = compile_kernel(variant(8).defines(), (9, 0))
+    code = compile_kernel("gated_mlp.cu", variant(8).defines(), (9, 0))
     (path,) = tmp_path.rglob("*.cubin")
     path.write_bytes(damage(path.read_bytes()))
-    assert compile_kernel(variant(8).defines(), (9, 0)) == code
+    assert compile_kernel("gated_mlp.cu", variant(8).defines(), (9, 0)) == code
 
 
 @needs_nvrtc
@@ -133,7 +135,7 @@ def test_unwritable_cache_warns_and_compiles(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="CATS_CACHE_DIR"):
-        assert compile_kernel(variant(8).defines(), (9, 0))
+        assert compile_kernel("gated_mlp.cu", variant(8).defines(), (9, 0))
 
 
 @needs_nvrtc
@@ -141,7 +143,7 @@ def test_source_that_does_not_compile_is_an_error_with_the_log():
     from cats.ops.cuda.compiler import compile_kernel
 
     with pytest.raises(BackendError, match="too little shared memory"):
-        compile_kernel(variant(8).defines() | {"SHARED_BYTES": 16}, (9, 0))
+        compile_kernel("gated_mlp.cu", variant(8).defines() | {"SHARED_BYTES": 16}, (9, 0))
 
 
 def test_refuses_more_tokens_and_rows_that_are_not_aligned():

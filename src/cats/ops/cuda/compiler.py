@@ -17,8 +17,6 @@ from cats.storage import cache_directory
 
 __all__ = ["architecture", "compile_kernel", "supported_architectures"]
 
-_SOURCE = "gated_mlp.cu"
-_HEADER = "primitives.cuh"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -34,11 +32,12 @@ def supported_architectures() -> frozenset[int]:
     return frozenset(_check(nvrtc.nvrtcGetSupportedArchs()))
 
 
-def compile_kernel(defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
-    """Machine code of ``gated_mlp.cu`` for one GPU generation, from disk if compiled before.
+def compile_kernel(name: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code of a source file for one GPU generation, from disk if compiled before.
 
     Args:
-        defines: Macros of the source, :meth:`cats.ops.cuda.variant.Variant.defines`.
+        name: Of a file beside this one, such as ``gated_mlp.cu``.
+        defines: Macros of the source.
         capability: Compute capability, such as ``(9, 0)``.
 
     Returns:
@@ -47,26 +46,34 @@ def compile_kernel(defines: Mapping[str, int], capability: tuple[int, int]) -> b
     Raises:
         BackendError: If NVRTC rejects the source; the message holds its log.
     """
-    folder = resources.files(__package__)
-    source, header = ((folder / name).read_bytes() for name in (_SOURCE, _HEADER))
+    source, headers = _sources(name)
     options = [
         f"--gpu-architecture=sm_{architecture(capability)}",
         "--std=c++17",
-        *(f"-D{name}={value}" for name, value in sorted(defines.items())),
+        *(f"-D{macro}={value}" for macro, value in sorted(defines.items())),
     ]
     version = _check(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(repr((source, header, options, version)).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, headers, options, version)).encode()).hexdigest()
     path = cache_directory() / "cuda" / f"{key}.cubin"
     code = _read(path)
     if code is None:
-        code = _compile(source, header, options)
+        code = _compile(name, source, headers, options)
         _write(path, code)
     return code
 
 
-def _compile(source: bytes, header: bytes, options: list[str]) -> bytes:
+@cache
+def _sources(name: str) -> tuple[bytes, dict[str, bytes]]:
+    """A source file, and the headers that it may include."""
+    folder = resources.files(__package__)
+    headers = sorted(file.name for file in folder.iterdir() if file.name.endswith(".cuh"))
+    return (folder / name).read_bytes(), {file: (folder / file).read_bytes() for file in headers}
+
+
+def _compile(name: str, source: bytes, headers: dict[str, bytes], options: list[str]) -> bytes:
+    names = [header.encode() for header in headers]
     program = _check(
-        nvrtc.nvrtcCreateProgram(source, _SOURCE.encode(), 1, [header], [_HEADER.encode()])
+        nvrtc.nvrtcCreateProgram(source, name.encode(), len(headers), list(headers.values()), names)
     )
     try:
         encoded = [option.encode() for option in options]
@@ -75,7 +82,7 @@ def _compile(source: bytes, header: bytes, options: list[str]) -> bytes:
             log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
             _check(nvrtc.nvrtcGetProgramLog(program, log))
             text = log.decode(errors="replace").rstrip("\0")
-            raise BackendError(f"{_SOURCE} does not compile with {' '.join(options)}:\n{text}")
+            raise BackendError(f"{name} does not compile with {' '.join(options)}:\n{text}")
         code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
         _check(nvrtc.nvrtcGetCUBIN(program, code))
     finally:

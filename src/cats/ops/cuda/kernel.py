@@ -1,20 +1,18 @@
 """Loads a variant of ``gated_mlp.cu`` on a device and launches it on the current stream."""
 
-import ctypes
 import math
 import struct
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
 
 import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from cats.ops.cuda.compiler import compile_kernel
+from cats.ops.cuda.function import Function
 from cats.ops.cuda.status import check
 from cats.ops.cuda.variant import Variant, shared_memory, variant_for
-from cats.ops.cuda.workspace import COUNTERS, relaxed_capture, workspace
+from cats.ops.cuda.workspace import COUNTERS, workspace
 
 __all__ = ["launch"]
 
@@ -83,7 +81,7 @@ def launch(
         fixed_runs = int(_FIXED_SHARE * fixed_runs)
     asked_rows = max(0, neurons - fixed_runs * groups * blocks * rows)
     long_tickets = max(0, asked_rows - _SHORT_SHARE * groups * blocks) // rows
-    kernel.launch(
+    kernel.function.launch(
         _ARGUMENTS.pack(
             x.data_ptr(),
             router.data_ptr(),
@@ -136,55 +134,13 @@ class _Kernel:
     """One variant, loaded on one device."""
 
     def __init__(self, device: int, variant: Variant) -> None:
-        properties = torch.cuda.get_device_properties(device)
         self.variant = variant
-        self.blocks = properties.multi_processor_count
-        code = compile_kernel(variant.defines(), (properties.major, properties.minor))
-        with relaxed_capture():
-            # never unloaded: graphs may hold the function
-            library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-            self._function = check(
-                driver.cuKernelGetFunction(check(driver.cuLibraryGetKernel(library, b"gated_mlp")))
-            )
-            attribute = driver.CUfunction_attribute
-            check(
-                driver.cuFuncSetAttribute(
-                    self._function,
-                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    variant.shared_bytes,
-                )
-            )
-            check(
-                driver.cuFuncSetAttribute(
-                    self._function,
-                    attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                    100,
-                )
-            )
-        _own_functions.add(int(self._function))
-        self._config = cache(self._make_config)
-
-    def launch(self, arguments: bytes, *, blocks: int, stream: int, dependent: bool) -> None:
-        buffer = ctypes.create_string_buffer(arguments, len(arguments))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
-        config = self._config(blocks, stream, dependent)
-        check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
-
-    def _make_config(self, blocks: int, stream: int, dependent: bool) -> Any:
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self.variant.threads, 1, 1
-        config.sharedMemBytes = self.variant.shared_bytes
-        config.hStream = driver.CUstream(stream)
-        if dependent:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = (
-                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            )
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
-        return config
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.function = Function(
+            device, "gated_mlp", variant.defines(),
+            threads=variant.threads, shared_bytes=variant.shared_bytes,
+        )  # fmt: skip
+        _own_functions.add(self.function.handle)
 
 
 @cache

@@ -1,0 +1,91 @@
+"""A compiled kernel on one device, and its launch."""
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from cats.ops.cuda.compiler import compile_kernel
+from cats.ops.cuda.status import check
+from cats.ops.cuda.workspace import relaxed_capture
+
+__all__ = ["Function"]
+
+
+class Function:
+    """The kernel of a source file, specialised by macros, loaded on a device for good.
+
+    Attributes:
+        handle: The driver's function, as a number.
+    """
+
+    def __init__(
+        self, device: int, name: str, defines: Mapping[str, int], *, threads: int, shared_bytes: int
+    ) -> None:
+        """
+        Args:
+            device: Index of the GPU.
+            name: Of the kernel; its source is ``<name>.cu``.
+            defines: Macros of the source.
+            threads: Of a block.
+            shared_bytes: Dynamic shared memory of a block.
+
+        Raises:
+            BackendError: If the kernel does not compile or load.
+        """
+        properties = torch.cuda.get_device_properties(device)
+        code = compile_kernel(f"{name}.cu", defines, (properties.major, properties.minor))
+        self._threads, self._shared_bytes = threads, shared_bytes
+        with relaxed_capture():
+            # never unloaded: graphs may hold the function
+            library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+            self._function = check(
+                driver.cuKernelGetFunction(check(driver.cuLibraryGetKernel(library, name.encode())))
+            )
+            attribute = driver.CUfunction_attribute
+            for key, value in (
+                (attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+                (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+            ):
+                check(driver.cuFuncSetAttribute(self._function, key, value))
+        self.handle = int(self._function)
+        self._config = cache(self._make_config)
+
+    def launch(
+        self, arguments: bytes, *, blocks: int, stream: int, dependent: bool, columns: int = 1
+    ) -> None:
+        """Launch it.
+
+        Args:
+            arguments: The one argument, a struct.
+            blocks: Of the grid.
+            stream: Handle of the stream.
+            dependent: Whether blocks may start before the kernel in front has ended.
+            columns: Second dimension of the grid.
+
+        Raises:
+            BackendError: If the driver refuses.
+        """
+        buffer = ctypes.create_string_buffer(arguments, len(arguments))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        config = self._config(blocks, columns, stream, dependent)
+        check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+    def _make_config(self, blocks: int, columns: int, stream: int, dependent: bool) -> Any:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, columns, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = driver.CUstream(stream)
+        if dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        return config
