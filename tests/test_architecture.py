@@ -13,7 +13,7 @@ LAYERS = {
     5: "calibration apply",
     4: "methods fusion",
     3: "mlp",
-    2: "ops data results smollm2",
+    2: "ops data results history smollm2",
     1: "functional config errors storage version",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}

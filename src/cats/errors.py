@@ -10,6 +10,7 @@ Every error that the library raises on purpose:
   - ModelMismatchError (also a ValueError): thresholds or statistics of another model
   - BackendError (also a RuntimeError): a backend that was asked for by name and cannot run
   - StorageError (also an OSError): a file that cannot be read or written
+  - TrainingError (also a RuntimeError): a training that cannot go on
 """
 
 
@@ -47,3 +48,7 @@ class BackendError(CatsError, RuntimeError):
 
 class StorageError(CatsError, OSError):
     """A file that cannot be read or written."""
+
+
+class TrainingError(CatsError, RuntimeError):
+    """A training that cannot go on: its loss is NaN or infinite."""

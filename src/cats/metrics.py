@@ -36,7 +36,7 @@ def perplexity_and_sparsity(
     model: nn.Module, batches: Iterable[Batch]
 ) -> tuple[float, dict[str, float]]:
     """:func:`perplexity` and :func:`realized_sparsity` of a sparse model, in one pass."""
-    with _Dropped(model) as dropped:
+    with DroppedNeurons(model) as dropped:
         value = _perplexity(model, batches, dropped)
     return value, dropped.shares()
 
@@ -58,7 +58,7 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
         UnsupportedModelError: If the model is dense.
         DataError: If there are no tokens.
     """
-    with _Dropped(model) as dropped, evaluating(model):
+    with DroppedNeurons(model) as dropped, evaluating(model):
         device = next(model.parameters()).device
         for batch in batches:
             ids, dropped.mask = _on(device, batch)
@@ -66,7 +66,9 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
     return dropped.shares()
 
 
-def _perplexity(model: nn.Module, batches: Iterable[Batch], dropped: _Dropped | None) -> float:
+def _perplexity(
+    model: nn.Module, batches: Iterable[Batch], dropped: DroppedNeurons | None
+) -> float:
     total, tokens = 0.0, 0
     language_model: Any = model
     device = next(model.parameters()).device
@@ -96,7 +98,7 @@ def _on(device: torch.device, batch: Batch) -> tuple[Tensor, Tensor | None]:
     return ids.to(device), None if mask is None else mask.to(device)
 
 
-class _Dropped:
+class DroppedNeurons:
     """Counts dropped neurons for as long as its hooks are on the model.
 
     Attributes:
@@ -120,7 +122,7 @@ class _Dropped:
         self._neurons = dict.fromkeys(self._dropped, 0)
         self._stack = ExitStack()
 
-    def __enter__(self) -> _Dropped:
+    def __enter__(self) -> DroppedNeurons:
         for name, act in self._acts.items():
             handle = act.register_forward_hook(
                 lambda m, args, output, name=name: self._count(name, output != 0)
@@ -141,6 +143,10 @@ class _Dropped:
         if not all(self._neurons.values()):
             raise DataError("no tokens to measure sparsity on")
         return {name: float(n) / self._neurons[name] for name, n in self._dropped.items()}
+
+    def totals(self) -> tuple[int, int]:
+        """How many neurons were dropped in all MLPs together, and how many there were."""
+        return sum(map(int, self._dropped.values())), sum(self._neurons.values())
 
     def _count(self, name: str, kept: Tensor) -> None:
         kept = kept if self.mask is None else kept[self.mask.to(kept.device)]

@@ -9,6 +9,7 @@ from cats.cli import (
     calibrate,
     demo,
     evaluate,
+    finetune,
     generate,
     info,
     lm_eval,
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
+app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(profile.profile)
@@ -35,6 +37,8 @@ app.command()(report.report)
 app.command()(reproduce.reproduce)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
+bench.app.command("finetune")(finetune.sweep)
+bench.app.command("curves")(finetune.curves)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,0 +1,611 @@
+"""``cats finetune``, and ``cats bench finetune`` and ``curves``: many runs, and their picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cats.cli import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+    from cats.finetuning import PairFormat, Pairs
+    from cats.finetuning.data import Blocks, Examples
+    from cats.history import History, Point
+
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="Text to learn: .txt, .jsonl (both .gz too), .parquet, a part such as "
+        r"c4.txt.gz\[:50%], or a Hugging Face id NAME:CONFIG:SPLIT; repeatable.",
+        show_default="RefinedWeb, streamed",
+    ),
+]
+PairSources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pairs", help="Prompts and answers to learn: .jsonl, .parquet or an id; repeatable."
+    ),
+]
+EvalText = Annotated[
+    list[str] | None,
+    typer.Option("--eval-text", help="NAME=TEXT, measured while training; repeatable."),
+]
+EvalPairs = Annotated[
+    list[str] | None,
+    typer.Option("--eval-pairs", help="NAME=PAIRS, measured while training; repeatable."),
+]
+Prompt = Annotated[
+    str, typer.Option(help=r"How a row of pairs becomes a prompt, such as {passage}\n{question}?")
+]
+Answer = Annotated[str, typer.Option(help="How it becomes an answer.")]
+Labels = Annotated[
+    str | None, typer.Option(help="Names of a numbered answer by commas, such as no,yes.")
+]
+Accuracy = Annotated[
+    bool,
+    typer.Option(help="Generate answers to --eval-pairs at the end and count the right ones."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+EvalTokens = Annotated[int, typer.Option(min=2, help="Tokens of each --eval-text, at most.")]
+CalibrationText = Annotated[
+    list[str] | None,
+    typer.Option("--calibration-text", help="For thresholds. Default: what is learnt; repeatable."),
+]
+CalibrationTokens = Annotated[int, typer.Option(min=1, help="Calibrate on at most so many.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+Epochs = Annotated[
+    float | None, typer.Option(help="Passes over the data, in the place of --steps.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows a forward pass of one process.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Forward passes a step.")]
+EvalBatchSize = Annotated[
+    int, typer.Option("--eval-batch-size", min=1, help="Rows a forward pass of an evaluation.")
+]
+EvalEvery = Annotated[int, typer.Option("--eval-every", min=1, help="Steps between evaluations.")]
+Warmup = Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps of warm-up.")]
+Commit = Annotated[
+    str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+]
+
+
+def finetune(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the run; a run continues from it.")
+    ],
+    thresholds: options.Thresholds = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="cats, relu or dense, where there are no thresholds yet.", show_default="cats"
+        ),
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Target of --method cats.")] = 0.5,
+    text: Text = None,
+    pairs: PairSources = None,
+    prompt: Prompt = "{question}",
+    answer: Answer = "{answer}",
+    labels: Labels = None,
+    eval_text: EvalText = None,
+    eval_pairs: EvalPairs = None,
+    accuracy: Accuracy = False,
+    max_new_tokens: MaxNewTokens = 256,
+    eval_tokens: EvalTokens = 100_000,
+    calibration_text: CalibrationText = None,
+    calibration_tokens: CalibrationTokens = 100_000,
+    block: Annotated[int, typer.Option(min=2, help="Tokens a block, or of a pair.")] = 1024,
+    steps: Steps = 500,
+    epochs: Epochs = None,
+    batch_size: BatchSize = 8,
+    accumulate: Accumulate = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-5,
+    weight_decay: Annotated[float, typer.Option()] = 0.01,
+    warmup_steps: Warmup = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 64,
+    alpha: Annotated[int, typer.Option(min=1, help="Their scale is alpha / rank.")] = 16,
+    dropout: Annotated[float, typer.Option(help="On their input.")] = 0.1,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer with adapters; repeatable. Default: q, v, gate, up, down."),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights, no adapters.")] = False,
+    distillation: Annotated[
+        float, typer.Option(help="Share of the divergence from the dense model in the loss.")
+    ] = 0.0,
+    recalibrate: Annotated[
+        int, typer.Option(min=0, help="Set thresholds anew every so many steps; 0: never.")
+    ] = 0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    bfloat16: Annotated[
+        bool | None,
+        typer.Option("--bf16/--no-bf16", help="Compute in bfloat16.", show_default="on a GPU"),
+    ] = None,
+    eval_every: EvalEvery = 50,
+    eval_batch_size: EvalBatchSize = 8,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints.")] = 100,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that are kept.")] = 2,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write merged/: a sparse checkpoint, no adapters.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, ...; repeatable.")
+    ] = None,
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune a sparse model with LoRA, through the neurons that it keeps.
+
+    Example: [b]cats finetune smollm2 --thresholds cats50.safetensors --text c4.txt -o run[/b]
+
+    Example: [b]cats finetune smollm2 --pairs train.parquet --eval-pairs t=test.parquet -o run[/b]
+
+    Several GPUs: [b]torchrun --nproc-per-node 8 $(which cats) finetune ...[/b]
+    """
+    from cats.finetuning import FinetuneOptions, PairFormat
+    from cats.finetuning.run import finetune as run
+
+    rows = _Data(
+        text=text, pairs=pairs, eval_text=eval_text, eval_pairs=eval_pairs,
+        form=PairFormat(prompt=_unescape(prompt), answer=_unescape(answer), labels=_names(labels)),
+        calibration_text=calibration_text, calibration_tokens=calibration_tokens,
+        eval_tokens=eval_tokens, block=block, seed=seed,
+    )  # fmt: skip
+    _check(thresholds, method, accuracy, eval_pairs)
+    loaded, tokenizer = options.load(
+        model, thresholds=thresholds, dtype=dtype, device=_device(device), dense=method is not None
+    )
+    with options.err.status("reading data ..."):
+        train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
+    sparse = hasattr(loaded.config, "cats")
+    calibration = None
+    if recalibrate or (not sparse and method in (None, "cats", "relu")):
+        calibration = rows.calibration(tokenizer, train)
+    if not sparse:
+        _sparsify(loaded, method or "cats", sparsity, calibration)
+    chosen = FinetuneOptions(
+        steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
+        accumulate=accumulate, learning_rate=learning_rate, weight_decay=weight_decay,
+        warmup_steps=warmup_steps, rank=rank, alpha=alpha, dropout=dropout,
+        targets=tuple(target or ()), full=full, distillation=distillation,
+        recalibrate=recalibrate, gradient_checkpointing=gradient_checkpointing,
+        bfloat16=bfloat16, evaluate_every=eval_every, evaluation_batch_size=eval_batch_size,
+        max_new_tokens=max_new_tokens, save_every=save_every, keep=keep, seed=seed,
+        report_to=tuple(report_to or ()),
+    )  # fmt: skip
+    with _bar(chosen.steps) as bar:
+        done = run(
+            loaded, train, tokenizer=tokenizer, output=output, options=chosen,
+            evaluations=evaluations, answers=_answers(evaluations) if accuracy else {},
+            calibration=calibration, merge=merge, about={"model": model, **rows.about()},
+            on_point=bar.show, on_step=bar.step,
+        )  # fmt: skip
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if as_json:
+        options.print_json(_json(done.history))
+    else:
+        options.out.print(history_table(f"{model}, {label(done.history)}", done.history))
+        options.out.print(f"wrote {output}", markup=False)
+
+
+def sweep(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the histories, one file a run.")
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="dense, relu, or cats-50 for 50 %; repeatable.",
+            show_default="dense, cats-50, cats-70, relu",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        list[float] | None,
+        typer.Option("--learning-rate", "--lr", help="Repeatable.", show_default="1e-5"),
+    ] = None,
+    distillation: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of distillation, of sparse runs; repeatable.", show_default="0"),
+    ] = None,
+    recalibrate: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps between calibrations, of CATS; repeatable.", show_default="0"),
+    ] = None,
+    text: Text = None,
+    pairs: PairSources = None,
+    prompt: Prompt = "{question}",
+    answer: Answer = "{answer}",
+    labels: Labels = None,
+    eval_text: EvalText = None,
+    eval_pairs: EvalPairs = None,
+    accuracy: Accuracy = False,
+    max_new_tokens: MaxNewTokens = 256,
+    eval_tokens: EvalTokens = 100_000,
+    calibration_text: CalibrationText = None,
+    calibration_tokens: CalibrationTokens = 100_000,
+    block: Annotated[int, typer.Option(min=2, help="Tokens a block, or of a pair.")] = 1024,
+    steps: Steps = 200,
+    epochs: Epochs = None,
+    batch_size: BatchSize = 16,
+    accumulate: Accumulate = 1,
+    warmup_steps: Warmup = 0,
+    eval_every: EvalEvery = 50,
+    eval_batch_size: EvalBatchSize = 16,
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    commit: Commit = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune with every method, learning rate and share of distillation, and compare.
+
+    Example: [b]cats bench finetune smollm2 --lr 1e-5 --lr 1e-4 --text a.txt -o DIR[/b]
+
+    What [b]-o[/b] holds already is not run again. Each run starts from the same weights and sees
+    the same rows in the same order; weights are not kept.
+    """
+    from cats.errors import TrainingError
+    from cats.finetuning import FinetuneOptions, PairFormat
+    from cats.finetuning import sweep as sweeps
+
+    runs = sweeps.grid(
+        method or ["dense", "cats-50", "cats-70", "relu"], learning_rate or [1e-5],
+        distillation or [0.0], recalibrate or [0],
+    )  # fmt: skip
+    rows = _Data(
+        text=text, pairs=pairs, eval_text=eval_text, eval_pairs=eval_pairs,
+        form=PairFormat(prompt=_unescape(prompt), answer=_unescape(answer), labels=_names(labels)),
+        calibration_text=calibration_text, calibration_tokens=calibration_tokens,
+        eval_tokens=eval_tokens, block=block, seed=seed,
+    )  # fmt: skip
+    _check(None, None, accuracy, eval_pairs)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
+    with options.err.status("reading data ..."):
+        train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
+        calibration = rows.calibration(tokenizer, train)
+    chosen = FinetuneOptions(
+        steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
+        accumulate=accumulate, warmup_steps=warmup_steps, evaluate_every=eval_every,
+        evaluation_batch_size=eval_batch_size, max_new_tokens=max_new_tokens, seed=seed,
+    )  # fmt: skip
+    found: dict[str, History] = {}
+    with _bar(chosen.steps) as bar:
+
+        def on_point(run: sweeps.Run, point: Point) -> None:
+            bar.name = run.name
+            bar.show(point)
+
+        for run, result in sweeps.sweep(
+            loaded, train, runs=runs, tokenizer=tokenizer, folder=output, options=chosen,
+            calibration=calibration, evaluations=evaluations,
+            answers=_answers(evaluations) if accuracy else {},
+            about={"model": model, **rows.about()}, commit=commit,
+            on_point=on_point, on_step=lambda run, step: bar.step(step),
+        ):  # fmt: skip
+            if isinstance(result, TrainingError):
+                options.err.print(f"{run.name}: {result}", style="red", markup=False)
+            else:
+                found[run.name] = result
+    if as_json:
+        options.print_json({name: _json(history) for name, history in found.items()})
+    elif found:
+        options.out.print(sweep_table(f"{model}, {chosen.steps} steps", found))
+
+
+def curves(
+    histories: Annotated[
+        list[Path], typer.Argument(help="Histories (.jsonl), or folders that hold some.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="SVG file.")] = Path("curves.svg"),
+    best: Annotated[
+        bool, typer.Option(help="Of runs that differ in learning rate alone, draw the best.")
+    ] = True,
+) -> None:
+    """Draw the log-perplexity of several runs over steps and tokens.
+
+    Example: [b]cats bench curves results/finetune -o curves.svg[/b]
+    """
+    from cats.history import History
+    from cats.report.curves import best_runs, curves_figure
+    from cats.storage import replacing
+
+    files = [
+        f for path in histories for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
+    ]
+    found = {f.stem if f.stem != "history" else f.parent.name: History.load(f) for f in files}
+    svg = curves_figure(best_runs(found) if best else found, output.stem)
+    with replacing(output) as temporary:
+        temporary.write_text(svg, "utf-8")
+    options.out.print(f"wrote {output}", markup=False)
+
+
+class _Data:
+    """What the options about data come to."""
+
+    def __init__(
+        self,
+        *,
+        text: list[str] | None,
+        pairs: list[str] | None,
+        eval_text: list[str] | None,
+        eval_pairs: list[str] | None,
+        form: PairFormat,
+        calibration_text: list[str] | None,
+        calibration_tokens: int,
+        eval_tokens: int,
+        block: int,
+        seed: int,
+    ) -> None:
+        from cats.errors import ConfigError
+
+        if text and pairs:
+            raise ConfigError("give --text or --pairs, not both")
+        self._text, self._pairs, self._form = text, pairs, form
+        self._eval_text, self._eval_pairs = _named(eval_text), _named(eval_pairs)
+        if both := self._eval_text.keys() & self._eval_pairs.keys():
+            raise ConfigError(f"two evaluations are called {', '.join(both)}")
+        self._calibration_text, self._calibration_tokens = calibration_text, calibration_tokens
+        self._eval_tokens, self._block, self._seed = eval_tokens, block, seed
+
+    def about(self) -> dict[str, Any]:
+        """Names of the data, for the history."""
+        from cats.finetuning.sources import REFINEDWEB, Source
+
+        named = self._pairs or self._text or [REFINEDWEB]
+        return {"data": [str(Source.parse(name)) for name in named], "block": self._block}
+
+    def train(self, tokenizer: Any) -> Examples:
+        """What to learn; data sets of text are streamed."""
+        from cats.finetuning import Blocks, StreamedBlocks
+        from cats.finetuning.sources import REFINEDWEB, Source
+
+        if self._pairs:
+            return self._read_pairs(tokenizer, self._pairs)
+        names = self._text or [REFINEDWEB]
+        if all(Source.parse(name).is_file for name in names):
+            return Blocks.of_texts(tokenizer, _texts(names), length=self._block)
+        return StreamedBlocks(tokenizer, lambda: _texts(names), length=self._block)
+
+    def evaluations(self, tokenizer: Any) -> dict[str, Blocks | Pairs]:
+        """Held-out examples by name."""
+        from cats.finetuning import Blocks
+
+        limit = max(1, self._eval_tokens // self._block)
+        found: dict[str, Blocks | Pairs] = {
+            name: Blocks.of_texts(tokenizer, _texts([text]), length=self._block, limit=limit)
+            for name, text in self._eval_text.items()
+        }
+        return found | {
+            name: self._read_pairs(tokenizer, [pairs]) for name, pairs in self._eval_pairs.items()
+        }
+
+    def calibration(self, tokenizer: Any, train: Examples) -> Tensor:
+        """Blocks for thresholds, drawn by the seed from what is learnt or from other text."""
+        import torch
+
+        from cats.finetuning import Blocks, Pairs
+        from cats.finetuning.data import pack
+        from cats.finetuning.sources import REFINEDWEB
+
+        limit = max(1, self._calibration_tokens // self._block)
+        if self._calibration_text or not isinstance(train, Blocks | Pairs):
+            names = self._calibration_text or self._text or [REFINEDWEB]
+            return Blocks.of_texts(tokenizer, _texts(names), length=self._block, limit=limit).ids
+        blocks = train.ids if isinstance(train, Blocks) else pack(train, length=self._block)
+        generator = torch.Generator().manual_seed(self._seed)
+        return blocks[torch.randperm(len(blocks), generator=generator)[:limit]]
+
+    def _read_pairs(self, tokenizer: Any, names: list[str]) -> Pairs:
+        from cats.finetuning import Pairs
+        from cats.finetuning.sources import Source, read_rows
+
+        rows = [row for name in names for row in read_rows(Source.parse(name), self._form.columns)]
+        return Pairs.of_texts(
+            tokenizer, [self._form.apply(row) for row in rows], length=self._block
+        )
+
+
+def _texts(names: list[str]) -> Iterator[str]:
+    from cats.finetuning.sources import Source, read_texts
+
+    for name in names:
+        yield from read_texts(Source.parse(name))
+
+
+def _named(values: list[str] | None) -> dict[str, str]:
+    from cats.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for value in values or []:
+        name, equals, source = value.partition("=")
+        if not (name and equals and source) or name in found:
+            raise ConfigError(f"expected NAME=FILE, each name once, got {value!r}")
+        found[name] = source
+    return found
+
+
+def _unescape(text: str) -> str:
+    return text.replace("\\n", "\n")
+
+
+def _names(labels: str | None) -> tuple[str, ...]:
+    return tuple(labels.split(",")) if labels else ()
+
+
+def _check(
+    thresholds: Path | None, method: str | None, accuracy: bool, eval_pairs: list[str] | None
+) -> None:
+    from cats.errors import ConfigError
+
+    if method is not None and thresholds is not None:
+        raise ConfigError("give --thresholds, or --method to calibrate, not both")
+    if method not in (None, "cats", "relu", "dense"):
+        raise ConfigError(f"no method {method!r}: expected cats, relu or dense")
+    if accuracy and not eval_pairs:
+        raise ConfigError("--accuracy needs --eval-pairs")
+
+
+def _device(device: str) -> str:
+    """One GPU a process under a launcher."""
+    import torch
+
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device == "auto" and local_rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(local_rank))
+        return f"cuda:{local_rank}"
+    return device
+
+
+def _steps(steps: int, epochs: float | None, train: Examples, rows_a_step: int) -> int:
+    from cats.errors import ConfigError
+    from cats.finetuning import StreamedBlocks
+
+    if epochs is None:
+        return steps
+    if isinstance(train, StreamedBlocks):
+        raise ConfigError("a stream has no --epochs: give --steps")
+    rows_a_step *= int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, round(epochs * (len(train) // rows_a_step)))
+
+
+def _sparsify(model: Any, method: str, sparsity: float, calibration: Tensor | None) -> None:
+    from cats.apply import sparsify_
+    from cats.calibration import calibrate
+
+    if method == "dense":
+        return
+    assert calibration is not None
+    target = sparsity if method == "cats" else None
+    batches = options.progress(calibration.split(4), "calibrating", show=_first())
+    sparsify_(model, calibrate(model, batches, target_sparsity=target, method=method))
+
+
+def _answers(evaluations: dict[str, Blocks | Pairs]) -> dict[str, Pairs]:
+    from cats.finetuning import Pairs
+
+    return {name: found for name, found in evaluations.items() if isinstance(found, Pairs)}
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _Bar:
+    """A bar of steps, and a line for each evaluation above it."""
+
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+        self.name = ""
+
+    def step(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def show(self, point: Point) -> None:
+        from rich.markup import escape
+
+        parts = [f"{escape(self.name)} step {point.step}".strip()]
+        parts += [f"{escape(name)} {loss:.4f}" for name, loss in point.losses.items()]
+        parts += [f"{escape(name)} {share:.1%} right" for name, share in point.accuracy.items()]
+        parts += [] if point.train_loss is None else [f"train {point.train_loss:.4f}"]
+        parts += [] if point.sparsity is None else [f"dropped {point.sparsity:.1%}"]
+        parts += (
+            [] if point.seconds_per_step is None else [f"{point.seconds_per_step:.3f} s a step"]
+        )
+        self._progress.console.print("  ".join(parts), highlight=False)
+        self.step(point.step)
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[_Bar]:
+    with options._bar(show=_first()) as progress:
+        yield _Bar(progress, progress.add_task("fine-tuning", total=steps))
+
+
+def label(history: History) -> str:
+    """``cats-50``, ``relu`` or ``dense``."""
+    target = history.settings["target_sparsity"]
+    return str(history.settings["method"]) + ("" if target is None else f"-{target * 100:g}")
+
+
+def history_table(title: str, history: History) -> Table:
+    """One row an evaluation."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    names = list(dict.fromkeys(name for p in history.points for name in p.losses))
+    for column in ("step", "tokens", "train", *names, "dropped", "s a step"):
+        table.add_column(escape(column), justify="right")
+    for point in history.points:
+        table.add_row(
+            str(point.step),
+            f"{point.tokens:,}",
+            _number(point.train_loss),
+            *(_number(point.losses.get(name)) for name in names),
+            "" if point.sparsity is None else f"{point.sparsity:.1%}",
+            "" if point.seconds_per_step is None else f"{point.seconds_per_step:.3f}",
+        )
+    table.caption = "losses are log-perplexities"
+    for name, share in history.points[-1].accuracy.items() if history.points else ():
+        table.caption += f"; {escape(name)}: {share:.1%} of the answers right"
+    return table
+
+
+def sweep_table(title: str, found: dict[str, History]) -> Table:
+    """One row a run, with the share of the sparse model's loss that it recovers.
+
+    The loss is counted against the lower of the untuned dense model and the best dense run.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cats.report.curves import recovered
+
+    names = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.losses))
+    tasks = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.accuracy))
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in names:
+        for column in ("before", "after", "recovered"):
+            table.add_column(f"{escape(name)}\n{column}", justify="right")
+    for task in tasks:
+        table.add_column(f"{escape(task)}\nright", justify="right")
+    table.add_column("dropped", justify="right")
+    table.add_column("s a step", justify="right")
+    for run, history in found.items():
+        first, last = history.points[0], history.points[-1]
+        cells = []
+        for name in names:
+            share = recovered(history, found.values(), name)
+            cells += [_number(first.losses.get(name)), _number(last.losses.get(name))]
+            cells.append("" if share is None else f"{share:.0%}")
+        cells += [f"{last.accuracy[t]:.1%}" if t in last.accuracy else "" for t in tasks]
+        cells.append("" if last.sparsity is None else f"{last.sparsity:.1%}")
+        cells.append("" if last.seconds_per_step is None else f"{last.seconds_per_step:.3f}")
+        table.add_row(escape(run), *cells)
+    table.caption = "losses are log-perplexities"
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _json(history: History) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(history)

@@ -1,0 +1,238 @@
+"""From texts and prompt/answer pairs to rows of token ids and labels."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from cats.data import token_blocks
+from cats.errors import DataError
+
+# input_ids and labels, both [T], int64; a label of -100 is not learnt.
+Row: TypeAlias = dict[str, Tensor]
+IGNORED = -100
+
+
+class Blocks(Dataset[Row]):
+    """Texts packed into blocks of equal length; every token is learnt.
+
+    Attributes:
+        ids: ``[N, T]``, int64.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or not len(ids) or ids.shape[1] < 2:
+            raise DataError(f"expected blocks [N, T] of at least two tokens, got {[*ids.shape]}")
+        self.ids = ids
+
+    @classmethod
+    def of_texts(
+        cls, tokenizer: Any, texts: Iterable[str], *, length: int = 1024, limit: int | None = None
+    ) -> Blocks:
+        """Pack texts; see :func:`cats.data.token_blocks`."""
+        return cls(token_blocks(tokenizer, texts, length=length, limit=limit))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Row:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class StreamedBlocks(IterableDataset[Row]):
+    """Blocks of a stream of texts that is read while training, in its order.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: Opens the stream; called once a pass; a resumed run skips what it has seen.
+        length: Tokens a block.
+    """
+
+    def __init__(
+        self, tokenizer: Any, texts: Callable[[], Iterable[str]], *, length: int = 1024
+    ) -> None:
+        self._tokenizer, self._texts, self._length = tokenizer, texts, length
+
+    def __iter__(self) -> Iterator[Row]:
+        end = self._tokenizer.eos_token_id
+        ids: list[int] = []
+        for text in self._texts():
+            ids += self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += [] if end is None else [end]
+            while len(ids) >= self._length:
+                block = torch.tensor(ids[: self._length])
+                del ids[: self._length]
+                yield {"input_ids": block, "labels": block}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairFormat:
+    """How a row of a data set becomes a prompt and an answer.
+
+    Attributes:
+        prompt: Text with names of columns in braces, such as ``"{passage}\\n{question}?"``.
+        answer: The same for the answer.
+        labels: Where the answer is one column of numbers or truth values: their names in order,
+            such as ``("no", "yes")``.
+    """
+
+    prompt: str = "{question}"
+    answer: str = "{answer}"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a row must have."""
+        try:
+            parts = [*string.Formatter().parse(self.prompt), *string.Formatter().parse(self.answer)]
+        except ValueError as error:
+            raise DataError(f"{self.prompt!r}, {self.answer!r}: {error}") from error
+        return list(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+    def apply(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """Prompt and answer of one row."""
+        values = dict(row)
+        if self.labels:
+            name = self.answer.strip("{}")
+            label = int(values[name])
+            if not 0 <= label < len(self.labels):
+                raise DataError(f"{name} is {label}, but there are {len(self.labels)} labels")
+            values[name] = self.labels[label]
+        return self.prompt.format(**values), self.answer.format(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs(Dataset[Row]):
+    """Prompts and answers; only the answer is learnt.
+
+    Attributes:
+        prompts: Token ids of each prompt, with the chat template where the tokenizer has one.
+        answers: Token ids of each answer and its end.
+        references: Text of each answer.
+    """
+
+    prompts: list[list[int]] = field(repr=False)
+    answers: list[list[int]] = field(repr=False)
+    references: list[str] = field(repr=False)
+
+    @classmethod
+    def of_texts(
+        cls, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, length: int = 1024
+    ) -> Pairs:
+        """Tokenise prompts and answers.
+
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            pairs: Prompts and answers.
+            length: Most tokens of a prompt with its answer.
+
+        Raises:
+            DataError: If there are no pairs, or one is empty or longer than ``length``.
+        """
+        if not pairs:
+            raise DataError("no pairs of prompt and answer")
+        prompts, answers = [], []
+        for number, (prompt, answer) in enumerate(pairs, start=1):
+            if not prompt.strip() or not answer.strip():
+                raise DataError(f"pair {number}: its prompt or answer is empty")
+            before, after = _render(tokenizer, prompt, answer)
+            prompts.append(tokenizer(before, add_special_tokens=False)["input_ids"])
+            answers.append(tokenizer(after, add_special_tokens=False)["input_ids"])
+        sizes = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+        if long := sum(size > length for size in sizes):
+            first = next(i for i, size in enumerate(sizes, start=1) if size > length)
+            raise DataError(
+                f"{long} of {len(pairs)} pairs are longer than {length} tokens, such as pair "
+                f"{first} with {sizes[first - 1]}: raise the length, or leave them out"
+            )
+        return cls(prompts, answers, [answer for _, answer in pairs])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Row:
+        prompt, answer = self.prompts[index], self.answers[index]
+        labels = [IGNORED] * len(prompt) + answer
+        return {"input_ids": torch.tensor(prompt + answer), "labels": torch.tensor(labels)}
+
+
+Examples: TypeAlias = Blocks | StreamedBlocks | Pairs
+
+
+def _render(tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
+    """The text before the answer, and the answer with what ends it."""
+    if tokenizer.chat_template is None:
+        return f"{prompt}\n", f"{answer}{tokenizer.eos_token or ''}"
+    user = [{"role": "user", "content": prompt}]
+    whole = [*user, {"role": "assistant", "content": answer}]
+    before = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(whole, tokenize=False)
+    if not text.startswith(before):
+        raise DataError(
+            "the chat template changes the prompt once there is an answer, so that the answer "
+            "alone cannot be learnt: use a tokenizer with another template, or none"
+        )
+    return before, text[len(before) :]
+
+
+def pack(pairs: Pairs, *, length: int) -> Tensor:
+    """The tokens of prompts and answers, one after the other, in blocks ``[N, length]``.
+
+    Raises:
+        DataError: If they fill no block.
+    """
+    ids = [i for p, a in zip(pairs.prompts, pairs.answers, strict=True) for i in p + a]
+    number = len(ids) // length
+    if not number:
+        raise DataError(f"{len(ids)} tokens fill no block of {length}")
+    return torch.tensor(ids[: number * length]).view(number, length)
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """One batch: ``input_ids`` and ``labels``, ``[B, T]``, padded on the right.
+
+    Padding has the id 0, and an ``attention_mask`` hides it; where there is none, nor is a mask.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: list[Tensor], fill: int) -> Tensor:
+        return torch.stack([torch.cat([v, v.new_full((length - len(v),), fill)]) for v in values])
+
+    batch = {
+        "input_ids": padded([row["input_ids"] for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+    }
+    if any(len(row["input_ids"]) < length for row in rows):
+        ones = [torch.ones_like(row["input_ids"]) for row in rows]
+        batch["attention_mask"] = padded(ones, 0)
+    return batch
+
+
+def describe(examples: Examples) -> dict[str, Any]:
+    """Kind, size and hash of examples; of a stream only its kind."""
+    if isinstance(examples, StreamedBlocks):
+        return {"kind": "stream"}
+    digest = hashlib.sha256()
+    tokens = 0
+    for i in range(len(examples)):
+        row = examples[i]
+        tokens += len(row["input_ids"])
+        digest.update(torch.cat([row["input_ids"], row["labels"]]).numpy().tobytes())
+    kind = "blocks" if isinstance(examples, Blocks) else "pairs"
+    return {"kind": kind, "rows": len(examples), "tokens": tokens, "hash": digest.hexdigest()[:16]}
+
+
+def longest(examples: Examples) -> int:
+    """Most tokens of a row; of a stream its length."""
+    if isinstance(examples, StreamedBlocks):
+        return examples._length
+    if isinstance(examples, Blocks):
+        return int(examples.ids.shape[1])
+    return max(len(p) + len(a) for p, a in zip(examples.prompts, examples.answers, strict=True))

@@ -1,0 +1,91 @@
+"""How a model is fine-tuned; the defaults are the paper's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cats.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneOptions:
+    """Options of one fine-tuning; see arXiv:2404.08763, section on fine-tuning.
+
+    Attributes:
+        steps: Optimiser steps. The learning rate falls linearly to 0 over them.
+        batch_size: Rows of a forward pass of one process.
+        accumulate: Forward passes a step.
+        learning_rate: At the start, after the warm-up.
+        weight_decay: Of AdamW.
+        warmup_steps: Steps over which the learning rate rises from 0.
+        rank: Of the LoRA adapters.
+        alpha: Of the adapters: their output is scaled by ``alpha / rank``.
+        dropout: On the input of the adapters.
+        targets: Names of the layers with adapters, such as ``("q_proj", "v_proj")``. Empty: queries
+            and values, and every linear layer of the gated MLPs.
+        full: Train all weights, in float32, instead of adapters.
+        distillation: Share of the divergence from the dense model in the loss, in [0, 1]; the rest
+            is the ordinary loss. The dense model is the same weights without thresholds and
+            adapters.
+        recalibrate: Set the thresholds anew, at their target sparsity, every so many steps; 0 keeps
+            them fixed.
+        gradient_checkpointing: Compute activations twice instead of keeping them.
+        bfloat16: Compute in bfloat16 (autocast); None: where the device does so fast.
+        evaluate_every: Steps between two evaluations.
+        evaluation_batch_size: Rows of a forward pass of an evaluation.
+        max_new_tokens: Longest answer, where accuracy is measured.
+        save_every: Steps between two checkpoints; 0: none.
+        keep: How many checkpoints are kept.
+        seed: Of the adapters, the order of the data and dropout.
+        report_to: Trackers of ``transformers.Trainer``, such as ``("tensorboard", "wandb")``.
+    """
+
+    steps: int = 500
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    rank: int = 64
+    alpha: int = 16
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ()
+    full: bool = False
+    distillation: float = 0.0
+    recalibrate: int = 0
+    gradient_checkpointing: bool = False
+    bfloat16: bool | None = None
+    evaluate_every: int = 50
+    evaluation_batch_size: int = 8
+    max_new_tokens: int = 256
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        positive = (
+            "steps", "batch_size", "accumulate", "learning_rate", "rank", "alpha",
+            "evaluate_every", "evaluation_batch_size", "max_new_tokens", "keep",
+        )  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "recalibrate", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if not 0 <= self.distillation <= 1:
+            raise ConfigError(f"distillation must lie in [0, 1], got {self.distillation}")
+        if self.distillation and self.full:
+            raise ConfigError(
+                "distillation needs the dense model's own weights, which full fine-tuning changes: "
+                "train adapters (full=False), or leave out distillation"
+            )
+
+    @property
+    def log_every(self) -> int:
+        """Steps between two logs: at most 10, and one falls on each evaluation and checkpoint."""
+        return math.gcd(10, self.evaluate_every, self.save_every)

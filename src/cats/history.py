@@ -1,0 +1,118 @@
+"""The course of one fine-tuning in JSON lines: settings first, then one point an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cats.errors import FormatError, StorageError
+from cats.storage import check_version, replacing
+
+__all__ = ["History", "Point"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """What was measured after so many steps.
+
+    Attributes:
+        step: Optimiser steps taken.
+        tokens: Tokens trained on, without padding, over all processes.
+        train_loss: Mean over the steps since the point before; None at the start. With distillation
+            it holds the divergence from the dense model.
+        learning_rate: Of the last step; None at the start.
+        losses: Name of each evaluation to its log-perplexity: mean negative log-likelihood a token.
+        accuracy: Name of each task to the share of right answers, where it was asked for.
+        sparsity: Mean share of neurons dropped during the evaluations; None for a dense model.
+        seconds_per_step: Of training alone, since the point before; None at the start.
+    """
+
+    step: int
+    tokens: int
+    train_loss: float | None = None
+    learning_rate: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
+    sparsity: float | None = None
+    seconds_per_step: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class History:
+    """Settings and points of one run.
+
+    Attributes:
+        settings: What was run; two runs with the same settings are the same run.
+        environment: Where it ran, see :func:`cats.results.environment`.
+        points: In the order of their steps.
+        complete: Whether the run came to its end.
+    """
+
+    settings: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    complete: bool = False
+
+    @classmethod
+    def load(cls, path: Path) -> History:
+        """Read a history.
+
+        Raises:
+            StorageError: If the file cannot be read.
+            FormatError: If it holds something else, or is of a newer release.
+        """
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StorageError(f"{path}: cannot be read ({error})") from error
+        blocks = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+        if not blocks or blocks[0].get("kind") != "finetuning":
+            raise FormatError(f"{path}: not the history of a fine-tuning")
+        check_version(blocks[0], str(path))
+        history = cls(settings=blocks[0]["settings"], environment=blocks[0]["environment"])
+        for block in blocks[1:]:
+            if block.get("complete"):
+                history.complete = True
+                continue
+            try:
+                history.points.append(Point(**block))
+            except TypeError as error:
+                raise FormatError(f"{path}: not a point of a history: {error}") from error
+        return history
+
+    def save(self, path: Path) -> None:
+        """Write the whole history; the file changes at once or not at all.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        blocks: list[dict[str, Any]] = [
+            {
+                "version": _VERSION,
+                "kind": "finetuning",
+                "settings": self.settings,
+                "environment": self.environment,
+            }
+        ]
+        blocks += [dataclasses.asdict(point) for point in self.points]
+        blocks += [{"complete": True}] if self.complete else []
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(block, allow_nan=False) + "\n" for block in blocks)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        block = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path}, line {number}: not JSON ({error})") from error
+    if not isinstance(block, dict):
+        raise FormatError(f"{path}, line {number}: not an object")
+    return block
