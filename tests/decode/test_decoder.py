@@ -13,7 +13,7 @@ from transformers import (
 
 import cats
 from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
-from tests.models import FAMILIES, make_ids, make_model, make_tokenizer
+from tests.models import FAMILIES, logits, make_ids, make_model, make_tokenizer
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -350,3 +350,25 @@ def test_forward_hook_is_an_error_for_the_compiled_engine():
 def test_model_of_another_library_is_an_error():
     with pytest.raises(UnsupportedModelError):
         cats.generate(nn.Linear(2, 2), make_ids(1, 5))
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_logits_of_given_tokens_are_those_of_one_pass_over_them(llama, engine):
+    ids = make_ids(2, 20)
+    expected = logits(llama, ids)[:, 7:]
+    torch.testing.assert_close(
+        cats.Decoder(llama, engine=engine).logits(ids, prompt_length=7), expected
+    )
+
+
+def test_asking_for_logits_leaves_the_conversation_alone(llama):
+    ids = make_ids(1, 9)
+    decoder, expected = cats.Decoder(llama), cats.generate(llama, ids, max_new_tokens=8, **GREEDY)
+    first = decoder.generate(ids, max_new_tokens=4, **GREEDY)
+    decoder.logits(make_ids(3, 12, seed=1), prompt_length=5)
+    assert torch.equal(decoder.generate(first, max_new_tokens=4, **GREEDY), expected)
+
+
+def test_logits_without_a_token_after_the_prompt_are_an_error(llama):
+    with pytest.raises(ConfigError, match="shorter than the 9 tokens"):
+        cats.Decoder(llama).logits(make_ids(1, 9), prompt_length=9)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator
+import gc
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from cats.apply import sparsify_
+from cats.benchmarks.decode_runs import Run, run_loop, run_transformers
+from cats.benchmarks.launches import profile_steps
 from cats.benchmarks.timing import Timing, read_bandwidth
-from cats.calibration import calibrate
+from cats.calibration import collect
 from cats.decode import Decoder
-from cats.errors import ConfigError
+from cats.errors import BackendError, ConfigError
 from cats.fusion import fuse_, fused_mlps
 from cats.metrics import realized_sparsity
+from cats.mlp import find_gated_mlps
 from cats.results import Result, environment
 
 NAME = "decode"
 GENERATE = "generate"
 GENERATE_COMPILED = "generate_compiled"
+# Tokens on which each engine is checked.
+_CHECKED = 64
+# Kernels of a step that stand in the results; the rest is summed up.
+_TOP_LAUNCHES = 12
+
+_Settings = dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,158 +41,291 @@ class Case:
 
     Attributes:
         model: Name that stands in the results.
-        sparsities: Targets of CATS; the dense model is always timed.
+        sparsities: Targets of CATS; 0 is the dense model.
         engines: Engines of the decode loop.
         batch: Rows.
         prompt_length: Tokens of the prompt.
         new_tokens: Tokens that are generated; those after the first are timed.
-        rounds: How often each variant runs, in turns with all others.
+        rounds: How often the loop runs with each engine, in turns with all others.
+        generate_rounds: How often transformers' ``generate`` does, which takes longer.
         read_bytes: Size of the read that gives the memory limit.
-        generate: Whether transformers' ``generate`` is timed, on the model as it was.
+        generate: Whether transformers' ``generate`` is timed, on the same models.
         generate_compiled: Whether that with a static cache and compilation is timed too.
+        launches: Whether the kernels of a step are listed, from a run of its own; on a GPU.
     """
 
     model: str
-    sparsities: tuple[float, ...] = (0.5, 0.7)
+    sparsities: tuple[float, ...] = (0.0, 0.5, 0.7)
     engines: tuple[str, ...] = ("auto",)
     batch: int = 1
     prompt_length: int = 32
     new_tokens: int = 128
     rounds: int = 5
+    generate_rounds: int = 2
     read_bytes: int = 4 * 2**30
     generate: bool = True
     generate_compiled: bool = False
+    launches: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.prompt_length < 1 or self.new_tokens < 3 or self.rounds < 2:
-            raise ConfigError("expected batch, prompt >= 1, new tokens >= 3, and rounds >= 2")
-        if not all(0 < s < 1 for s in self.sparsities):
-            raise ConfigError(f"sparsities must lie in (0, 1), got {list(self.sparsities)}")
+        if self.batch < 1 or self.prompt_length < 1 or self.new_tokens < 3:
+            raise ConfigError("expected batch and prompt >= 1, and new tokens >= 3")
+        if self.rounds < 2 or self.generate_rounds < 2:
+            raise ConfigError("expected at least 2 rounds")
+        if not self.sparsities or not all(0 <= s < 1 for s in self.sparsities):
+            raise ConfigError(f"sparsities must lie in [0, 1), got {list(self.sparsities)}")
 
 
 def measure(
     model: nn.Module, blocks: Tensor, case: Case, *, commit: str | None = None
 ) -> Iterator[Result]:
-    """Time dense and sparse copies of a model in turns.
+    """Time a dense model and sparse copies of it, one sparsity after the other.
+
+    The variants of one sparsity run in turns with each other and with the decode loops of the dense
+    model, so that each is compared with a dense one in the same minute. The copies share every
+    weight but those of ``down``.
 
     Args:
         model: A dense Hugging Face causal model; it stays as it is.
-        blocks: Token ids ``[N, T]``: thresholds are calibrated on them, and the prompts are the
-            beginnings of the first blocks.
+        blocks: Token ids ``[N, T]``: thresholds are calibrated on them. The beginnings of the first
+            ones are the prompts, and what follows is run through each engine for its check.
         case: What to time.
         commit: Of the sources, where they are no checkout that could tell it.
 
     Yields:
-        The read bandwidth, then for each variant the time of a token (ms), of the first token and
-        of the first call with all its preparation.
+        As soon as it is known: the read bandwidth, then for each variant and sparsity the time of
+        a token and of the first token (ms), the start-up time, the peak memory of a GPU, and the
+        launches of a step.
     """
     device = next(model.parameters()).device
-    where = environment(str(device), commit=commit)
-    read = read_bandwidth(device, size=case.read_bytes, rounds=max(2, case.rounds))
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    rate = _rate(read, case.read_bytes)
-    yield _result(case, where, "read_bandwidth", "GB/s", rate, {"dtype": dtype})
-
-    ids = blocks[: case.batch, : case.prompt_length].to(device)
-    if tuple(ids.shape) != (case.batch, case.prompt_length):
-        raise ConfigError(f"the text gives {list(blocks.shape)} tokens, too few for the prompts")
-    models = {0.0: model} | {s: _sparse(model, blocks, s) for s in case.sparsities}
-    variants: dict[tuple[str, float], Callable[[], Run]] = {}
-    for sparsity, m in models.items():
-        for engine in case.engines:
-            decoder = Decoder(m, engine=engine)
-            variants[decoder.engine, sparsity] = _loop(decoder, ids, case)
-        if case.generate:
-            variants[GENERATE, sparsity] = _transformers(m, ids, case, compiled=False)
-        if case.generate_compiled:
-            variants[GENERATE_COMPILED, sparsity] = _transformers(m, ids, case, compiled=True)
-
-    first = {key: run() for key, run in variants.items()}
-    runs: dict[tuple[str, float], list[Run]] = {key: [] for key in variants}
-    for _ in range(case.rounds):
-        for key, run in variants.items():
-            runs[key].append(run())
-    for (variant, sparsity), samples in runs.items():
-        token_bytes, dropped = _token_bytes(models[sparsity], samples[0].tokens, case)
-        limit = token_bytes / case.read_bytes * read.median
-        settings: dict[str, str | int | float | bool | None] = {
-            "dtype": dtype, "variant": variant, "sparsity": sparsity, "realized_sparsity": dropped,
-            "bytes": token_bytes, "limit_ms": limit * 1e3,
-        }  # fmt: skip
-        steps = Timing.of([run.seconds_a_token for run in samples])
-        yield _result(case, where, "time", "ms", _scaled(steps, 1e3), settings)
-        waits = Timing.of([run.times[0] for run in samples])
-        yield _result(case, where, "time_to_first_token", "ms", _scaled(waits, 1e3), settings)
-        start = first[variant, sparsity].times[-1] - samples[0].times[-1]
-        once = Timing(median=start, low=start, high=start, samples=1)
-        yield _result(case, where, "start_up", "s", once, settings)
+    if case.launches and device.type != "cuda":
+        raise ConfigError("launches can be timed on a CUDA device only")
+    checked = min(_CHECKED, case.new_tokens)
+    text = blocks[: case.batch, : case.prompt_length + checked].to(device)
+    if tuple(text.shape) != (case.batch, case.prompt_length + checked):
+        raise ConfigError(
+            f"the text gives {list(blocks.shape)} tokens, too few for {case.batch} prompts of "
+            f"{case.prompt_length} tokens and {checked} after them"
+        )
+    bench = _Bench(
+        case=case,
+        environment=environment(str(device), commit=commit),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        read=read_bandwidth(device, size=case.read_bytes, rounds=max(2, case.rounds)),
+        text=text,
+        dense_bytes=_own_bytes(model),
+    )
+    yield bench.bandwidth()
+    counts = None
+    if any(case.sparsities):
+        counts = collect(model, blocks.to(device).split(4))
+    dense_loops: list[_Variant] = []
+    for sparsity in sorted(case.sparsities):
+        if sparsity == 0:
+            measured, check = model, _Check.run(model, text, case.prompt_length)
+        else:
+            assert counts is not None
+            measured = _copy(model)
+            sparsify_(measured, counts.config(sparsity))
+            check = _Check.run(measured, text, case.prompt_length)
+            fuse_(measured)
+        variants = yield from bench.group(measured, sparsity, check, dense_loops)
+        if sparsity == 0:
+            dense_loops = [v for v in variants if v.decoder is not None]
+        del measured, variants
+        # modules and compiled steps refer to each other, and hold the memory of a GPU
+        gc.collect()
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One generation.
+class _Check:
+    """What the engines must agree with: modules on the exact path, given the same tokens.
+
+    At its thresholds a sparse model turns a rounding into a neuron, so that even the modules differ
+    from themselves where they run a token at a time instead of all in one pass.
 
     Attributes:
-        tokens: Prompts and new tokens, ``[B, T + N]``.
-        times: When each step's tokens were there, in seconds after the start.
+        exact: Log-probabilities behind each token after the prompt, ``[B, N, V]``, float32, of one
+            pass.
+        rounding: Divergence of the modules from that where they run a token at a time.
+        dropped: Realised sparsity, mean over the MLPs.
     """
 
-    tokens: Tensor
-    times: list[float]
+    exact: Tensor
+    rounding: float
+    dropped: float
+
+    @classmethod
+    def run(cls, model: Any, text: Tensor, prompt_length: int) -> _Check:
+        """Of a model that is not fused, on ``[B, T]`` tokens."""
+        with torch.inference_mode():
+            exact = model(input_ids=text, use_cache=False).logits[:, prompt_length:]
+            exact = exact.float().log_softmax(-1)
+            output = model(input_ids=text[:, :prompt_length], use_cache=True)
+            logits = []
+            for token in text[:, prompt_length:].split(1, dim=1):
+                cache = output.past_key_values
+                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                logits.append(output.logits)
+        rounding = _divergence(exact, torch.cat(logits, dim=1))
+        return cls(exact, rounding, _dropped(model, text))
+
+    def of(self, decoder: Decoder, text: Tensor) -> _Settings:
+        """How far the steps of a decoder and the decisions of its MLPs are from the modules."""
+        logits = decoder.logits(text, prompt_length=text.shape[1] - self.exact.shape[1])
+        same = (self.exact.argmax(-1) == logits.argmax(-1)).float().mean()
+        return {
+            "kl": _divergence(self.exact, logits),
+            "kl_of_rounding": self.rounding,
+            "same_choice": float(same),
+            "sparsity_error": _dropped(decoder.model, text) - self.dropped,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """One way to generate with one model."""
+
+    name: str
+    run: Callable[[], Run]
+    rounds: int
+    decoder: Decoder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What the first run of a variant took, with all its preparation.
+
+    Attributes:
+        seconds: Until the third token was there: some compilers only finish in the second step.
+        compilations: Graphs that were compiled because no cache on disk held them.
+        extra_bytes: Peak of a GPU's memory above what was in use before; None on a CPU.
+    """
+
+    seconds: float
+    compilations: int
+    extra_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bench:
+    """What all rows of a run have in common."""
+
+    case: Case
+    environment: _Settings
+    dtype: str
+    read: Timing
+    text: Tensor
+    dense_bytes: int
 
     @property
-    def seconds_a_token(self) -> float:
-        """Mean time of a step after the first, which runs the prompt."""
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+    def prompt(self) -> Tensor:
+        return self.text[:, : self.case.prompt_length]
+
+    def bandwidth(self) -> Result:
+        size = self.case.read_bytes
+        rate = Timing(
+            median=size / self.read.median / 1e9,
+            low=size / self.read.high / 1e9,
+            high=size / self.read.low / 1e9,
+            samples=self.read.samples,
+        )
+        return self._result("read_bandwidth", "GB/s", rate, {})
+
+    def group(
+        self, model: nn.Module, sparsity: float, check: _Check, dense_loops: list[_Variant]
+    ) -> Generator[Result, None, list[_Variant]]:
+        """Yields the results of one sparsity; returns its variants."""
+        started: list[tuple[_Variant, _Start]] = []
+        for variant in self._variants(model):
+            try:
+                started.append((variant, _started(variant, self.text.device)))
+            except BackendError as error:
+                warnings.warn(
+                    f"{variant.name} at {sparsity:.0%} is left out: {error}", stacklevel=2
+                )
+        variants = [variant for variant, _ in started]
+        runs = _in_turns([*variants, *dense_loops])
+        loops = variants if sparsity == 0 else dense_loops
+        dense = [_milliseconds(runs[id(v)]).median for v in loops if v.decoder is not None]
+        for variant, start in started:
+            samples = runs[id(variant)]
+            token_bytes, dropped = _token_bytes(model, samples[0].tokens, self.case)
+            limit = token_bytes / self.case.read_bytes * self.read.median
+            settings: _Settings = {
+                "variant": variant.name, "sparsity": sparsity, "realized_sparsity": dropped,
+                "bytes": token_bytes, "limit_ms": limit * 1e3,
+                "dense_ms": min(dense, default=None),
+            }  # fmt: skip
+            if variant.decoder is not None:
+                settings |= check.of(variant.decoder, self.text)
+            yield from self._rows(model, samples, start, settings)
+            if self.case.launches and variant.decoder is not None:
+                yield from self._launches(variant.decoder, settings)
+        return variants
+
+    def _rows(
+        self, model: nn.Module, samples: list[Run], start: _Start, settings: _Settings
+    ) -> Iterator[Result]:
+        yield self._result("time", "ms", _milliseconds(samples), settings)
+        first = {name: settings[name] for name in ("variant", "sparsity")}
+        waits = Timing.of([1e3 * run.times[0] for run in samples])
+        yield self._result("time_to_first_token", "ms", waits, first)
+        compiled: _Settings = {"compilations": start.compilations}
+        yield self._result("start_up", "s", _once(start.seconds), first | compiled)
+        if start.extra_bytes is not None:
+            peak = _own_bytes(model) + start.extra_bytes
+            over: _Settings = {"over_dense_weights": peak / self.dense_bytes - 1}
+            yield self._result("peak_memory", "B", _once(peak), first | over)
+
+    def _launches(self, decoder: Decoder, settings: _Settings) -> Iterator[Result]:
+        step = profile_steps(decoder, self.prompt, **_GREEDY)
+        total = sum(launch.time for launch in step.launches)
+        top, rest = step.launches[:_TOP_LAUNCHES], step.launches[_TOP_LAUNCHES:]
+        times = [(launch.name, launch.time, launch.calls) for launch in top]
+        times.append(("others", sum(r.time for r in rest), sum(r.calls for r in rest)))
+        times.append(("gaps", step.gaps, 0.0))
+        for name, time, calls in times:
+            about: _Settings = {
+                "variant": settings["variant"], "sparsity": settings["sparsity"],
+                "kernel": name[:160], "calls": calls, "share": time / (total + step.gaps),
+            }  # fmt: skip
+            yield self._result("launch", "us", _once(time), about)
+
+    def _variants(self, model: nn.Module) -> Iterator[_Variant]:
+        case = self.case
+        for engine in case.engines:
+            decoder = Decoder(model, engine=engine)
+            yield _Variant(decoder.engine, _loop(decoder, self.prompt, case), case.rounds, decoder)
+        if case.generate:
+            plain = _transformers(model, self.prompt, case, compiled=False)
+            yield _Variant(GENERATE, plain, case.generate_rounds)
+        if case.generate_compiled:
+            compiled = _transformers(model, self.prompt, case, compiled=True)
+            yield _Variant(GENERATE_COMPILED, compiled, case.generate_rounds)
+
+    def _result(self, quantity: str, unit: str, timing: Timing, settings: _Settings) -> Result:
+        case = self.case
+        return Result(
+            benchmark=NAME, quantity=quantity, unit=unit, value=timing.median, low=timing.low,
+            high=timing.high, samples=timing.samples,
+            settings={
+                "model": case.model, "batch": case.batch, "prompt_length": case.prompt_length,
+                "new_tokens": case.new_tokens, "dtype": self.dtype, **settings,
+            },
+            environment=self.environment,
+        )  # fmt: skip
 
 
-def run_loop(decoder: Decoder, ids: Tensor, **options: Any) -> Run:
-    """Generate with the decode loop, from an empty cache."""
-    decoder.reset()
-    start, times = time.perf_counter(), list[float]()
-    tokens = decoder.generate(
-        ids, callback=lambda _: times.append(time.perf_counter() - start), **options
-    )
-    return Run(tokens, times)
+_GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 
 
-def run_transformers(model: nn.Module, ids: Tensor, **options: Any) -> Run:
-    """Generate with ``model.generate``; options as it takes them."""
-    from transformers import StoppingCriteriaList
-
-    times: list[float] = []
-
-    def stamp(tokens: Tensor, scores: Any) -> Tensor:
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-    generate: Any = model.generate
-    start = time.perf_counter()
-    tokens: Tensor = generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        stopping_criteria=StoppingCriteriaList([stamp]),
-        **options,
-    )
-    return Run(tokens, times)
-
-
-def _sparse(model: nn.Module, blocks: Tensor, sparsity: float) -> nn.Module:
-    device = next(model.parameters()).device
-    config = calibrate(model, blocks.to(device).split(4), target_sparsity=sparsity)
-    return fuse_(sparsify_(copy.deepcopy(model), config))
-
-
-def _loop(decoder: Decoder, ids: Tensor, case: Case) -> Callable[[], Run]:
-    return lambda: run_loop(
-        decoder, ids, max_new_tokens=case.new_tokens, do_sample=False, eos_token_id=None
-    )
+def _loop(decoder: Decoder, prompt: Tensor, case: Case) -> Callable[[], Run]:
+    return lambda: run_loop(decoder, prompt, max_new_tokens=case.new_tokens, **_GREEDY)
 
 
 def _transformers(
-    model: nn.Module, ids: Tensor, case: Case, *, compiled: bool
+    model: nn.Module, prompt: Tensor, case: Case, *, compiled: bool
 ) -> Callable[[], Run]:
     options: dict[str, Any] = dict(
         min_new_tokens=case.new_tokens, max_new_tokens=case.new_tokens, do_sample=False,
@@ -191,7 +334,62 @@ def _transformers(
     if compiled:
         # on a GPU transformers compiles by itself where the cache is static
         options["cache_implementation"] = "static"
-    return lambda: run_transformers(model, ids, **options)
+    return lambda: run_transformers(model, prompt, **options)
+
+
+def _started(variant: _Variant, device: torch.device) -> _Start:
+    """Run a variant for the first time."""
+    compiled = _compilations()
+    if device.type != "cuda":
+        return _Start(variant.run().times[2], _compilations() - compiled, None)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run = variant.run()
+    extra = torch.cuda.max_memory_allocated() - before
+    return _Start(run.times[2], _compilations() - compiled, extra)
+
+
+def _compilations() -> int:
+    """Graphs that torch.compile did not find in its cache on disk, in this process so far."""
+    from torch._dynamo.utils import counters
+
+    names = ("fxgraph_cache_miss", "fxgraph_cache_bypass")
+    return sum(int(counters["inductor"][name]) for name in names)
+
+
+def _in_turns(variants: list[_Variant]) -> dict[int, list[Run]]:
+    """The runs of each variant, by its ``id``."""
+    runs: dict[int, list[Run]] = {id(v): [] for v in variants}
+    for number in range(max(v.rounds for v in variants)):
+        for variant in variants:
+            if number < variant.rounds:
+                runs[id(variant)].append(variant.run())
+    return runs
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that shares all weights but those whose layout ``fuse_`` changes."""
+    moved = {
+        id(p)
+        for mlp in find_gated_mlps(model)
+        for p in mlp.module.parameters()
+        if tuple(p.shape) == (mlp.hidden_size, mlp.intermediate_size)
+    }
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in moved})
+
+
+def _divergence(exact: Tensor, logits: Tensor) -> float:
+    """Mean KL divergence, in nats, of logits ``[B, N, V]`` from log-probabilities."""
+    actual = logits.float().log_softmax(-1)
+    return float((exact.exp() * (exact - actual)).sum(-1).mean())
+
+
+def _dropped(model: nn.Module, text: Tensor) -> float:
+    """Realised sparsity on ``[B, T]`` tokens, mean over the MLPs; 0 of a dense model."""
+    if not getattr(model.config, "cats", None):
+        return 0.0
+    return _mean(realized_sparsity(model, [text]))
 
 
 def _token_bytes(model: nn.Module, tokens: Tensor, case: Case) -> tuple[float, float]:
@@ -217,8 +415,7 @@ def _token_bytes(model: nn.Module, tokens: Tensor, case: Case) -> tuple[float, f
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slots = case.prompt_length + case.new_tokens / 2
     cache = 2 * config.num_hidden_layers * heads * size * embedding.element_size() * slots
-    mean = sum(shares.values()) / len(shares) if shares else 0.0
-    return weights + case.batch * cache, mean
+    return weights + case.batch * cache, _mean(shares)
 
 
 def _realized_after(model: nn.Module, tokens: Tensor, prompt_length: int) -> dict[str, float]:
@@ -230,39 +427,19 @@ def _realized_after(model: nn.Module, tokens: Tensor, prompt_length: int) -> dic
     return {name: (in_whole[name] * n - in_prompt[name] * p) / (n - p) for name in in_whole}
 
 
-def _rate(read: Timing, size: int) -> Timing:
-    """Seconds for ``size`` bytes as GB/s."""
-    return Timing(
-        median=size / read.median / 1e9,
-        low=size / read.high / 1e9,
-        high=size / read.low / 1e9,
-        samples=read.samples,
-    )
+def _own_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def _scaled(timing: Timing, factor: float) -> Timing:
-    return Timing(
-        median=timing.median * factor,
-        low=timing.low * factor,
-        high=timing.high * factor,
-        samples=timing.samples,
-    )
+def _mean(shares: dict[str, float]) -> float:
+    return sum(shares.values()) / len(shares) if shares else 0.0
 
 
-def _result(
-    case: Case,
-    where: dict[str, str | int | float | bool | None],
-    quantity: str,
-    unit: str,
-    timing: Timing,
-    settings: dict[str, str | int | float | bool | None],
-) -> Result:
-    return Result(
-        benchmark=NAME, quantity=quantity, unit=unit, value=timing.median, low=timing.low,
-        high=timing.high, samples=timing.samples,
-        settings={
-            "model": case.model, "batch": case.batch, "prompt_length": case.prompt_length,
-            "new_tokens": case.new_tokens, **settings,
-        },
-        environment=where,
-    )  # fmt: skip
+def _milliseconds(runs: Iterable[Run]) -> Timing:
+    """Of a token."""
+    return Timing.of([1e3 * run.seconds_a_token for run in runs])
+
+
+def _once(value: float) -> Timing:
+    return Timing(median=value, low=value, high=value, samples=1)

@@ -1,60 +1,210 @@
-"""What the benchmark of decoding measured, as a table."""
+"""Tables and plot of ``cats bench decode``, made from its results alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cats.benchmarks.decode import NAME
+from cats.errors import DataError
 from cats.results import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# device, model, dtype, batch, prompt length, new tokens
+_Key = tuple[str, str, str, int, int, int]
+# variant, target sparsity
+_Row = tuple[str, float]
 
-def table(results: Sequence[Result]) -> Table:
-    """One row a variant and sparsity, of one run of ``cats bench decode``.
 
-    ``spread`` is the distance of the quartiles over the median; ``limit`` the share of the rate
-    that the read bandwidth allows.
+class Panel:
+    """The results of one model, dtype and prompt on one device; the last ones count.
+
+    Attributes:
+        rows: By variant and target, one result a quantity.
+        launches: By variant and target, one result a kernel.
+        bandwidth: The read bandwidth, GB/s.
     """
+
+    def __init__(self, key: _Key) -> None:
+        self.device, self.model, self.dtype, self.batch, _, _ = key
+        self.rows: defaultdict[_Row, dict[str, Result]] = defaultdict(dict)
+        self.launches: defaultdict[_Row, dict[str, Result]] = defaultdict(dict)
+        self.bandwidth: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.dtype}, batch {self.batch}, on {self.device}"
+
+    def add(self, result: Result) -> None:
+        s = result.settings
+        if result.quantity == "read_bandwidth":
+            self.bandwidth = result.value
+            return
+        row = str(s["variant"]), _number(s["sparsity"])
+        if result.quantity == "launch":
+            self.launches[row][str(s["kernel"])] = result
+        else:
+            if result.quantity == "time":
+                # the kernels of an earlier run are not those of this one
+                self.launches.pop(row, None)
+            self.rows[row][result.quantity] = result
+
+    def times(self) -> dict[_Row, Result]:
+        return {row: found["time"] for row, found in self.rows.items() if "time" in found}
+
+
+def panels(results: Iterable[Result]) -> list[Panel]:
+    """Results of this benchmark grouped by what a reader compares.
+
+    Raises:
+        DataError: If there are none.
+    """
+    groups: dict[_Key, Panel] = {}
+    for result in results:
+        if result.benchmark != NAME:
+            continue
+        s = result.settings
+        key: _Key = (
+            str(result.environment["device"]), str(s["model"]), str(s["dtype"]),
+            int(s["batch"] or 0), int(s["prompt_length"] or 0), int(s["new_tokens"] or 0),
+        )  # fmt: skip
+        groups.setdefault(key, Panel(key)).add(result)
+    if not groups:
+        raise DataError("no result of `cats bench decode` in the file")
+    return list(groups.values())
+
+
+def tables(panel: Panel) -> list[Table]:
+    """Speed, then what it takes and whether it is right, then the launches of each step."""
+    return [_speed(panel), _costs(panel), *(_launches(panel, row) for row in panel.launches)]
+
+
+def _speed(panel: Panel) -> Table:
+    """``spread`` is the distance of the quartiles over the median; ``limit`` the share of the rate
+    that the read bandwidth allows; ``x dense`` the speed-up over the fastest loop of the dense
+    model, timed in turns with it."""
+    reads = "" if panel.bandwidth is None else f": reads {panel.bandwidth:.0f} GB/s"
+    out = _table(
+        panel.title + reads,
+        "variant", "target", "dropped", "tok/s", "ms", "spread", "x dense", "GB/s", "limit",
+    )  # fmt: skip
+    for (variant, sparsity), step in panel.times().items():
+        s = step.settings
+        dense = s.get("dense_ms")
+        out.add_row(
+            variant,
+            f"{sparsity:.0%}",
+            f"{_number(s['realized_sparsity']):.1%}",
+            f"{panel.batch * 1e3 / step.value:.1f}",
+            f"{step.value:.2f}",
+            f"{(step.high - step.low) / step.value:.0%}",
+            "" if dense is None else f"{_number(dense) / step.value:.2f}",
+            f"{_number(s['bytes']) / step.value / 1e6:.0f}",
+            f"{_number(s['limit_ms']) / step.value:.2f}",
+        )
+    return out
+
+
+def _costs(panel: Panel) -> Table:
+    """``start`` is the time to the third token of the first call, ``anew`` the graphs compiled for
+    it, ``peak`` that of memory, and how much it is over the dense model's weights. ``KL`` and
+    ``same`` choice compare each step with the model's modules on the same tokens, and ``drop`` the
+    sparsity of both, in percentage points; ``own KL`` is that of the modules a token at a time."""
+    columns = ["first, ms", "start, s", "anew", "peak, MB", "over", "KL", "own KL", "same", "drop"]
+    if not any("peak_memory" in found for found in panel.rows.values()):
+        columns = [c for c in columns if c not in {"peak, MB", "over"}]
+    out = _table("", "variant", "target", *columns)
+    for (variant, sparsity), found in panel.rows.items():
+        cells: dict[str, str] = {}
+        if wait := found.get("time_to_first_token"):
+            cells["first, ms"] = f"{wait.value:.1f}"
+        if start := found.get("start_up"):
+            cells["start, s"] = f"{start.value:.1f}"
+            cells["anew"] = str(start.settings.get("compilations", ""))
+        if peak := found.get("peak_memory"):
+            cells["peak, MB"] = f"{peak.value / 1e6:.0f}"
+            cells["over"] = f"{_number(peak.settings['over_dense_weights']):+.1%}"
+        step = found.get("time")
+        if step is not None and step.settings.get("kl") is not None:
+            cells["KL"] = f"{_number(step.settings['kl']):.1e}"
+            cells["own KL"] = f"{_number(step.settings['kl_of_rounding']):.1e}"
+            cells["same"] = f"{_number(step.settings['same_choice']):.0%}"
+            cells["drop"] = f"{100 * _number(step.settings['sparsity_error']):+.2f}"
+        out.add_row(variant, f"{sparsity:.0%}", *(cells.get(column, "") for column in columns))
+    return out
+
+
+def _launches(panel: Panel, row: _Row) -> Table:
+    variant, sparsity = row
+    out = _table(f"{variant} at {sparsity:.0%}: a step", "launch", "us", "share", "calls")
+    for name, result in panel.launches[row].items():
+        s = result.settings
+        out.add_row(
+            name, f"{result.value:.1f}", f"{_number(s['share']):.1%}", f"{_number(s['calls']):g}"
+        )
+    return out
+
+
+def plot(panels: list[Panel], path: Path) -> None:
+    """Tokens a second against realised sparsity, a picture a panel, with the limit of the bytes.
+
+    Raises:
+        DataError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("plots need matplotlib: pip install 'cats-llm[report]'") from error
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for panel, axis in zip(panels, axes, strict=False):
+        lines: defaultdict[str, list[tuple[float, Result]]] = defaultdict(list)
+        limits: list[tuple[float, float]] = []
+        for (variant, _), step in panel.times().items():
+            dropped = _number(step.settings["realized_sparsity"])
+            lines[variant].append((dropped, step))
+            limits.append((dropped, panel.batch * 1e3 / _number(step.settings["limit_ms"])))
+        for variant, points in lines.items():
+            points.sort(key=lambda point: point[0])
+            rates = [panel.batch * 1e3 / r.value for _, r in points]
+            slow = [panel.batch * 1e3 / r.high for _, r in points]
+            fast = [panel.batch * 1e3 / r.low for _, r in points]
+            axis.errorbar(
+                [dropped for dropped, _ in points],
+                rates,
+                [
+                    [rate - low for rate, low in zip(rates, slow, strict=True)],
+                    [high - rate for rate, high in zip(rates, fast, strict=True)],
+                ],
+                label=variant, marker="o", capsize=2,
+            )  # fmt: skip
+        axis.plot(*zip(*sorted(limits), strict=True), "k--", linewidth=1, label="memory limit")
+        axis.set(title=panel.title, xlabel="dropped neurons, share", ylabel="tokens a second")
+        axis.title.set_fontsize(8)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def _table(title: str, *columns: str) -> Table:
     # imported here: reading results needs no terminal
     from rich.table import Table
 
-    by_quantity = {
-        quantity: {
-            (r.settings["variant"], r.settings["sparsity"]): r
-            for r in results
-            if r.quantity == quantity
-        }
-        for quantity in ("time", "time_to_first_token", "start_up")
-    }
-    first = results[0]
-    read = next(r for r in results if r.quantity == "read_bandwidth")
-    out = Table(
-        title=f"{first.settings['model']}, {first.settings['dtype']}, batch "
-        f"{first.settings['batch']}, on {first.environment['device']}: reads {read.value:.0f} GB/s",
-        title_justify="left",
-    )
-    for column in (
-        "variant", "target", "dropped", "tok/s", "ms", "spread", "GB/s", "limit", "first, ms",
-        "start, s",
-    ):  # fmt: skip
-        out.add_column(column, justify="left" if column == "variant" else "right")
-    for key, step in by_quantity["time"].items():
-        settings = step.settings
-        size, limit = settings["bytes"], settings["limit_ms"]
-        assert isinstance(size, float)
-        assert isinstance(limit, float)
-        out.add_row(
-            str(settings["variant"]),
-            f"{settings['sparsity']:.0%}",
-            f"{settings['realized_sparsity']:.1%}",
-            f"{1e3 / step.value:.1f}",
-            f"{step.value:.2f}",
-            f"{(step.high - step.low) / step.value:.0%}",
-            f"{size / step.value / 1e6:.0f}",
-            f"{limit / step.value:.2f}",
-            f"{by_quantity['time_to_first_token'][key].value:.0f}",
-            f"{by_quantity['start_up'][key].value:.1f}",
-        )
+    out = Table(title=title or None, title_justify="left")
+    for column in columns:
+        name = column in ("variant", "launch")
+        out.add_column(column, justify="left" if name else "right", no_wrap=column != "launch")
     return out
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, int | float)
+    return float(value)

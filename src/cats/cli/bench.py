@@ -128,25 +128,33 @@ def decode(
             "mistral-7b, llama-2-7b, llama-3.2-1b."
         ),
     ] = "smollm2",
-    sparsity: Annotated[str, typer.Option(help="Targets of CATS, by commas.")] = "0.5,0.7",
+    sparsity: Annotated[
+        str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")
+    ] = "0,0.5,0.7",
     engine: Annotated[
-        list[str] | None, typer.Option(help="Repeatable: auto, eager, compiled.")
+        list[str] | None, typer.Option(help="Of the decode loop, such as auto; repeatable.")
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 128,
-    rounds: Annotated[int, typer.Option(min=2, help="Runs of each variant, in turns.")] = 5,
+    rounds: Annotated[int, typer.Option(min=2, help="Runs of each engine, in turns.")] = 5,
+    generate_rounds: Annotated[int, typer.Option(min=2, help="Runs of model.generate.")] = 2,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="For the thresholds.")] = 8192,
     read_mib: Annotated[
         int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
     ] = 4096,
+    generate: Annotated[bool, typer.Option(help="Time model.generate beside the loop.")] = True,
     static: Annotated[
         bool, typer.Option(help="Time generate with a static cache and compilation too.")
     ] = False,
+    launches: Annotated[
+        bool, typer.Option(help="List the kernels of a step, from a run of its own; on a GPU.")
+    ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Append the results to this file.")
+        Path | None,
+        typer.Option("--output", "-o", help="Append each result to this file when it is known."),
     ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
@@ -159,21 +167,24 @@ def decode(
     import torch
 
     from cats.benchmarks.decode import Case, measure
-    from cats.benchmarks.decode_report import table
+    from cats.benchmarks.decode_report import panels, tables
     from cats.benchmarks.shapes import SHAPES, random_model
     from cats.data import sample_text, token_blocks
     from cats.results import append_results
 
+    options.check_output(output)
     torch.manual_seed(0)
     case = Case(
         model=model, sparsities=tuple(_share(part) for part in sparsity.split(",")),
         engines=tuple(engine or ("auto",)), batch=batch, prompt_length=prompt_length,
-        new_tokens=new_tokens, rounds=rounds, read_bytes=read_mib * 2**20,
-        generate_compiled=static,
+        new_tokens=new_tokens, rounds=rounds, generate_rounds=generate_rounds,
+        read_bytes=read_mib * 2**20, generate=generate, generate_compiled=static,
+        launches=launches,
     )  # fmt: skip
-    length = max(256, prompt_length)
+    length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
     if model in SHAPES:
+        options.quiet()
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
         loaded = random_model(model, _dtype(name), torch.device(where))
@@ -181,37 +192,68 @@ def decode(
     else:
         loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
         blocks = token_blocks(tokenizer, sample_text(), length=length, limit=count)
-    results = list(measure(loaded, blocks, case, commit=commit))
-    if output is not None:
-        append_results(output, results)
-    options.out.print(table(results))
+    results = []
+    for result in measure(loaded, blocks, case, commit=commit):
+        results.append(result)
+        if output is not None:
+            append_results(output, [result])
+    for panel in panels(results):
+        for table in tables(panel):
+            options.out.print(table)
 
 
 @app.command()
-def show(file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")]) -> None:
+def show(
+    file: Annotated[Path, typer.Argument(help="What cats bench mlp or cats bench decode wrote.")],
+) -> None:
     """Print the tables of a results file."""
-    from cats.benchmarks.mlp_report import panels, table
+    from cats.benchmarks import decode, decode_report, mlp, mlp_report
+    from cats.errors import DataError
     from cats.results import read_results
 
-    for panel in panels(read_results(file)):
-        options.out.print(table(panel))
+    results = read_results(file)
+    found = {result.benchmark for result in results}
+    if not found & {mlp.NAME, decode.NAME}:
+        raise DataError(f"{file} has no result of cats bench mlp or cats bench decode")
+    if mlp.NAME in found:
+        for panel in mlp_report.panels(results):
+            options.out.print(mlp_report.table(panel))
+    if decode.NAME in found:
+        for tokens in decode_report.panels(results):
+            for table in decode_report.tables(tokens):
+                options.out.print(table)
 
 
 @app.command()
 def plot(
-    file: Annotated[Path, typer.Argument(help="What cats bench mlp wrote.")],
+    file: Annotated[Path, typer.Argument(help="What cats bench mlp or cats bench decode wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")],
     shape: Annotated[
-        list[str] | None, typer.Option(help="Only these shapes, calls chained; repeatable.")
+        list[str] | None,
+        typer.Option(help="Of MLPs, only these shapes, calls chained; repeatable."),
     ] = None,
 ) -> None:
-    """Draw time against sparsity, with the memory limit as a line."""
-    from cats.benchmarks import mlp_report
-    from cats.errors import DataError
+    """Draw the time of an MLP, or tokens a second, against sparsity, with the memory limit."""
+    from cats.benchmarks import decode, decode_report, mlp, mlp_report
+    from cats.errors import ConfigError, DataError
     from cats.results import read_results
     from cats.storage import replacing
 
-    panels = mlp_report.panels(read_results(file))
+    options.check_output(output)
+    results = read_results(file)
+    found = {result.benchmark for result in results}
+    if {mlp.NAME, decode.NAME} <= found:
+        raise DataError(
+            f"{file} holds results of MLPs and of decoding: a picture is of one of them"
+        )
+    if decode.NAME in found:
+        if shape:
+            raise ConfigError("--shape is for results of cats bench mlp")
+        with replacing(output) as temporary:
+            decode_report.plot(decode_report.panels(results), temporary)
+        options.out.print(f"wrote {output}", markup=False)
+        return
+    panels = mlp_report.panels(results)
     if shape:
         wanted = [_shape(text) for text in shape]
         panels = [

@@ -111,7 +111,7 @@ def _answer(
 
 def _plain_speed(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> float:
     """Tokens a second of ``model.generate``, without the pass over the prompt."""
-    from cats.benchmarks.decode import run_transformers
+    from cats.benchmarks.decode_runs import run_transformers
     from cats.cli.generate import encode, tokens_per_second
 
     run = run_transformers(

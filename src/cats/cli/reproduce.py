@@ -297,7 +297,7 @@ class Recipe:
 
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         case = Case(
-            model=self.name, sparsities=tuple(self.targets), prompt_length=self.length // 2,
+            model=self.name, sparsities=(0.0, *self.targets), prompt_length=self.length // 2,
             new_tokens=min(64, self.length // 2), rounds=2 if on_cpu else 5,
             read_bytes=2**28 if on_cpu else 2**32,
         )  # fmt: skip

@@ -16,7 +16,12 @@ from cats.decode.options import Options, resolve
 from cats.decode.state import State
 from cats.decode.stop import StopStrings
 from cats.decode.turns import Turn, Turns
-from cats.errors import ConfigError, UnsupportedModelError
+from cats.errors import BackendError, ConfigError, UnsupportedModelError
+
+# The likeliest token, whatever the model's own settings are; no end before the last token.
+_PLAIN: dict[str, Any] = {
+    "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None, "stop_strings": None,
+}  # fmt: skip
 
 
 def generate(
@@ -130,6 +135,45 @@ class Decoder:
         with self._turns.take() as turn:
             ids, mask, resolved = self._prepare(inputs, attention_mask, options)
             yield from self._run(turn, ids, mask, resolved, tokenizer)
+
+    def logits(self, ids: Tensor, *, prompt_length: int) -> Tensor:
+        """What this engine's steps make of given tokens, whatever they would choose themselves.
+
+        The conversation is left as it is; buffers and a captured step of its own are used.
+
+        Args:
+            ids: Token ids ``[B, T]``, without padding.
+            prompt_length: How many of them are the prompt; a step runs each of the others.
+
+        Returns:
+            Logits behind each token after the prompt, ``[B, T - prompt_length, V]``, float32, on
+            the model's device.
+
+        Raises:
+            ConfigError: If there is no token after the prompt, or one too many for the context.
+            BackendError: If the engine cannot run, or does not show its logits.
+        """
+        length = ids.shape[1]
+        if not 0 < prompt_length < length:
+            raise ConfigError(
+                f"expected a prompt shorter than the {length} tokens, got {prompt_length}"
+            )
+        with self._turns.take(), torch.inference_mode():
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            given = {**_PLAIN, "max_new_tokens": length - prompt_length + 1}
+            prompt, _, options = self._prepare(ids[:, :prompt_length], None, given)
+            engine = _engine(self.model, self._engine_name)
+            state = State(self.model, self._config, len(ids), window_of(length))
+            shape = state.capacity, len(ids), self._config.vocab_size
+            state.logits = torch.full(shape, torch.nan, device=state.device)
+            self._first(engine, state, prompt, mask[:, :prompt_length], 0, options)
+            for end in range(prompt_length + 1, length + 1):
+                state.tokens.copy_(ids[:, end - 1 : end])
+                engine.step(self.model, state, end, options)
+            found = state.logits[prompt_length:length]
+        if found.isnan().all():
+            raise BackendError(f"the engine {engine.name} does not show its logits")
+        return found.transpose(0, 1)
 
     def _prepare(
         self, inputs: Prompts, attention_mask: Tensor | None, options: dict[str, Any]

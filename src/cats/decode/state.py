@@ -28,6 +28,8 @@ class State:
         finished: Whether a row has ended, ``[B]``.
         seen: Whether a token of the vocabulary occurred, ``[B, V]``; None where nothing asks.
         noise: Draws of the step, ``[B, V]``, float32; None where nothing is drawn.
+        logits: What the token of each slot gave, ``[capacity, B, V]``, float32; None where no one
+            asks for them.
         padded: Whether a row has padding.
         unmasked_slots: How many slots a new token may see before some layer masks any of them.
         eos: Tokens that end a row, ``[E]``.
@@ -44,6 +46,7 @@ class State:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.seen: Tensor | None = None
         self.noise: Tensor | None = None
+        self.logits: Tensor | None = None
         self.padded = False
         spans = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self.unmasked_slots = min((span - 1 for span in spans if span), default=2**62)
@@ -95,6 +98,8 @@ class State:
 
     def advance(self, logits: Tensor, options: Options) -> Tensor:
         """Choose the next tokens from logits ``[B, V]``, and move on; returns them, ``[B]``."""
+        if self.logits is not None:
+            self.logits.index_copy_(0, self.slot, logits[None].float())
         scores = process(logits, self.seen, options.sampling)
         if options.sampling.do_sample:
             assert self.noise is not None

@@ -15,7 +15,8 @@ from cats.storage import check_version
 # What differs between the lines of one picture of times, or belongs to one of its points.
 _OF_A_POINT = {
     "variant", "sparsity", "kept_share", "realized_sparsity", "bytes", "limit_us", "limit_ms",
-    "copies", "calls",
+    "copies", "calls", "dense_ms", "kl", "kl_of_rounding", "same_choice",
+    "sparsity_error",
 }  # fmt: skip
 
 
