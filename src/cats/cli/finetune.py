@@ -55,6 +55,7 @@ Accuracy = Annotated[
     typer.Option(help="Generate answers to --eval-pairs at the end and count the right ones."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+AnswerBatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at once.")]
 EvalTokens = Annotated[int, typer.Option(min=2, help="Tokens of each --eval-text, at most.")]
 CalibrationText = Annotated[
     list[str] | None,
@@ -99,6 +100,7 @@ def finetune(
     eval_pairs: EvalPairs = None,
     accuracy: Accuracy = False,
     max_new_tokens: MaxNewTokens = 256,
+    answer_batch_size: AnswerBatchSize = 64,
     eval_tokens: EvalTokens = 100_000,
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 100_000,
@@ -182,7 +184,7 @@ def finetune(
         targets=tuple(target or ()), full=full, distillation=distillation,
         recalibrate=recalibrate, gradient_checkpointing=gradient_checkpointing,
         bfloat16=bfloat16, evaluate_every=eval_every, evaluation_batch_size=eval_batch_size,
-        max_new_tokens=max_new_tokens, save_every=save_every, keep=keep, seed=seed,
+        max_new_tokens=max_new_tokens, answer_batch_size=answer_batch_size, save_every=save_every, keep=keep, seed=seed,
         report_to=tuple(report_to or ()),
     )  # fmt: skip
     with _bar(chosen.steps) as bar:
@@ -234,6 +236,7 @@ def sweep(
     eval_pairs: EvalPairs = None,
     accuracy: Accuracy = False,
     max_new_tokens: MaxNewTokens = 256,
+    answer_batch_size: AnswerBatchSize = 64,
     eval_tokens: EvalTokens = 100_000,
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 100_000,
@@ -280,7 +283,7 @@ def sweep(
     chosen = FinetuneOptions(
         steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
         accumulate=accumulate, warmup_steps=warmup_steps, evaluate_every=eval_every,
-        evaluation_batch_size=eval_batch_size, max_new_tokens=max_new_tokens, seed=seed,
+        evaluation_batch_size=eval_batch_size, max_new_tokens=max_new_tokens, answer_batch_size=answer_batch_size, seed=seed,
     )  # fmt: skip
     found: dict[str, History] = {}
     with _bar(chosen.steps) as bar:

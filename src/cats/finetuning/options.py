@@ -35,6 +35,7 @@ class FinetuneOptions:
         evaluate_every: Steps between two evaluations.
         evaluation_batch_size: Rows of a forward pass of an evaluation.
         max_new_tokens: Longest answer, where accuracy is measured.
+        answer_batch_size: Answers that are generated at once.
         save_every: Steps between two checkpoints; 0: none.
         keep: How many checkpoints are kept.
         seed: Of the adapters, the order of the data and dropout.
@@ -59,6 +60,7 @@ class FinetuneOptions:
     evaluate_every: int = 50
     evaluation_batch_size: int = 8
     max_new_tokens: int = 256
+    answer_batch_size: int = 64
     save_every: int = 100
     keep: int = 2
     seed: int = 0
@@ -67,7 +69,7 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         positive = (
             "steps", "batch_size", "accumulate", "learning_rate", "rank", "alpha",
-            "evaluate_every", "evaluation_batch_size", "max_new_tokens", "keep",
+            "evaluate_every", "evaluation_batch_size", "max_new_tokens", "answer_batch_size", "keep",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:

@@ -178,7 +178,7 @@ def measure_answers(
     accuracy = {
         name: evaluate_answers(
             trainer.accelerator.unwrap_model(trainer.model), tokenizer, pairs,
-            batch_size=trainer.options.evaluation_batch_size,
+            batch_size=trainer.options.answer_batch_size,
             max_new_tokens=trainer.options.max_new_tokens, accelerator=trainer.accelerator,
         )
         for name, pairs in answers.items()
