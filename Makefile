@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
+WHEEL_PIP := build/wheel/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-gpu test-sanitize lint wheel clean
@@ -32,13 +33,15 @@ lint: $(VENV)/.dev
 	$(BIN)/cats bench quote --check README.md docs/kernels.md
 	$(BIN)/mypy
 
-wheel: $(VENV)/.torch
-	rm -rf dist build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+wheel:
+	rm -rf dist build
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet -c constraints.txt torch dist/*.whl
-	cd build/wheel && bin/python -c "from cats import ops; print(ops.backends())" && \
-	  bin/python -c "from cats import ops; assert ops.backends()['cpu'] == 'live'"
+	$(WHEEL_PIP) wheel --no-deps -w dist .
+	$(WHEEL_PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(WHEEL_PIP) install -c constraints.txt dist/*.whl
+# elsewhere, so that the sources are not what is imported
+	cd build/wheel && bin/python -c "from cats import ops; live = ops.backends()['cpu']; print(live); assert live == 'live'"
+	cd build/wheel && bin/cats info
 	@ls dist
 
 clean:
