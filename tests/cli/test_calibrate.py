@@ -79,6 +79,15 @@ def test_brackets_in_names_are_no_markup(command, checkpoint, text, tmp_path):
 
 
 BAD = {
+    "relu and a target": ("calibrate", "MODEL", "--method", "relu", "--sparsity", "0.5"),
+    "a target and a loss": ("calibrate", "MODEL", "--sparsity", "0.5", "--max-loss", "2%"),
+    "pattern of nothing": ("calibrate", "MODEL", "--exclude", "*vision*"),
+    "part of a block": ("calibrate", "MODEL", "--tokens", "100"),
+    "part of a block to evaluate": ("evaluate", "MODEL", "--tokens", "100"),
+    "part of a block to profile": ("profile", "MODEL", "--tokens", "100"),
+    "profile as folder": ("profile", "MODEL", "-o", "FOLDER.safetensors"),
+    "recipe at 0": ("reproduce", "--model", "no/such", "--sparsity", "0", "-o", "r"),
+    "recipe as file": ("reproduce", "--model", "no/such", "-o", "TEXT"),
     "relu and a loss": ("calibrate", "MODEL", "--method", "relu", "--max-loss", "2%"),
     "no percent": ("calibrate", "MODEL", "--max-loss", "2"),
     "folder as file": ("calibrate", "MODEL", "-o", "FOLDER.safetensors"),

@@ -228,9 +228,13 @@ def test_conversations_on_one_model_do_not_mix(llama):
     assert torch.equal(torch.stack(steps, 1), torch.stack(expected))
 
 
-@pytest.mark.parametrize("change", ["sparsify", "weights", "replaced", "dtype", "hook"])
+@pytest.mark.parametrize(
+    "change", ["sparsify", "weights", "loaded", "replaced", "dtype", "hook", "setting"]
+)
 def test_model_changed_between_calls_gives_its_new_tokens(change):
     model, ids = make_model(), make_ids(1, 8)
+    if change == "setting":
+        model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
     decoder = cats.Decoder(model)
     before = decoder.generate(ids, max_new_tokens=60, **GREEDY)
     mlp = model.model.layers[0].mlp  # its output is in the keys and values of the next layer
@@ -239,6 +243,11 @@ def test_model_changed_between_calls_gives_its_new_tokens(change):
     elif change == "weights":
         with torch.no_grad():
             mlp.up_proj.weight.mul_(-1)
+    elif change == "loaded":
+        model.load_state_dict({k: -v for k, v in model.state_dict().items() if "up_proj" in k},
+                              strict=False)  # fmt: skip
+    elif change == "setting":
+        mlp.scale = -1.0
     elif change == "replaced":
         mlp.up_proj = nn.Linear(16, 40, bias=False)
     elif change == "dtype":
@@ -249,6 +258,41 @@ def test_model_changed_between_calls_gives_its_new_tokens(change):
     after = decoder.generate(ids, max_new_tokens=60, **GREEDY)
     assert not torch.equal(after, before)
     assert torch.equal(after, reference(model, ids, max_new_tokens=60, **GREEDY))
+
+
+class Scaled(nn.Module):
+    """Decides by a number that is no tensor, as adapters decide whether they are merged."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, 1.0
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_reset_makes_up_for_writes_that_torch_does_not_count(engine):
+    model, ids = make_model(), make_ids(1, 8)
+    decoder = cats.Decoder(model, engine=engine)
+    before = decoder.generate(ids, max_new_tokens=30, **GREEDY)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(-1)
+    decoder.reset()
+    after = decoder.generate(ids, max_new_tokens=30, **GREEDY)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, reference(model, ids, max_new_tokens=30, **GREEDY))
+
+
+def test_texts_are_taken_with_a_tokenizer(llama):
+    tokenizer = make_tokenizer()
+    texts = ["one text", "a longer text"]
+    expected = cats.generate(llama, tokenizer(texts)["input_ids"], max_new_tokens=5, **GREEDY)
+    actual = cats.generate(llama, texts, tokenizer=tokenizer, max_new_tokens=5, **GREEDY)
+    assert torch.equal(actual, expected)
+    assert torch.equal(
+        cats.generate(llama, texts[0], tokenizer=tokenizer, max_new_tokens=5, **GREEDY)[0],
+        expected[0, 5:],
+    )
 
 
 def test_weights_written_in_place_during_a_stream_are_seen(llama):
@@ -330,6 +374,12 @@ def test_model_that_branches_on_values_runs_untraced_and_says_so():
         (make_ids(1, 0), {}, DataError),
         (make_ids(1, 5) + 250, {}, DataError),
         ([[1], []], {}, DataError),
+        ("a text", {}, DataError),
+        (["a text", "another"], {}, DataError),
+        (["a text", [1, 2]], {"tokenizer": make_tokenizer()}, DataError),
+        (7, {}, DataError),
+        ([0.5], {}, DataError),
+        ({"ids": [1]}, {}, DataError),
         (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1, 0]])}, DataError),
         (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1]])}, DataError),
     ],

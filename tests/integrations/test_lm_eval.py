@@ -76,3 +76,12 @@ def test_a_dense_checkpoint_without_thresholds_is_an_error(tmp_path, monkeypatch
         main()
     assert caught.value.code == 1
     assert "dense checkpoint" in capsys.readouterr().err
+
+
+def test_help_tells_of_the_model_type(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cats", "lm-eval", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out
+    assert "--model cats" in printed
+    assert "--tasks" in printed or "usage" in printed

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Batches between two saves of a long calibration.
 _CHUNK = 32
+_DEFAULT_TARGET = 0.5
 
 
 def calibrate(
@@ -27,7 +28,9 @@ def calibrate(
             "--output", "-o", help="NAME.safetensors: thresholds alone. Folder: whole checkpoint."
         ),
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Target sparsity, inside (0, 1).", show_default="0.5")
+    ] = None,
     max_loss: Annotated[
         str | None,
         typer.Option(
@@ -69,17 +72,18 @@ def calibrate(
     Several processes share the work under [b]torchrun[/b] and find the same thresholds.
     """
     limit = _parse_percent(max_loss)
-    _check_method(method, sparsity, limit)
+    target = _target(method, sparsity, limit)
+    options.check_tokens(tokens, block)
     options.check_output(output, folder=output is not None and output.suffix != ".safetensors")
     rank, world = _start_processes()
     loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
+    _check_patterns(loaded, exclude or [])
     blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
     counted = _collect(loaded, blocks, batch_size, method, exclude or [], statistics, rank, world)
     if rank != 0:
         return
     held_out_batches = held_out.split(batch_size)
     if limit is None:
-        target = None if method == "relu" else sparsity
         dense = _perplexity(loaded, held_out_batches, "dense perplexity")
     else:
         target, dense = _largest_target(loaded, counted, held_out_batches, limit)
@@ -115,14 +119,38 @@ def _parse_percent(value: str | None) -> float | None:
     return number
 
 
-def _check_method(name: str, sparsity: float, limit: float | None) -> None:
+def _target(method: str, sparsity: float | None, limit: float | None) -> float | None:
+    """The sparsity to calibrate for; None where the method has none, or a loss decides."""
     from cats.config import check_target
     from cats.errors import ConfigError
     from cats.methods import get_method
 
-    check_target(sparsity)
-    if limit is not None and not get_method(name).has_target:
-        raise ConfigError(f"method {name!r} has no sparsity to choose: leave out --max-loss")
+    if sparsity is not None and limit is not None:
+        raise ConfigError("--max-loss looks for the sparsity: leave out --sparsity, or --max-loss")
+    if not get_method(method).has_target:
+        if sparsity is not None or limit is not None:
+            option = "--sparsity" if limit is None else "--max-loss"
+            raise ConfigError(f"method {method!r} has no sparsity to choose: leave out {option}")
+        return None
+    if limit is not None:
+        return None
+    target = _DEFAULT_TARGET if sparsity is None else sparsity
+    check_target(target)
+    return target
+
+
+def _check_patterns(model: Any, patterns: list[str]) -> None:
+    from fnmatch import fnmatchcase
+
+    from cats.errors import ConfigError
+
+    names = [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"--exclude {pattern!r} matches no module of this model, which are named like "
+                f"{names[-1]!r}"
+            )
 
 
 def _start_processes() -> tuple[int, int]:

@@ -66,6 +66,7 @@ def evaluate(
     """
     batch = parse_batch_size(batch_size)
     _check_options(tasks, text, tokens, limit, data_dir, output)
+    options.check_tokens(tokens, block)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     if tasks is not None:
         found = _ask(loaded, tokenizer, model, tasks, thresholds, limit, seed, batch, data_dir,
@@ -74,7 +75,7 @@ def evaluate(
         return
     from cats.data import token_blocks
 
-    most = None if tokens is None else max(1, tokens // block)
+    most = None if tokens is None else tokens // block
     blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, limit=most)
     report = {"model": model, "text": options.describe_texts(text), "tokens": blocks.numel()}
     report |= _measure(loaded, blocks.split(_BLOCKS if batch == "auto" else int(batch)))

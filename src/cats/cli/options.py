@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -108,6 +109,16 @@ def load(
     return loaded.to(where), tokenizer
 
 
+def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> None:
+    """Complain about fewer tokens than one block has."""
+    from cats.errors import ConfigError
+
+    if tokens is not None and tokens < block:
+        raise ConfigError(
+            f"{option} {tokens} is less than one block of {block}: give more, or a smaller block"
+        )
+
+
 def check_output(path: Path | None, *, folder: bool = False) -> None:
     """Complain about a place that cannot be written before the long work, not after it."""
     from cats.errors import StorageError
@@ -119,8 +130,8 @@ def check_output(path: Path | None, *, folder: bool = False) -> None:
     if not folder and path.is_dir():
         raise StorageError(f"{path}: is a folder, expected the name of a file")
     parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise StorageError(f"{path}: cannot be written, {parent} is not a folder")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise StorageError(f"{path}: cannot be written, {parent} is no folder to write in")
 
 
 def quiet() -> None:

@@ -48,9 +48,11 @@ def profile(
     from cats.data import token_blocks
     from cats.evaluation import profile as profiles
 
+    options.check_output(output)
+    options.check_tokens(tokens, block)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     texts = options.texts_or_sample([text] if text else None)
-    blocks = token_blocks(tokenizer, texts, length=block, limit=max(1, tokens // block))
+    blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block)
     batches = options.progress(blocks.split(_BATCH), "profiling")
     found = profiles.profile(loaded, batches, near=near)
     about = {

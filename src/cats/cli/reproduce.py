@@ -70,9 +70,11 @@ def reproduce(
     from cats.cli.evaluate import parse_batch_size
     from cats.evaluation.tasks import task_names
 
-    names = task_names(tasks)
     targets = _targets(sparsity)
+    names = task_names(tasks)
     batch = parse_batch_size(batch_size)
+    options.check_output(output / "report.html")
+    options.check_tokens(eval_tokens, length, "--eval-tokens")
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     recipe = Recipe(
         model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,
@@ -177,7 +179,7 @@ class Recipe:
         """Name of each text to its blocks, of at most so many tokens."""
         from cats.data import read_text, token_blocks
 
-        limit = None if tokens is None else max(1, tokens // self.length)
+        limit = None if tokens is None else tokens // self.length
         return {
             path.name: token_blocks(
                 self.tokenizer, read_text(path), length=self.length, limit=limit

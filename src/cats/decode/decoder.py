@@ -38,10 +38,11 @@ def generate(
 
     Args:
         model: A Hugging Face causal model, sparse or dense.
-        inputs: Token ids ``[B, T]``, what a tokenizer returns, or lists of ids.
+        inputs: Token ids ``[B, T]``, what a tokenizer returns, or lists of ids; with a tokenizer
+            also texts.
         attention_mask: ``[B, T]``, for prompts padded on the left.
         engine: ``"auto"``, ``"eager"`` or ``"compiled"``.
-        tokenizer: Needed for ``stop_strings``.
+        tokenizer: Needed for ``stop_strings`` and for texts.
         callback: Called with each step's tokens, ``[B]``, int64 on the CPU.
         **options: As in transformers' ``GenerationConfig``, from which the rest comes:
             max_new_tokens, max_length, do_sample, temperature, top_k, top_p, min_p,
@@ -73,7 +74,11 @@ class Decoder:
     def __init__(self, model: nn.Module, *, engine: str = "auto") -> None:
         """
         Args:
-            model: A Hugging Face causal model, sparse or dense. It may be changed between calls.
+            model: A Hugging Face causal model, sparse or dense. It may be changed between calls:
+                other modules, hooks and settings, and weights that are replaced or written to,
+                are seen. Two ways to write are not, since torch keeps no account of them:
+                in place through ``weight.data``, and through memory shared with NumPy. Call
+                :meth:`reset` after those; the next prompt then runs whole.
             engine: ``"auto"``, ``"eager"`` or ``"compiled"``.
         """
         config: Any = getattr(model, "config", None)
@@ -96,7 +101,7 @@ class Decoder:
         return _engine(self.model, self._engine_name).name
 
     def reset(self) -> None:
-        """Forget the conversation and free its memory."""
+        """Forget the conversation and free its memory; needed after writes through ``.data``."""
         with self._turns.take():
             self._state = self._stored = None
 
@@ -111,7 +116,7 @@ class Decoder:
     ) -> Tensor:
         """See :func:`cats.generate`; what the prompt shares with the last call is not run again."""
         with self._turns.take() as turn:
-            ids, mask, resolved = self._prepare(inputs, attention_mask, options)
+            ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
             columns = []
             for tokens in self._run(turn, ids, mask, resolved, tokenizer):
                 columns.append(tokens)
@@ -133,7 +138,7 @@ class Decoder:
         token is an error.
         """
         with self._turns.take() as turn:
-            ids, mask, resolved = self._prepare(inputs, attention_mask, options)
+            ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
             yield from self._run(turn, ids, mask, resolved, tokenizer)
 
     def logits(self, ids: Tensor, *, prompt_length: int) -> Tensor:
@@ -176,12 +181,17 @@ class Decoder:
         return found.transpose(0, 1)
 
     def _prepare(
-        self, inputs: Prompts, attention_mask: Tensor | None, options: dict[str, Any]
+        self,
+        inputs: Prompts,
+        attention_mask: Tensor | None,
+        options: dict[str, Any],
+        tokenizer: Any = None,
     ) -> tuple[Tensor, Tensor, Options]:
         pad = resolve(self.model, 0, {**options, "max_new_tokens": 1}).pad_token_id
         ids, mask = batch_of(
-            inputs, attention_mask, pad_token_id=pad, vocabulary=self._config.vocab_size
-        )
+            inputs, attention_mask, pad_token_id=pad, vocabulary=self._config.vocab_size,
+            tokenizer=tokenizer,
+        )  # fmt: skip
         resolved = resolve(self.model, ids.shape[1], options)
         context = getattr(self._config, "max_position_embeddings", None)
         length = ids.shape[1] + resolved.max_new_tokens
@@ -312,12 +322,12 @@ def _engine(model: nn.Module, name: str) -> Engine:
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
-    """Differs where a module, tensor or hook was added, moved, replaced or written to.
+    """Differs where a module, tensor, hook or setting of a module was added, changed or replaced.
 
-    Writes through ``.data`` do not show; :meth:`Decoder.reset` is for them.
+    A trace keeps what modules decide by their settings, such as whether an adapter is merged.
     """
     modules = tuple(
-        (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        (id(m), len(m._forward_hooks), len(m._forward_pre_hooks), _settings(m))
         for m in model.modules()
     )
     tensors = tuple(
@@ -326,6 +336,19 @@ def _fingerprint(model: nn.Module) -> Hashable:
     )
     config: Any = model.config
     return modules, tensors, getattr(config, "_attn_implementation", None)
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Attributes that are numbers, texts, or lists and dictionaries of these."""
+    return tuple((name, repr(v)) for name, v in vars(module).items() if _is_plain(v))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _device(model: nn.Module) -> torch.device:
