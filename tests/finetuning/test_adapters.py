@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+import cats
+from cats.errors import ConfigError, ModelMismatchError, StorageError
+from cats.finetuning import FinetuneOptions, load_adapter
+from cats.finetuning.adapters import add_adapters, dense_teacher, remove_adapters_
+from tests import models
+
+OPTIONS = FinetuneOptions(rank=4, dropout=0.0)
+
+
+@pytest.fixture
+def adapted(make):
+    """A sparse model whose adapters change its output."""
+    model = add_adapters(make(), OPTIONS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model.eval()
+
+
+def test_teacher_is_the_dense_model_and_the_student_comes_back(adapted, make, ids):
+    before = models.logits(adapted, ids)
+    with dense_teacher(adapted):
+        teacher = models.logits(adapted, ids)
+    assert torch.equal(teacher, models.logits(make("dense"), ids))
+    assert torch.equal(models.logits(adapted, ids), before)
+    assert not torch.allclose(before, teacher, atol=0.1)
+    assert all(p.requires_grad == ("lora" in n) for n, p in adapted.named_parameters())
+
+
+def test_teacher_of_relu_has_the_dense_activation(make, ids):
+    with dense_teacher(add_adapters(make("relu"), OPTIONS).eval()) as _:
+        pass
+    model = add_adapters(make("relu"), OPTIONS).eval()
+    with dense_teacher(model):
+        assert torch.equal(models.logits(model, ids), models.logits(make("dense"), ids))
+
+
+def test_removed_adapters_leave_the_model_as_it_was(adapted, make, ids):
+    base = remove_adapters_(adapted.get_base_model())
+    assert torch.equal(models.logits(base, ids), models.logits(make(), ids))
+    assert [n for n, _ in base.named_parameters()] == [n for n, _ in make().named_parameters()]
+    add_adapters(base, OPTIONS)
+
+
+def test_stacked_layers_get_adapters():
+    from transformers import Phi3Config
+
+    model = models.make_model(Phi3Config)
+    names = cats.finetuning.adapters.target_layers(model)
+    assert names == ["down_proj", "gate_up_proj", "qkv_proj"]
+
+
+def test_model_without_known_attention_needs_targets():
+    with pytest.raises(ConfigError, match="name the layers"):
+        cats.finetuning.adapters.target_layers(models.Body(models.MLP()))
+
+
+def test_adapter_of_another_model_is_refused(tune, tmp_path):
+    tune(options={"steps": 2})
+    torch.manual_seed(5)
+    models.make_model().save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelMismatchError):
+        load_adapter(tmp_path / "other", tmp_path / "run" / "adapter")
+
+
+def test_folder_without_adapter_is_an_error(base, tmp_path):
+    with pytest.raises(StorageError, match="holds no adapter"):
+        load_adapter(base, tmp_path)

@@ -1,0 +1,44 @@
+import pytest
+
+from cats.errors import DataError
+from cats.history import History, Point
+from cats.report.curves import best_runs, curves_figure, recovered
+
+
+def make(method, losses, target=None, distillation=0.0):
+    settings = {
+        "model": "m",
+        "method": method,
+        "target_sparsity": target,
+        "options": {"distillation": distillation, "recalibrate": 0},
+    }
+    points = [Point(step=i, tokens=i * 10, losses={"c4": x}) for i, x in enumerate(losses)]
+    return History(settings=settings, points=points)
+
+
+def test_loss_is_counted_against_the_best_dense():
+    cats = make("cats", [3.4, 3.1], 0.5)
+    dense = [make("dense", [3.0, 2.9]), make("dense", [3.0, 3.2])]
+    assert recovered(cats, [cats, *dense], "c4") == pytest.approx(0.6)
+    assert recovered(cats, [cats], "c4") is None
+    assert recovered(dense[0], dense, "c4") is None
+
+
+def test_best_learning_rate_stands_for_a_method():
+    runs = {
+        "a": make("cats", [3.4, 3.1], 0.5),
+        "b": make("cats", [3.4, 3.0], 0.5),
+        "c": make("cats", [3.9, 3.5], 0.7),
+        "d": make("cats", [3.4, 3.2], 0.5, distillation=0.5),
+    }
+    assert [*best_runs(runs)] == ["b", "c", "d"]
+
+
+def test_figure_names_runs_and_texts():
+    pytest.importorskip("matplotlib")
+    svg = curves_figure({"cats-50": make("cats", [3.4, 3.1], 0.5)}, "curves")
+    assert svg.startswith("<svg")
+    for word in ("cats-50", "c4", "steps", "tokens"):
+        assert f"{word}</text>" in svg
+    with pytest.raises(DataError, match="no evaluation"):
+        curves_figure({"x": History(settings={})}, "curves")

@@ -1,0 +1,40 @@
+import pytest
+
+from cats.errors import FormatError, StorageError
+from cats.history import History, Point
+
+POINTS = [
+    Point(step=0, tokens=0, losses={"a": 3.0}),
+    Point(step=5, tokens=640, train_loss=2.5, learning_rate=1e-4, losses={"a": 2.0}, sparsity=0.5),
+]
+
+
+def test_history_comes_back(tmp_path):
+    history = History(settings={"method": "cats"}, environment={"device": "x"}, points=POINTS)
+    history.save(tmp_path / "h.jsonl")
+    assert History.load(tmp_path / "h.jsonl") == history
+    history.complete = True
+    history.save(tmp_path / "h.jsonl")
+    assert History.load(tmp_path / "h.jsonl").complete
+
+
+BAD = {
+    "other file": '{"benchmark": "mlp"}\n',
+    "newer": '{"kind": "finetuning", "version": 9, "settings": {}, "environment": {}}\n',
+    "not json": "hello\n",
+    "other points": '{"kind": "finetuning", "version": 1, "settings": {}, "environment": {}}\n'
+    '{"steps": 1}\n',
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("text", BAD.values(), ids=BAD)
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "h.jsonl").write_text(text)
+    with pytest.raises(FormatError, match=r"h\.jsonl"):
+        History.load(tmp_path / "h.jsonl")
+
+
+def test_missing_file_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError):
+        History.load(tmp_path / "absent.jsonl")
