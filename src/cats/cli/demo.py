@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cats.cli import options
+
+if TYPE_CHECKING:
+    from cats.results import Result
+
+# Rows of a batch whose activations are drawn: unions over up to eight tokens are measured.
+_PROFILED = 8
 
 
 def demo(
@@ -26,6 +32,12 @@ def demo(
     ] = "smollm2",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the results as JSON, and report.html made of them."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Calibrate SmolLM2-135M-Instruct, and compare dense and sparse: quality, text, speed.
@@ -35,14 +47,32 @@ def demo(
     from cats.config import check_target
 
     check_target(sparsity)
+    if output is not None:
+        options.check_output(output / "report.html")
+        _check_plots()
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
-    report = _run(
-        loaded, tokenizer, sparsity, text, tokens, eval_tokens, prompt, max_new_tokens, seed
-    )
+    report, profiles = _run(
+        loaded, tokenizer, sparsity, text, tokens, eval_tokens, prompt, max_new_tokens, seed,
+        profiled=output is not None,
+    )  # fmt: skip
+    report = {"model": model, "text": options.describe_texts(text), **report}
+    if output is not None:
+        _write(output, report, profiles)
     if as_json:
         options.print_json(report)
     else:
-        _print(report, text)
+        _print(report)
+        if output is not None:
+            options.out.print(f"wrote {output / 'report.html'}", markup=False)
+
+
+def _check_plots() -> None:
+    from importlib.util import find_spec
+
+    from cats.errors import DataError
+
+    if find_spec("matplotlib") is None:
+        raise DataError("a report needs matplotlib: pip install 'cats-llm[report]'")
 
 
 def _run(
@@ -55,10 +85,17 @@ def _run(
     prompt: str,
     max_new_tokens: int,
     seed: int,
-) -> dict[str, Any]:
+    *,
+    profiled: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was measured; and, where asked for, dense and sparse activations."""
+    import torch
+
     from cats.apply import sparsify_
     from cats.calibration import calibrate
     from cats.cli.calibrate import split
+    from cats.evaluation.profile import profile
+    from cats.evaluation.traffic import mean_share, neuron_share, token_bytes
     from cats.fusion import fuse_
     from cats.metrics import perplexity, perplexity_and_sparsity
 
@@ -67,8 +104,14 @@ def _run(
     )
     config = calibrate(model, options.progress(blocks, "calibrating"), target_sparsity=sparsity)
     answer = partial(_answer, model, tokenizer, prompt, max_new_tokens)
+    profiles = {}
+    seen = [torch.cat(held_out)[:_PROFILED]] if profiled else []
+    if seen:
+        profiles["dense"] = profile(model, options.progress(seen, "activations"))
     dense = {
         "perplexity": perplexity(model, options.progress(held_out, "dense perplexity")),
+        "mlp_share": 1.0,
+        "token_bytes": token_bytes(model, 1.0),
         "transformers_tokens_per_second": _plain_speed(model, tokenizer, prompt, max_new_tokens),
         **answer("dense answer"),
     }
@@ -76,14 +119,23 @@ def _run(
     sparse_perplexity, realized = perplexity_and_sparsity(
         model, options.progress(held_out, "CATS perplexity")
     )
+    share = mean_share(model, {name: neuron_share(s) for name, s in realized.items()})
+    read = token_bytes(model, share)
+    if seen:
+        profiles["cats"] = profile(model, options.progress(seen, "activations"))
     plain = _plain_speed(model, tokenizer, prompt, max_new_tokens)
     fuse_(model)
     sparse = {
         "perplexity": sparse_perplexity,
+        "mlp_share": share,
+        "token_bytes": read,
         "transformers_tokens_per_second": plain,
         **answer("CATS answer"),
     }
     return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "block": held_out[0].shape[1],
         "seed": seed,
         "target_sparsity": sparsity,
         "calibration_tokens": config.calibration_tokens,
@@ -94,7 +146,69 @@ def _run(
         "prompt": prompt,
         "dense": dense,
         "cats": sparse,
-    }
+    }, profiles
+
+
+def _write(folder: Path, report: dict[str, Any], profiles: dict[str, Any]) -> None:
+    """Results and profiles of this run in the place of those of an earlier one, and the page."""
+    from cats.report import Material, write_page
+    from cats.storage import replacing
+
+    with replacing(folder / "results.jsonl") as temporary:
+        temporary.write_text("".join(r.to_json() + "\n" for r in _results(report)))
+    about = {key: report[key] for key in ("model", "text", "block")}
+    sparse = {"method": "cats", "target_sparsity": report["target_sparsity"]}
+    files = [folder / "results.jsonl"]
+    for name, found in profiles.items():
+        files.append(folder / f"profile-{name}.json")
+        found.save(files[-1], **about, cats=sparse if name == "cats" else None)
+    write_page(
+        Material.read(files), folder / "report.html", title=f"CATS on {report['model']}: a demo"
+    )
+
+
+def _results(report: dict[str, Any]) -> list[Result]:
+    """Perplexity, and the time of a token through both loops, dense and sparse."""
+    from cats.results import Result, environment
+
+    where = environment(report["device"])
+    target = report["target_sparsity"]
+    dropped = sum(report["realized_sparsity"].values()) / len(report["realized_sparsity"])
+    common = {key: report[key] for key in ("model", "dtype", "seed", "calibration_tokens")}
+
+    def result(benchmark: str, quantity: str, value: float, unit: str, **more: Any) -> Result:
+        return Result(
+            benchmark=benchmark, quantity=quantity, value=value, unit=unit, low=value, high=value,
+            samples=1, settings=common | more, environment=where,
+        )  # fmt: skip
+
+    found = []
+    for name, sparsity in (("dense", 0.0), ("cats", target)):
+        row = report[name]
+        found.append(
+            result(
+                "perplexity", "perplexity", row["perplexity"], "",
+                variant=name if name == "dense" else f"cats-{target * 100:g}", method=name,
+                target_sparsity=sparsity or None, realized_sparsity=dropped if sparsity else None,
+                text=f"{report['text']}, held out", tokens=report["held_out_tokens"],
+                block=report["block"], mlp_share=row["mlp_share"], token_bytes=row["token_bytes"],
+                calibration_hash=report["calibration_hash"],
+            )
+        )  # fmt: skip
+        speeds = {
+            f"cats.generate, {row['engine']}": row["tokens_per_second"],
+            "model.generate": row["transformers_tokens_per_second"],
+        }
+        # an answer of one token has no step to time
+        found += [
+            result(
+                "demo", "time", 1e3 / speed, "ms", variant=loop, sparsity=sparsity,
+                realized_sparsity=dropped if sparsity else 0.0, prompt=report["prompt"],
+            )
+            for loop, speed in speeds.items()
+            if speed > 0
+        ]  # fmt: skip
+    return found
 
 
 def _answer(
@@ -124,7 +238,7 @@ def _plain_speed(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -
     return tokens_per_second(run.times)
 
 
-def _print(report: dict[str, Any], text: list[Path] | None) -> None:
+def _print(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.panel import Panel
     from rich.table import Table
@@ -160,7 +274,7 @@ def _print(report: dict[str, Any], text: list[Path] | None) -> None:
     )
     out.print(
         f"calibrated on {report['calibration_tokens']:,} tokens and measured on "
-        f"{report['held_out_tokens']:,} held-out tokens of {options.describe_texts(text)}, "
+        f"{report['held_out_tokens']:,} held-out tokens of {report['text']}, "
         f"seed {report['seed']}",
         style="dim",
     )

@@ -1,0 +1,29 @@
+import pytest
+
+from cats.report import Material
+
+SMALL = ("--max-new-tokens", 4, "--tokens", 1024, "--eval-tokens", 1024)
+
+
+def test_demo_compares_dense_and_sparse(command_json, checkpoint, text):
+    report = command_json("demo", "--model", checkpoint, "--text", text, *SMALL)
+    assert report["cats"]["token_bytes"] < report["dense"]["token_bytes"]
+    assert report["dense"]["tokens_per_second"] > 0
+    assert report["target_sparsity"] == 0.5
+
+
+def test_demo_ends_in_a_page_of_what_it_measured(command, checkpoint, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "demo"
+    code, out, err = command("demo", "--model", checkpoint, "--text", text, *SMALL, "-o", folder)
+    assert code == 0, err
+    assert "report.html" in out
+    material = Material.read([folder])
+    (perplexities,) = material.perplexities().values()
+    assert [r.settings["variant"] for r in perplexities] == ["dense", "cats-50"]
+    (times,) = material.times().values()
+    assert len(times) == 4
+    assert len(material.profiles) == 2
+    page = (folder / "report.html").read_text("utf-8")
+    assert "<svg" in page
+    assert f"{perplexities[1].value:.3f}" in page
