@@ -64,7 +64,7 @@ def run(folder, output, batch_size, *, processes=1, script="run.py", environment
          "finetune", folder / "model", "-o", output, "--text", folder / "text.txt",
          "--eval-text", f"text={folder / 'text.txt'}", "--eval-tokens", "320", "--block", "32",
          "--calibration-tokens", "512", "--steps", "4", "--eval-every", "2", "--save-every", "2",
-         "--eval-batch-size", "3", "--lr", "1e-2", "--rank", "4", "--dropout", "0",
+         "--eval-batch-size", "4", "--lr", "1e-2", "--rank", "4", "--dropout", "0",
          "--batch-size", str(batch_size), "--distillation", "0.5", *more],
         env=ENVIRONMENT | (environment or {}), check=True, capture_output=True,
     )  # fmt: skip

@@ -140,7 +140,7 @@ def _generate(
     with evaluating(model), torch.no_grad():
         output = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, use_cache=True,
-            max_new_tokens=max_new_tokens, pad_token_id=padding,
+            max_new_tokens=max_new_tokens, pad_token_id=padding, eos_token_id=end,
         )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
     return texts

@@ -101,8 +101,9 @@ def _dense_first(results: Iterable[Result]) -> list[Result]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        # the answers behind the results are no results
-        results = [p for p in path.rglob("*.jsonl") if "answers" not in p.relative_to(path).parts]
+        # neither the answers behind the results nor the histories of fine-tuning are results
+        others = {"answers", "finetune"}
+        results = [p for p in path.rglob("*.jsonl") if not others & {*p.relative_to(path).parts}]
         return sorted([*results, *path.rglob("profile*.json")])
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
