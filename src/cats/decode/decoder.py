@@ -338,9 +338,20 @@ def _fingerprint(model: nn.Module) -> Hashable:
     return modules, tensors, getattr(config, "_attn_implementation", None)
 
 
+# What every module has, but for its mode.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
 def _settings(module: nn.Module) -> Hashable:
     """Attributes that are numbers, texts, or lists and dictionaries of these."""
-    return tuple((name, repr(v)) for name, v in vars(module).items() if _is_plain(v))
+    found: list[tuple[str, Hashable]] = []
+    # called for every module before each generation: nothing is built for what does not count
+    for name, value in vars(module).items():
+        if value is None or type(value) in (bool, int, float, str):
+            found.append((name, value))
+        elif name not in _OF_EVERY_MODULE and _is_plain(value):
+            found.append((name, repr(value)))
+    return tuple(found)
 
 
 def _is_plain(value: object) -> bool:
