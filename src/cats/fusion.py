@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats.errors import BackendError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, keep_mask
 from cats.mlp import CatsActivation, GatedMLP, activation_kind, find_gated_mlps, probe_inputs
-from cats.ops import BACKENDS, call, dense
+from cats.ops import BACKENDS, call, checked, dense, is_unwatched
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +54,8 @@ class FusedGatedMLP(nn.Module):
         self.activation_name = mlp.activation_name
         self.activation = _sparse_activation(mlp)
         self.intermediate_size = mlp.intermediate_size
+        self._checked: Hashable = None
+        self._function: Callable[..., Tensor] = call
         self._original = [mlp.module]  # in a list, so that its weights are not registered twice
         for name, child in mlp.module.named_children():
             self.add_module(name, child)
@@ -66,12 +68,22 @@ class FusedGatedMLP(nn.Module):
         return self._original[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self._linears()
-        out = call(
-            x.reshape(-1, x.shape[-1]), *self._weights(gate, up, down), self.thresholds,
-            self.activation, "gate", *self._biases(gate, up, down), None, self.backend,
+        gate, up, down, *biases = self.operands()
+        thresholds = self._buffers["thresholds"]
+        assert thresholds is not None
+        rest = thresholds, self.activation, "gate", *biases, None
+        rows = x.reshape(-1, x.shape[-1])
+        if not is_unwatched(rows):
+            return call(rows, gate, up, down, *rest, self.backend).view(x.shape)
+        # what was checked for these very tensors need not be checked again
+        key = (
+            rows.shape, rows.dtype, gate.shape, gate.dtype, gate.data_ptr(), up.data_ptr(),
+            down.data_ptr(), thresholds.data_ptr(), rows.data_ptr() % 16,
         )  # fmt: skip
-        return out.view(x.shape)
+        if key != self._checked:
+            self._function = checked(rows, gate, up, down, *rest, self.backend)
+            self._checked = key
+        return self._function(rows, gate, up, down, *rest).view(x.shape)
 
     def kept(self, x: Tensor) -> Tensor:
         """Which neurons a kernel keeps, ``[..., F]``: it compares the gate before rounding it."""
@@ -81,6 +93,11 @@ class FusedGatedMLP(nn.Module):
         g = nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
         a = ACTIVATIONS[self.activation](g)
         return keep_mask(a, self.thresholds) & (a != 0)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]:
+        """Gate, up and down as the operator takes them, then their biases."""
+        linears = self._linears()
+        return *self._weights(*linears), *self._biases(*linears)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend}"
@@ -102,14 +119,22 @@ class FusedGatedMLP(nn.Module):
     def _weights(
         self, gate: nn.Linear, up: nn.Linear, down: nn.Linear
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return (*_halves(self.layout, gate.weight, up.weight), down.weight)
+        # not as attributes, which a module looks up in Python
+        gate_weight, up_weight = gate._parameters["weight"], up._parameters["weight"]
+        down_weight = down._parameters["weight"]
+        assert gate_weight is not None
+        assert up_weight is not None
+        assert down_weight is not None
+        return (*_halves(self.layout, gate_weight, up_weight), down_weight)
 
     def _biases(
         self, gate: nn.Linear, up: nn.Linear, down: nn.Linear
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if gate is up and gate.bias is not None:
-            return (*_halves(self.layout, gate.bias, up.bias), down.bias)
-        return gate.bias, up.bias, down.bias
+        gate_bias: Tensor | None = gate._parameters["bias"]
+        up_bias: Tensor | None = up._parameters["bias"]
+        if gate is up and gate_bias is not None:
+            gate_bias, up_bias = _halves(self.layout, gate_bias, gate_bias)
+        return gate_bias, up_bias, down._parameters["bias"]
 
     def _expand_thresholds(self) -> None:
         act = self._modules[self.activation_name]

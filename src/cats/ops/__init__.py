@@ -9,6 +9,7 @@ A backend is a module beside this one with three functions:
 
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -100,12 +101,41 @@ def call(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Tenso
     ):
         recorded: Any = _NoGradient
         out: Tensor = recorded.apply(operator, x, gate, up, down, *rest)
-    elif x.is_cuda and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
-        # nothing watches: a trip through the dispatcher and back to Python takes 25 microseconds
-        out = _gated_mlp(x, gate, up, down, *rest)
     else:
         out = operator(x, gate, up, down, *rest)
     return out
+
+
+def is_unwatched(x: Tensor) -> bool:
+    """Whether a kernel may be called directly: on a GPU, and nothing records, traces or compiles.
+
+    A trip through the dispatcher and back to Python takes 25 microseconds.
+    """
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Callable[..., Tensor]:
+    """The function of the backend for a call, all arguments by position, ``backend`` the last.
+
+    It takes what comes before ``backend``, also with other values in the tensors.
+
+    Raises:
+        ShapeError: If a shape, dtype or layout does not fit.
+        BackendError: If a backend is named and cannot run this call.
+    """
+    *operands, backend = rest
+    _check(x, gate, up, down, *operands)
+    if backend == "auto":
+        backend = backend_for(x, gate, up, down)
+    else:
+        _require(backend, x, gate, up, down)
+    function: Callable[..., Tensor] = _module(backend).gated_mlp
+    return function
 
 
 def backends() -> dict[str, str]:
@@ -215,12 +245,7 @@ def _gated_mlp(
     backend: str = "auto",
 ) -> Tensor:
     rest = (thresholds, activation, router, gate_bias, up_bias, down_bias, product_thresholds)
-    _check(x, gate, up, down, *rest)
-    if backend == "auto":
-        backend = backend_for(x, gate, up, down)
-    else:
-        _require(backend, x, gate, up, down)
-    out: Tensor = _module(backend).gated_mlp(x, gate, up, down, *rest)
+    out: Tensor = checked(x, gate, up, down, *rest, backend)(x, gate, up, down, *rest)
     return out
 
 
