@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cats.decode.engines import Engine, make_engine, window_of
+from cats.decode.capture import window_of
+from cats.decode.engines import Engine, check_engine, make_engine
 from cats.decode.inputs import Prompts, batch_of
 from cats.decode.options import Options, resolve
 from cats.decode.state import State
@@ -41,7 +42,7 @@ def generate(
         inputs: Token ids ``[B, T]``, what a tokenizer returns, or lists of ids; with a tokenizer
             also texts.
         attention_mask: ``[B, T]``, for prompts padded on the left.
-        engine: ``"auto"``, ``"eager"`` or ``"compiled"``.
+        engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         tokenizer: Needed for ``stop_strings`` and for texts.
         callback: Called with each step's tokens, ``[B]``, int64 on the CPU.
         **options: As in transformers' ``GenerationConfig``, from which the rest comes:
@@ -79,14 +80,14 @@ class Decoder:
                 are seen. Two ways to write are not, since torch keeps no account of them:
                 in place through ``weight.data``, and through memory shared with NumPy. Call
                 :meth:`reset` after those; the next prompt then runs whole.
-            engine: ``"auto"``, ``"eager"`` or ``"compiled"``.
+            engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         """
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "get_text_config"):
             raise UnsupportedModelError(
                 f"expected a Hugging Face causal model, got {type(model).__name__}"
             )
-        make_engine(engine, _device(model))  # a wrong name is an error now
+        check_engine(engine)
         self.model = model
         self._config: Any = config.get_text_config(decoder=True)
         self._engine_name = engine
@@ -317,7 +318,9 @@ def _engine(model: nn.Module, name: str) -> Engine:
     engines = _ENGINES.setdefault(model, {})
     marks = _fingerprint(model)
     if name not in engines or engines[name][0] != marks:
-        engines[name] = marks, make_engine(name, _device(model))
+        engine = make_engine(name, model)
+        # an engine may lay out weights anew
+        engines[name] = _fingerprint(model), engine
     return engines[name][1]
 
 
@@ -360,7 +363,3 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple | set):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from cats.decode.blocks import compile_blocks
+from cats.decode.capture import (
+    capture,
+    graph_key,
+    must_be_deterministic,
+    window_of,
+    windows_of,
+)
 from cats.decode.forward import (
     StepFunction,
     prefill,
@@ -22,24 +28,23 @@ from cats.decode.forward import (
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.errors import BackendError, ConfigError
+from cats.ops import cuda
 
-ENGINES = ("eager", "compiled")
-
-
-# Slots that a masked step reads: the smallest of these, doubled as often as needed.
-_SMALLEST_WINDOW = 256
+ENGINES = ("eager", "compiled", "stream")
 
 
 class Engine(Protocol):
     """What the decode loop asks of an engine.
 
     Attributes:
-        name: As given to :class:`cats.Decoder`.
         lag: Steps that may be started before the tokens of an earlier one are read.
     """
 
-    name: str
     lag: int
+
+    @property
+    def name(self) -> str:
+        """As given to :class:`cats.Decoder`."""
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -83,7 +88,7 @@ class EagerEngine:
         unmasked = state.batch, "unmasked"
         if unmasked not in self._steps:
             self._steps[unmasked] = _traced(model, lambda: trace_unmasked(model, state))
-        for window in _windows(state, lengths):
+        for window in windows_of(state, lengths):
             key = state.batch, state.capacity, window
             if self._unmasked(state, min(window, lengths[-1])) is None and key not in self._steps:
                 trace = partial(trace_window, model, state, window)
@@ -126,24 +131,18 @@ class CompiledEngine:
         return state.advance(prefill(model, state, ids, start), options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
-        for window in _windows(state, lengths):
-            key, graph = (state.batch, state.capacity, window), _graph_key(window, options)
-            try:
-                if key not in self._steps:
-                    self._steps[key] = _compiled(model, state, window)
-                if state.device.type == "cuda" and graph not in state.captured:
-                    state.captured[graph] = _capture(self._steps[key], state, options)
-            except torch.cuda.OutOfMemoryError as error:
-                state.captured.clear()
-                raise BackendError(
-                    f"out of memory while a step over {window} slots was prepared: use a shorter "
-                    "context, a smaller batch, or engine='eager'"
-                ) from error
+        for window in windows_of(state, lengths):
+            key = state.batch, state.capacity, window
+            if key not in self._steps:
+                self._steps[key] = _compiled(model, state, window)
+            graph, step = graph_key(self.name, window, options), self._steps[key]
+            if state.device.type == "cuda" and graph not in state.captured:
+                state.captured[graph] = capture(partial(_run, step, state), state, options)
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
         if state.device.type == "cuda":
-            graph, chosen = state.captured[_graph_key(window, options)]
+            graph, chosen = state.captured[graph_key(self.name, window, options)]
             graph.replay()
             out: Tensor = chosen
             return out
@@ -154,35 +153,93 @@ class CompiledEngine:
         self._steps.clear()
 
 
-def window_of(length: int, capacity: int | None = None) -> int:
-    """Slots that a masked step reads for ``length`` tokens a row."""
-    window = _SMALLEST_WINDOW
-    while window < length:
-        window *= 2
-    return window if capacity is None else min(window, capacity)
+class AutoEngine:
+    """On a GPU: ``stream`` for what it takes, ``compiled`` for the rest.
+
+    Attributes:
+        refusal: Why ``stream`` does not run this model; None where it does.
+    """
+
+    lag = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.refusal: str | None = None
+        self._stream: Engine | None = None
+        try:
+            self._stream = _stream_engine(model)
+        except BackendError as error:
+            self.refusal = str(error)
+        self._compiled = CompiledEngine(_device(model))
+
+    @property
+    def name(self) -> str:
+        """Of the engine that runs one row without padding."""
+        return self._compiled.name if self._stream is None else self._stream.name
+
+    def prefill(
+        self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
+    ) -> Tensor:
+        return self._engine(state).prefill(model, state, ids, start, options)
+
+    def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
+        self._engine(state).prepare(model, state, lengths, options)
+
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+        return self._engine(state).step(model, state, length, options)
+
+    def reset(self) -> None:
+        self._compiled.reset()
+
+    def _engine(self, state: State) -> Engine:
+        alone = state.batch == 1 and not state.padded and not must_be_deterministic()
+        return self._stream if self._stream is not None and alone else self._compiled
 
 
-def make_engine(name: str, device: torch.device) -> Engine:
-    """The engine of that name; ``auto`` compiles on a GPU and runs eagerly elsewhere.
+def make_engine(name: str, model: nn.Module) -> Engine:
+    """The engine of that name for a model.
+
+    ``auto`` runs eagerly on a CPU; on a GPU it is :class:`AutoEngine`.
 
     Raises:
         ConfigError: If there is no such engine.
+        BackendError: If ``stream`` was asked for and cannot run the model.
     """
-    if name == "auto":
-        name = "compiled" if device.type == "cuda" else "eager"
-    if name == "eager":
+    check_engine(name)
+    device = _device(model)
+    if name == "eager" or (name == "auto" and device.type != "cuda"):
         return EagerEngine()
     if name == "compiled":
         return CompiledEngine(device)
-    raise ConfigError(f"engine must be auto or one of {', '.join(ENGINES)}; got {name!r}")
+    return _stream_engine(model) if name == "stream" else AutoEngine(model)
+
+
+def check_engine(name: str) -> None:
+    """
+    Raises:
+        ConfigError: If there is no such engine.
+    """
+    if name != "auto" and name not in ENGINES:
+        raise ConfigError(f"engine must be auto or one of {', '.join(ENGINES)}; got {name!r}")
+
+
+def _stream_engine(model: nn.Module) -> Engine:
+    reason = cuda.unavailable()
+    if reason is None and _device(model).type != "cuda":
+        reason = f"the model is on {_device(model)}"
+    if reason is not None:
+        raise BackendError(f"the engine stream cannot run: {reason}")
+    # needs the packages whose absence `unavailable` reports
+    from cats.decode.stream.engine import StreamEngine
+
+    return StreamEngine(model)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _has_hooks(model: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def _windows(state: State, lengths: range) -> list[int]:
-    return sorted({window_of(length, state.capacity) for length in lengths})
 
 
 def _traced(model: nn.Module, trace: Callable[[], StepFunction | None]) -> StepFunction | None:
@@ -213,32 +270,9 @@ def _compiled(model: nn.Module, state: State, window: int) -> StepFunction:
     return graph
 
 
+def _run(step: StepFunction, state: State) -> Tensor:
+    return step(*step_inputs(state))
+
+
 def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
     return torch.compile(graph, fullgraph=True, dynamic=False)
-
-
-def _graph_key(window: int, options: Options) -> tuple[int, Options]:
-    """What a captured step depends on: not the seed, nor what the host looks at."""
-    return window, replace(options, seed=None, max_new_tokens=1, stop_strings=())
-
-
-def _capture(
-    step: StepFunction, state: State, options: Options
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A CUDA graph of a step and the choice of its token, and the buffer of the chosen, ``[B]``."""
-    before = [t.clone() for t in state.moving()]
-    draws = state.generator.get_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # allocates what libraries keep, which a capture must not do
-        state.advance(step(*step_inputs(state)), options)
-    torch.cuda.current_stream().wait_stream(stream)
-    for tensor, old in zip(state.moving(), before, strict=True):
-        tensor.copy_(old)
-    state.generator.set_state(draws)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(state.generator)
-    with torch.cuda.graph(graph):
-        chosen = state.advance(step(*step_inputs(state)), options)
-    return graph, chosen

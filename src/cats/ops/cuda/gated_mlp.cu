@@ -20,8 +20,13 @@
 // Weights depend on nothing, so where the kernel before this one is known to write none, the ring is filled before that
 // kernel has ended. All else waits for its end.
 //
-// The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES and SHARED_BYTES.
+// In a chain of launches that is a whole token (RESIDUAL), x is the norm of the residual stream and the output is added
+// to it: no sums to convert, no workspace to clean.
+//
+// The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES, SHARED_BYTES and
+// RESIDUAL.
 #include "primitives.cuh"
+#include "residual.cuh"
 
 #define SILU 0
 #define GELU 1
@@ -72,6 +77,7 @@ struct Arguments {
     int short_rows;
     int gate_is_router;
     int request_early;                 // the kernel before this one writes no weights
+    Residual residual;                 // in place of x, for RESIDUAL; then `out` is null, and `sums` [D] is added to
 };
 
 // Counters: the next run of router rows, then arrivals of blocks, one counter a warp and a team of TEAM blocks.
@@ -287,8 +293,12 @@ struct Worker {
           warp(thread / 32) {}
 
     __device__ void run() {
-        wait_for_previous_kernel();
-        load_x();
+        if (RESIDUAL) {
+            load_residual();
+        } else {
+            wait_for_previous_kernel();
+            load_x();
+        }
         for (int chunk = 0, parity = 0;; chunk = chunk + 1 == CHUNKS ? (parity ^= 1, 0) : chunk + 1) {
             barrier_wait(&shared.full[chunk], parity);
             int kind = shared.kind[chunk];
@@ -307,7 +317,8 @@ struct Worker {
         if (GROUPS > 1) share_sums();
         // a group that shares no vector has nothing to add
         if (group >= VECTORS) return;
-        if (a.partials) finish_in_order();
+        if (RESIDUAL) each_four(true, [&](int at, float* v) { add_to_global(a.sums + at, v); });
+        else if (a.partials) finish_in_order();
         else finish();
     }
 
@@ -340,6 +351,23 @@ struct Worker {
 #pragma unroll
                 for (int i = 0; i < VECTOR; ++i) y[b][v * VECTOR + i] = 0.f;
             }
+    }
+
+    __device__ void load_residual() {
+#if RESIDUAL
+        static_assert(BATCH == 1 && COPIES == 1);
+        // no dot product is there yet
+        Team team{&shared.dots[0][0][0][0], warp, WARPS, 2 + group};
+        Columns<HIDDEN, WORKERS> columns{thread};
+        load_normed(a.residual, columns, team, a.request_early, blockIdx.x == 0 && group == 0, x[0]);
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            // as the layers of a model see it
+            unpack(pack(&x[0][v * VECTOR]), &x[0][v * VECTOR]);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) y[0][v * VECTOR + i] = 0.f;
+        }
+#endif
     }
 
     template <int N>

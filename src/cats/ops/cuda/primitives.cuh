@@ -107,6 +107,24 @@ __device__ __forceinline__ void copy_rows(char* target, const char* source, int 
 #endif
 }
 
+// Copies `bytes`, a multiple of 16, from one place; the arguments are the same in all lanes.
+__device__ __forceinline__ void copy_bytes(char* target, const char* source, int bytes, uint64* barrier) {
+#if HAS_BULK_COPY
+    if (threadIdx.x % 32 == 0)
+        asm volatile(
+            "{ .reg .b64 policy;"
+            "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+            "  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3],"
+            "  policy; }" ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier))
+            : "memory");
+#else
+    for (int byte = threadIdx.x % 32 * 16; byte < bytes; byte += 32 * 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target) + byte), "l"(source + byte)
+                     : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
 // ---- dependent launch
 
 // Waits until the kernel before this one on the stream is complete and its writes are visible.
@@ -258,4 +276,15 @@ __device__ __forceinline__ uint32 load_element_from_l2(const char* source) {
                  : "=r"(word) : "l"(source) : "memory");
 #endif
     return word;
+}
+
+__device__ __forceinline__ void store_element(char* target, float value) {
+    float values[2] = {value, 0.f};
+    uint32 word = pack_word(values);
+#if DTYPE == FLOAT32
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(target), "r"(word) : "memory");
+#else
+    asm volatile("{ .reg .b16 half; cvt.u16.u32 half, %1; st.global.u16 [%0], half; }" ::"l"(target), "r"(word)
+                 : "memory");
+#endif
 }

@@ -6,11 +6,11 @@ from functools import cache
 
 import torch
 
-__all__ = ["MAX_BATCH", "VECTOR_BYTES", "Variant", "shared_memory", "variant_for"]
+__all__ = ["DTYPES", "MAX_BATCH", "VECTOR_BYTES", "Variant", "shared_memory", "variant_for"]
 
 MAX_BATCH = 2
 VECTOR_BYTES = 16
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _COPIES = 2
 _MAX_VECTORS_PER_THREAD = 4
@@ -36,6 +36,7 @@ class Variant:
         warps: Worker warps of a group.
         copies: Copies of the sums that blocks add to.
         shared_bytes: Shared memory of a block.
+        residual: Whether it reads the norm of a residual stream and adds to it.
     """
 
     hidden: int
@@ -48,6 +49,7 @@ class Variant:
     warps: int
     copies: int
     shared_bytes: int
+    residual: bool = False
 
     @property
     def threads(self) -> int:
@@ -57,7 +59,7 @@ class Variant:
     def defines(self) -> dict[str, int]:
         """The macros that ``gated_mlp.cu`` expects."""
         return {
-            "DTYPE": _DTYPES[self.dtype],
+            "DTYPE": DTYPES[self.dtype],
             "HIDDEN": self.hidden,
             "BATCH": self.batch,
             "ACTIVATION": _ACTIVATIONS[self.activation],
@@ -67,6 +69,7 @@ class Variant:
             "WARPS": self.warps,
             "COPIES": self.copies,
             "SHARED_BYTES": self.shared_bytes,
+            "RESIDUAL": int(self.residual),
         }
 
 
@@ -83,7 +86,13 @@ def _chunk_bytes(rows: int, row_bytes: int, batch: int, warps: int) -> int:
 
 @cache
 def variant_for(
-    hidden: int, dtype: torch.dtype, batch: int, activation: str, *, shared_limit: int
+    hidden: int,
+    dtype: torch.dtype,
+    batch: int,
+    activation: str,
+    *,
+    shared_limit: int,
+    residual: bool = False,
 ) -> Variant | None:
     """The variant for a call on a GPU with ``shared_limit`` bytes of shared memory a block.
 
@@ -116,6 +125,7 @@ def variant_for(
         rows=rows,
         chunks=chunks,
         warps=warps,
-        copies=_COPIES,
+        copies=1 if residual else _COPIES,
         shared_bytes=groups * (chunks * _chunk_bytes(rows, row_bytes, batch, warps) + _QUEUE_BYTES),
+        residual=residual,
     )

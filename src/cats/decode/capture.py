@@ -1,0 +1,80 @@
+"""Steps in CUDA graphs: one for each window of the cache, however many slots of it are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cats.decode.options import Options
+from cats.decode.state import State
+from cats.errors import BackendError
+
+# Slots that a masked step reads: the smallest of these, doubled as often as needed.
+_SMALLEST_WINDOW = 256
+
+
+def window_of(length: int, capacity: int | None = None) -> int:
+    """Slots that a masked step reads for ``length`` tokens a row."""
+    window = _SMALLEST_WINDOW
+    while window < length:
+        window *= 2
+    return window if capacity is None else min(window, capacity)
+
+
+def windows_of(state: State, lengths: range) -> list[int]:
+    """The windows of steps at these lengths."""
+    return sorted({window_of(length, state.capacity) for length in lengths})
+
+
+def must_be_deterministic() -> bool:
+    """Whether ``torch.use_deterministic_algorithms`` makes other sums than in order an error."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
+def graph_key(engine: str, window: int, options: Options) -> Hashable:
+    """What a captured step depends on: not the seed, nor what the host looks at."""
+    return engine, window, replace(options, seed=None, max_new_tokens=1, stop_strings=())
+
+
+def capture(
+    step: Callable[[], Tensor], state: State, options: Options
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of a step and the choice of its token, and the buffer of the chosen, ``[B]``.
+
+    Args:
+        step: Runs the newest tokens; returns logits ``[B, V]``.
+        state: The conversation whose buffers it reads and writes.
+        options: What decides about the token.
+
+    Raises:
+        BackendError: If the GPU's memory does not suffice.
+    """
+    before = [t.clone() for t in state.moving()]
+    draws = state.generator.get_state()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            # allocates what libraries keep, which a capture must not do
+            state.advance(step(), options)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, old in zip(state.moving(), before, strict=True):
+            tensor.copy_(old)
+        state.generator.set_state(draws)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(state.generator)
+        with torch.cuda.graph(graph):
+            chosen = state.advance(step(), options)
+    except torch.cuda.OutOfMemoryError as error:
+        state.captured.clear()
+        raise BackendError(
+            "out of memory while a step was captured: use a shorter context, a smaller batch, or "
+            "engine='eager'"
+        ) from error
+    return graph, chosen

@@ -1,0 +1,6 @@
+"""The stream engine: a token as a chain of few launches a layer, each a stream of weights.
+
+``spec.py`` reads the layers of a model, ``chain.py`` lays out buffers and launches, ``probe.py``
+shows that these compute what the layers compute, ``engine.py`` puts them behind the decode loop.
+The kernels are in ``cats/ops/cuda``; docs/kernels.md follows a token through them.
+"""

@@ -1,0 +1,347 @@
+"""The launches of one token of a conversation, and the buffers between them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cats.decode.state import State
+from cats.decode.stream.spec import LayerSpec, Matrix, ModelSpec
+from cats.errors import UnsupportedModelError
+from cats.ops.cuda.function import Function
+from cats.ops.cuda.kernel import shares_of
+from cats.ops.cuda.variant import DTYPES, VECTOR_BYTES, shared_memory, variant_for
+
+# The structs of the sources.
+_RESIDUAL = struct.Struct("5Q2f")
+_LINEAR = struct.Struct("48s10Q4i")
+_ATTENTION = struct.Struct("12Q3i4f4x")
+_MLP = struct.Struct("13Q6i48s")
+
+_WARPS = 8
+_PART_BYTES = 8192
+_MAX_STAGES = 8
+# Shared memory that a ring leaves to the block of attention beside it, and to the system.
+_SPARE_BYTES = 24 * 1024
+_MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
+_MAX_HEAD = 256
+_SLOTS_A_SPLIT = 64
+_TICKET_STRIDE = 32  # a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: what it reads and writes is in its arguments; their last flag is ``early``."""
+
+    function: Function
+    arguments: bytes
+    blocks: int
+    columns: int = 1
+
+
+class Chain:
+    """All launches of a token at one capacity of the cache, over buffers of its own.
+
+    Attributes:
+        residual: The residual stream, ``[D]``, float32: the embedding before, and what the layers
+            made of it after the launches.
+        logits: ``[V]``, float32, what the last launch writes.
+    """
+
+    def __init__(self, spec: ModelSpec, state: State) -> None:
+        """
+        Args:
+            spec: The model.
+            state: A conversation of one row, whose cache holds its first tokens.
+
+        Raises:
+            UnsupportedModelError: If a shape does not fit the kernels.
+        """
+        device, D = state.device, spec.hidden_size
+        self._spec, self._state = spec, state
+        self._device = int(device.index or 0)
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        query_size = spec.heads * spec.head_size
+        self.residual, self._middle = floats(D), floats(D)
+        self._branch, self._sums = floats(D), floats(D)
+        self._qkv = floats(query_size + 2 * spec.key_heads * spec.head_size)
+        self._attended = torch.zeros(query_size, dtype=spec.dtype, device=device)
+        self.logits = floats(len(spec.head.weight))
+        self._splits = _most_splits(state.capacity, self._attention_columns, self._multiprocessors)
+        self._partials = floats(self._splits, spec.heads, spec.head_size + 2)
+        self._counters = torch.zeros(self._attention_columns, dtype=torch.int32, device=device)
+        self._tickets = torch.zeros(
+            len(spec.layers), _TICKET_STRIDE, dtype=torch.int32, device=device
+        )
+        self._rotary = {
+            kind: _rotary_table(spec, kind, state.capacity)
+            for kind in {layer.rotary for layer in spec.layers}
+        }
+
+    def run(self, window: int) -> Tensor:
+        """Launch it all on the current stream; returns logits ``[V]``.
+
+        Args:
+            window: The newest token lies in one of the first ``window`` slots.
+        """
+        self._tickets.zero_()
+        launches = [
+            launch
+            for index in range(len(self._spec.layers))
+            for launch in self._layer(index, window)
+        ]
+        self._launch([*launches, self._head()])
+        return self.logits
+
+    def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
+        """One layer alone, ``[D]``, float32, to float32."""
+        self._tickets.zero_()
+        self.residual.copy_(x)
+        layer = self._spec.layers[index]
+        self._launch(self._layer(index, window, first=True))
+        if layer.mlp_post_norm is None:
+            return self.residual.clone()
+        sums = self._sums
+        norm = sums * torch.rsqrt(sums.square().mean() + layer.epsilon)
+        return self._middle + norm * (layer.mlp_post_norm.float() + layer.weight_offset)
+
+    def _launch(self, launches: Sequence[Launch]) -> None:
+        stream = torch.cuda.current_stream(self._state.device).cuda_stream
+        for number, launch in enumerate(launches):
+            # The first follows a kernel of which nothing is known. The others follow one of this
+            # chain, none of which writes a weight or ends before all in front of it.
+            launch.function.launch(
+                launch.arguments if number else _not_early(launch),
+                blocks=launch.blocks, columns=launch.columns, stream=stream,
+                dependent=number > 0,
+            )  # fmt: skip
+
+    def _layer(self, index: int, window: int, first: bool = False) -> list[Launch]:
+        layer = self._spec.layers[index]
+        before = None if index == 0 or first else self._spec.layers[index - 1]
+        sandwich = layer.attention_post_norm is not None
+        if sandwich:
+            project = self._linear([layer.o], x=self._attended, out=self._branch, copy=self._sums)
+            into = self._normed(
+                layer, layer.mlp_norm, self.residual,
+                delta=self._branch, delta_weight=layer.attention_post_norm, total=self._middle,
+            )  # fmt: skip
+        else:
+            project = self._linear(
+                [layer.o], x=self._attended, add=self.residual, out=self._middle, copy=self.residual
+            )
+            into = self._normed(layer, layer.mlp_norm, self._middle)
+        return [
+            self._linear(
+                [layer.q, layer.k, layer.v],
+                residual=self._after(before, layer, layer.attention_norm), out=self._qkv,
+            ),
+            self._attention(index, layer, window),
+            project,
+            self._mlp(index, layer, into, self._sums if sandwich else self.residual),
+        ]  # fmt: skip
+
+    def _head(self) -> Launch:
+        spec = self._spec
+        last = spec.layers[-1]
+        return self._linear(
+            [spec.head], residual=self._after(last, last, spec.norm), out=self.logits
+        )
+
+    def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> bytes:
+        """The residual stream behind a layer, normed."""
+        if before is None or before.mlp_post_norm is None:
+            return self._normed(layer, weight, self.residual)
+        return self._normed(
+            layer, weight, self._middle,
+            delta=self._sums, delta_weight=before.mlp_post_norm, total=self.residual,
+        )  # fmt: skip
+
+    def _normed(
+        self,
+        layer: LayerSpec,
+        weight: Tensor,
+        base: Tensor,
+        *,
+        delta: Tensor | None = None,
+        delta_weight: Tensor | None = None,
+        total: Tensor | None = None,
+    ) -> bytes:
+        pointers = map(_address, (base, delta, delta_weight, total, weight))
+        return _RESIDUAL.pack(*pointers, layer.epsilon, layer.weight_offset)
+
+    def _linear(
+        self,
+        matrices: list[Matrix],
+        *,
+        out: Tensor,
+        residual: bytes | None = None,
+        x: Tensor | None = None,
+        add: Tensor | None = None,
+        copy: Tensor | None = None,
+    ) -> Launch:
+        width = matrices[0].weight.shape[1]
+        function = _linear_function(
+            self._device, width, self._spec.dtype, normed=residual is not None
+        )
+        rows = [len(matrix.weight) for matrix in matrices]
+        ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+        missing = 3 - len(rows)
+        arguments = _LINEAR.pack(
+            residual or bytes(_RESIDUAL.size),
+            _address(x),
+            *(_address(m.weight) for m in matrices), *[0] * missing,
+            *(_address(m.bias) for m in matrices), *[0] * missing,
+            _address(add), _address(out), _address(copy),
+            *ends, *[ends[-1]] * missing,
+            1,
+        )  # fmt: skip
+        return Launch(function, arguments, min(self._multiprocessors, ends[-1]))
+
+    @property
+    def _queries(self) -> int:
+        """Query heads of a key head."""
+        return self._spec.heads // self._spec.key_heads
+
+    @property
+    def _attention_columns(self) -> int:
+        return self._spec.key_heads * math.ceil(self._queries / _queries_a_block(self._queries))
+
+    def _attention(self, index: int, layer: LayerSpec, window: int) -> Launch:
+        spec, state = self._spec, self._state
+        cosines, sines = self._rotary[layer.rotary]
+        function = _attention_function(
+            self._device, spec.dtype, spec.head_size, cosines.shape[1], self._queries,
+            layer.q_norm is not None, layer.softcap > 0,
+        )  # fmt: skip
+        keys, values = state.cache.buffers()[2 * index : 2 * index + 2]
+        columns = self._attention_columns
+        splits = _most_splits(min(window, layer.window), columns, self._multiprocessors)
+        arguments = _ATTENTION.pack(
+            *map(
+                _address,
+                (
+                    self._qkv, cosines, sines, layer.q_norm, layer.k_norm, keys, values,
+                    self._attended, state.slot, state.positions, self._partials, self._counters,
+                ),
+            ),
+            spec.key_heads, state.capacity, layer.window,
+            layer.scale, layer.softcap, layer.epsilon, layer.weight_offset,
+        )  # fmt: skip
+        return Launch(function, arguments, splits, columns)
+
+    def _mlp(self, index: int, layer: LayerSpec, residual: bytes, target: Tensor) -> Launch:
+        mlp = layer.mlp
+        neurons, hidden = mlp.gate.weight.shape
+        function, variant = _mlp_function(self._device, hidden, self._spec.dtype, mlp.activation)
+        shares = shares_of(variant, neurons, self._multiprocessors, False)
+        arguments = _MLP.pack(
+            0, *map(_address, (mlp.gate.weight, mlp.up.weight, mlp.down, mlp.thresholds)), 0,
+            _address(mlp.gate.bias), _address(mlp.up.bias), 0, 0,
+            _address(target), 0, _address(self._tickets[index]),
+            neurons, shares.fixed_runs, shares.long_tickets, shares.short_rows, 1, 1,
+            residual,
+        )  # fmt: skip
+        return Launch(function, arguments, shares.blocks)
+
+
+def _not_early(launch: Launch) -> bytes:
+    """The arguments of the first launch of a chain, which is one of ``linear.cu``."""
+    return launch.arguments[:-4] + bytes(4)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _queries_a_block(queries: int) -> int:
+    """Query heads of a block, so that all blocks of a key head have about as many."""
+    return math.ceil(queries / math.ceil(queries / _MAX_QUERIES))
+
+
+def _most_splits(slots: int, columns: int, multiprocessors: int) -> int:
+    """Blocks that share the slots of a head: enough to fill the GPU, each with enough to do."""
+    return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), multiprocessors // columns))
+
+
+def _rotary_table(spec: ModelSpec, kind: str, capacity: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, ``[capacity, R]``, float32, as the model's own module computes them."""
+    rotary: Any = spec.base.rotary_emb
+    positions = torch.arange(capacity, device=spec.norm.device)[None]
+    like = torch.zeros(1, 1, 1, device=spec.norm.device)
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        cosines, sines = rotary(like, positions, kind)
+    else:
+        cosines, sines = rotary(like, positions)
+    return cosines[0].contiguous(), sines[0].contiguous()
+
+
+@cache
+def _linear_function(device: int, width: int, dtype: torch.dtype, *, normed: bool) -> Function:
+    row = width * dtype.itemsize
+    if row % VECTOR_BYTES:
+        raise UnsupportedModelError(
+            f"rows must be a multiple of {VECTOR_BYTES} bytes, {width} columns have {row}"
+        )
+    parts = math.ceil(row / _PART_BYTES)
+    part = math.ceil(row / VECTOR_BYTES / parts) * VECTOR_BYTES
+    room = shared_memory(device) - row - _SPARE_BYTES
+    stages = min(_MAX_STAGES, room // (_WARPS * part))
+    if stages < 2:
+        raise UnsupportedModelError(f"rows of {row} bytes are too long for the shared memory")
+    defines = dict(
+        DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
+        PARTS=parts,
+    )  # fmt: skip
+    # parts, x, barriers, slots, and what alignment may add
+    shared = _WARPS * stages * (part + 8) + row + 4 * _WARPS + 256
+    return Function(device, "linear", defines, threads=32 * _WARPS, shared_bytes=shared)
+
+
+@cache
+def _attention_function(
+    device: int,
+    dtype: torch.dtype,
+    head: int,
+    rotary: int,
+    queries: int,
+    head_norm: bool,
+    softcap: bool,
+) -> Function:
+    if head > _MAX_HEAD or head * dtype.itemsize % VECTOR_BYTES or rotary > head or rotary % 2:
+        raise UnsupportedModelError(
+            f"heads of {head} columns, {rotary} of them rotated: expected at most {_MAX_HEAD}, "
+            f"and a multiple of {VECTOR_BYTES} bytes"
+        )
+    defines = dict(
+        DTYPE=DTYPES[dtype], HEAD=head, ROTARY=rotary, HEADS=_queries_a_block(queries),
+        QUERIES=queries, HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
+    )  # fmt: skip
+    return Function(device, "attention", defines, threads=32 * _WARPS, shared_bytes=0)
+
+
+@cache
+def _mlp_function(
+    device: int, hidden: int, dtype: torch.dtype, activation: str
+) -> tuple[Function, Any]:
+    limit = shared_memory(device)
+    variant = variant_for(hidden, dtype, 1, activation, shared_limit=limit, residual=True)
+    if variant is None:
+        raise UnsupportedModelError(f"a hidden size of {hidden} does not fit the MLP's kernel")
+    function = Function(
+        device, "gated_mlp", variant.defines(),
+        threads=variant.threads, shared_bytes=variant.shared_bytes,
+    )  # fmt: skip
+    return function, variant

@@ -1,0 +1,100 @@
+"""The stream engine behind the interface of the decode loop."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from cats.decode.capture import (
+    capture,
+    graph_key,
+    must_be_deterministic,
+    window_of,
+    windows_of,
+)
+from cats.decode.forward import prefill
+from cats.decode.options import Options
+from cats.decode.state import State
+from cats.decode.stream.chain import Chain
+from cats.decode.stream.probe import probe
+from cats.decode.stream.spec import ModelSpec, read_spec
+from cats.errors import BackendError, UnsupportedModelError
+
+
+class StreamEngine:
+    """Kernels that stream the weights, chained over the whole token, in one CUDA graph.
+
+    One row without padding. ``down`` of each MLP is laid out column by column, in place.
+    """
+
+    name = "stream"
+    lag = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Args:
+            model: On a GPU; probed here.
+
+        Raises:
+            BackendError: If its layers are not of the common form, or differ from the kernels.
+        """
+        try:
+            self._spec = read_spec(model)
+            _lay_out(self._spec)
+            self._embedding_scale = probe(model, self._spec)
+        except (UnsupportedModelError, AttributeError) as error:
+            raise BackendError(f"the engine stream cannot run this model: {error}") from error
+
+    def prefill(
+        self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
+    ) -> Tensor:
+        return state.advance(prefill(model, state, ids, start), options)
+
+    def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
+        if state.padded or state.batch > 1 or must_be_deterministic():
+            raise BackendError(
+                "the engine stream runs one row without padding, and adds up in any order; "
+                "engine='auto' takes another engine for batches and deterministic algorithms"
+            )
+        if "chain" not in state.captured:
+            state.captured["chain"] = Chain(self._spec, state)
+        chain = state.captured["chain"]
+        for window in windows_of(state, lengths):
+            key = graph_key(self.name, window, options)
+            if key not in state.captured:
+                step = partial(self._logits, chain, state, window)
+                state.captured[key] = capture(step, state, options)
+
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+        window = window_of(length, state.capacity)
+        graph, chosen = state.captured[graph_key(self.name, window, options)]
+        graph.replay()
+        out: Tensor = chosen
+        return out
+
+    def reset(self) -> None:
+        """Nothing: all that depends on the model belongs to a conversation."""
+
+    def _logits(self, chain: Chain, state: State, window: int) -> Tensor:
+        spec, base = self._spec, self._base()
+        embedded = base.embed_tokens(state.tokens).view(-1)
+        chain.residual.copy_(embedded)
+        if self._embedding_scale != 1:
+            chain.residual.mul_(self._embedding_scale)
+        logits = chain.run(window)
+        if spec.logit_softcap:
+            logits = spec.logit_softcap * (logits / spec.logit_softcap).tanh()
+        return logits[None]
+
+    def _base(self) -> Any:
+        return self._spec.base
+
+
+def _lay_out(spec: ModelSpec) -> None:
+    """Make the weights of each neuron contiguous, in place."""
+    for layer in spec.layers:
+        down = layer.mlp.down
+        if not down.t().is_contiguous():
+            down.data = down.data.t().contiguous().t()

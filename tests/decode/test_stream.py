@@ -1,0 +1,227 @@
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+import cats
+from cats.decode.stream.spec import read_spec
+from cats.errors import BackendError, UnsupportedModelError
+from tests.models import FAMILIES, make_ids, make_model
+
+GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+HAS_NVRTC = importlib.util.find_spec("cuda") is not None
+needs_nvrtc = pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CAPABILITIES = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+# --- what is read from a model
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+def test_every_family_has_the_common_form(config):
+    spec = read_spec(make_model(config))
+    assert len(spec.layers) == 2
+    assert (spec.heads, spec.key_heads, spec.head_size) == (2, 1, 8)
+    layer = spec.layers[0]
+    assert (layer.attention_post_norm is not None) == (config in (Gemma2Config, Gemma3TextConfig))
+    assert (layer.q_norm is not None) == (config in (Qwen3Config, Gemma3TextConfig))
+    assert layer.weight_offset == ("Gemma" in config.__name__)
+    assert not layer.mlp.thresholds.any()
+
+
+def test_thresholds_of_a_sparse_model_are_read():
+    model = make_model()
+    cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=0.5))
+    sparse = [layer.mlp.thresholds for layer in read_spec(model).layers]
+    cats.fuse_(model)
+    fused = [layer.mlp.thresholds for layer in read_spec(model).layers]
+    assert all(t.all() for t in sparse)
+    assert all(torch.equal(a, b) for a, b in zip(sparse, fused, strict=True))
+
+
+def test_layer_of_another_form_is_named():
+    model = make_model()
+    model.model.layers[1].self_attn.q_proj = nn.Sequential(model.model.layers[1].self_attn.q_proj)
+    with pytest.raises(UnsupportedModelError, match="q_proj is Sequential"):
+        read_spec(model)
+    model = make_model()
+    model.model.layers[0].input_layernorm = nn.LayerNorm(16)
+    with pytest.raises(UnsupportedModelError, match="LayerNorm"):
+        read_spec(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_engine_is_an_error_without_a_gpu():
+    with pytest.raises(BackendError, match="stream"):
+        cats.generate(make_model(), make_ids(1, 4), engine="stream", max_new_tokens=2)
+
+
+# --- compiled for every generation, without a GPU
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [0, 1, 2])
+def test_kernels_compile_for_each_generation(capability, dtype):
+    from cats.ops.cuda.compiler import compile_kernel
+
+    for normed in (0, 1):
+        for width, parts in ((40, 1), (4096, 2)):
+            defines = dict(DTYPE=dtype, WIDTH=width, NORMED=normed, WARPS=8, STAGES=2, PARTS=parts)
+            assert compile_kernel("linear.cu", defines, capability)
+    for head, heads, queries in ((64, 3, 3), (96, 1, 1), (128, 4, 4), (256, 4, 8)):
+        defines = dict(
+            DTYPE=dtype, HEAD=head, ROTARY=head, HEADS=heads, QUERIES=queries,
+            HEAD_NORM=1, SOFTCAP=1,
+        )  # fmt: skip
+        assert compile_kernel("attention.cu", defines, capability)
+
+
+# --- on a GPU
+
+
+def gpu_model(config=LlamaConfig, *, sparsity=0.5, fuse=True, dtype=torch.float32, **changes):
+    model = make_model(config, **changes).to("cuda", dtype)
+    if sparsity:
+        ids = make_ids(8).cuda()
+        cats.sparsify_(model, cats.calibrate(model, [ids], target_sparsity=sparsity))
+        if fuse:
+            cats.fuse_(model)
+    return model
+
+
+def assert_tokens_of_transformers(model, ids, count):
+    """In float32: the same logits all along, the same tokens up to a near tie."""
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **GREEDY
+    )
+    decoder = cats.Decoder(model, engine="stream")
+    actual = decoder.generate(ids, max_new_tokens=count, **GREEDY)
+    assert decoder.engine == "stream"
+    with torch.no_grad():
+        logits = model(wanted).logits[0]
+    found = decoder.logits(wanted, prompt_length=ids.shape[1])[0]
+    torch.testing.assert_close(found, logits[ids.shape[1] :], rtol=1e-3, atol=2e-3)
+    differ = (actual != wanted)[0].nonzero()
+    if len(differ):
+        best = logits[int(differ[0]) - 1].topk(2).values
+        assert best[0] - best[1] < 1e-3
+
+
+@needs_gpu
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+def test_tokens_of_every_family_are_those_of_transformers(config, sparsity):
+    model, ids = gpu_model(config, sparsity=sparsity), make_ids(1, 7).cuda()
+    assert_tokens_of_transformers(model, ids, 300)
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_stay_close_to_the_models(config, dtype):
+    model = gpu_model(config, dtype=dtype)
+    ids = make_ids(1, 100).cuda()
+    found = cats.Decoder(model, engine="stream").logits(ids, prompt_length=20)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, 20:].float()
+    divergence = (
+        wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))
+    ).sum(-1)  # fmt: skip
+    assert divergence.mean() < 2e-2
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", [MistralConfig, Gemma2Config, Gemma3TextConfig])
+@pytest.mark.parametrize("window", [16, 80])
+def test_tokens_past_the_sliding_window_are_those_of_transformers(config, window):
+    model, ids = gpu_model(config, sliding_window=window), make_ids(1, 12).cuda()
+    assert_tokens_of_transformers(model, ids, 300)
+
+
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (7, 1), (16, 2)])
+def test_heads_of_all_sizes_give_the_tokens_of_transformers(head_dim, heads, key_heads):
+    model = gpu_model(
+        head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=key_heads,
+        hidden_size=16 * heads,
+    )  # fmt: skip
+    ids = make_ids(1, 40).cuda()
+    assert_tokens_of_transformers(model, ids, 100)
+
+
+@needs_gpu
+def test_scaled_rotary_gives_the_tokens_of_transformers():
+    scaled = dict(
+        rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    )  # fmt: skip
+    model, ids = gpu_model(rope_parameters=scaled), make_ids(1, 12).cuda()
+    assert_tokens_of_transformers(model, ids, 300)
+
+
+@needs_gpu
+def test_model_of_another_formula_runs_in_the_compiled_engine_and_says_why():
+    class Tripled(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+        def forward(self, x):
+            return 3 * nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+    model = gpu_model(sparsity=0)
+    model.model.layers[1].input_layernorm = Tripled(model.model.layers[1].input_layernorm)
+    with pytest.raises(BackendError, match="Tripled"):
+        cats.generate(model, make_ids(1, 4).cuda(), engine="stream", max_new_tokens=2)
+    model = gpu_model(sparsity=0)
+    model.model.layers[1].self_attn.scaling *= 2
+    model.model.layers[1].self_attn.register_forward_hook(lambda m, a, out: (2 * out[0], out[1]))
+    with pytest.raises(BackendError, match="layer 1"):
+        cats.generate(model, make_ids(1, 4).cuda(), engine="stream", max_new_tokens=2)
+
+
+@needs_gpu
+def test_padded_batch_takes_another_engine():
+    model, ids = gpu_model(), make_ids(2, 9).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    decoder = cats.Decoder(model)
+    actual = decoder.generate(ids, attention_mask=mask, max_new_tokens=20, **GREEDY)
+    wanted = cats.generate(
+        model, ids, attention_mask=mask, engine="compiled", max_new_tokens=20, **GREEDY
+    )
+    assert torch.equal(actual, wanted)
+    assert decoder.engine == "stream"
+    with pytest.raises(BackendError, match="one row"):
+        cats.generate(model, ids, engine="stream", max_new_tokens=20, **GREEDY)
+
+
+@needs_gpu
+def test_weight_written_right_before_a_step_is_seen():
+    model, ids = gpu_model(sparsity=0), make_ids(1, 9).cuda()
+    decoder = cats.Decoder(model, engine="stream")
+    steps = decoder.stream(ids, max_new_tokens=40, **GREEDY)
+    for _ in range(4):
+        next(steps)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.data.mul_(0)  # each layer leaves the residual stream as it is
+    seen = [int(next(steps)) for _ in range(5)]
+    token = seen[1]  # a step was under way
+    with torch.no_grad():
+        for wanted in seen[2:]:
+            hidden = model.model.norm(model.model.embed_tokens.weight[token])
+            token = int(model.lm_head(hidden).argmax())
+            assert token == wanted
