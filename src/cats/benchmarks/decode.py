@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def measure(
     weight but those of ``down``.
 
     Args:
-        model: A dense Hugging Face causal model; it stays as it is.
+        model: A dense Hugging Face causal model; it stays so, though an engine may lay out its
+            weights anew.
         blocks: Token ids ``[N, T]``: thresholds are calibrated on them. The beginnings of the first
             ones are the prompts, and what follows is run through each engine for its check.
         case: What to time.
@@ -184,12 +186,23 @@ class _Check:
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """One way to generate with one model."""
+    """One way to generate with one model.
+
+    Attributes:
+        name: What the results call it.
+        run: Generates once.
+        rounds: How often it is timed.
+        decoder: Of the loop; None of transformers.
+        seconds: What making the engine took, before the first run.
+        held_bytes: What the engine holds on a GPU from then on.
+    """
 
     name: str
     run: Callable[[], Run]
     rounds: int
     decoder: Decoder | None = None
+    seconds: float = 0.0
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +250,14 @@ class _Bench:
     ) -> Generator[Result, None, list[_Variant]]:
         """Yields the results of one sparsity; returns its variants."""
         started: list[tuple[_Variant, _Start]] = []
-        for variant in self._variants(model):
+        # all are made before one is timed: an engine may lay out weights anew
+        for variant in list(self._variants(model, sparsity)):
             try:
                 started.append((variant, _started(variant, self.text.device)))
             except BackendError as error:
-                warnings.warn(
-                    f"{variant.name} at {sparsity:.0%} is left out: {error}", stacklevel=2
-                )
+                _leave_out(variant.name, sparsity, error)
+        if not started:
+            return []
         variants = [variant for variant, _ in started]
         runs = _in_turns([*variants, *dense_loops])
         loops = variants if sparsity == 0 else dense_loops
@@ -285,18 +299,28 @@ class _Bench:
         times = [(launch.name, launch.time, launch.calls) for launch in top]
         times.append(("others", sum(r.time for r in rest), sum(r.calls for r in rest)))
         times.append(("gaps", step.gaps, 0.0))
-        for name, time, calls in times:
+        for name, microseconds, calls in times:
             about: _Settings = {
                 "variant": settings["variant"], "sparsity": settings["sparsity"],
-                "kernel": name[:160], "calls": calls, "share": time / (total + step.gaps),
+                "kernel": name[:160], "calls": calls, "share": microseconds / (total + step.gaps),
             }  # fmt: skip
-            yield self._result("launch", "us", _once(time), about)
+            yield self._result("launch", "us", _once(microseconds), about)
 
-    def _variants(self, model: nn.Module) -> Iterator[_Variant]:
+    def _variants(self, model: nn.Module, sparsity: float) -> Iterator[_Variant]:
         case = self.case
         for engine in case.engines:
-            decoder = Decoder(model, engine=engine)
-            yield _Variant(decoder.engine, _loop(decoder, self.prompt, case), case.rounds, decoder)
+            start, before = time.perf_counter(), _allocated(self.text.device)
+            try:
+                decoder = Decoder(model, engine=engine)
+                name = decoder.engine
+            except BackendError as error:
+                _leave_out(engine, sparsity, error)
+                continue
+            yield _Variant(
+                name, _loop(decoder, self.prompt, case), case.rounds, decoder,
+                seconds=time.perf_counter() - start,
+                held_bytes=_allocated(self.text.device) - before,
+            )  # fmt: skip
         if case.generate:
             plain = _transformers(model, self.prompt, case, compiled=False)
             yield _Variant(GENERATE, plain, case.generate_rounds)
@@ -341,13 +365,25 @@ def _started(variant: _Variant, device: torch.device) -> _Start:
     """Run a variant for the first time."""
     compiled = _compilations()
     if device.type != "cuda":
-        return _Start(variant.run().times[2], _compilations() - compiled, None)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+        seconds = variant.seconds + variant.run().times[2]
+        return _Start(seconds, _compilations() - compiled, None)
+    before = _allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     run = variant.run()
-    extra = torch.cuda.max_memory_allocated() - before
-    return _Start(run.times[2], _compilations() - compiled, extra)
+    extra = torch.cuda.max_memory_allocated(device) - before + variant.held_bytes
+    return _Start(variant.seconds + run.times[2], _compilations() - compiled, extra)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes in use on a GPU; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _leave_out(name: str, sparsity: float, error: BackendError) -> None:
+    warnings.warn(f"{name} at {sparsity:.0%} is left out: {error}", stacklevel=3)
 
 
 def _compilations() -> int:
