@@ -1,28 +1,34 @@
-"""``cats info``: what is installed, and what a model or thresholds file holds."""
+"""``cats info``: what is installed, and what a model, thresholds or statistics file holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cats.cli import options
+
+if TYPE_CHECKING:
+    from cats.config import CatsConfig
 
 
 def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder, a Hugging Face id, [b]smollm2[/b], or a thresholds file.",
+            help="A folder, a Hugging Face id, [b]smollm2[/b], or a file of thresholds or "
+            "statistics.",
             show_default="this installation",
         ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Versions and backends of this installation, or what a model or thresholds file holds.
+    """Versions and backends of this installation, or what a model or file holds.
 
     Example: [b]cats info cats50.safetensors[/b]
+
+    For a model, also the engine with which [b]cats generate[/b] would run it here.
     """
     options.quiet()
     report = _installation() if model is None else _describe(model)
@@ -67,14 +73,23 @@ def _installation() -> dict[str, dict[str, Any]]:
 def _describe(model: str) -> dict[str, dict[str, Any]]:
     from cats.checkpoint import is_sparse_checkpoint, read_config
     from cats.config import CatsConfig
+    from cats.storage import load_tensors
 
+    name = Path(model).name
     if model.endswith(".safetensors"):
-        config = CatsConfig.load(model)
-    else:
-        path = options.resolve(model)
-        if not is_sparse_checkpoint(path):
-            return {Path(model).name: {"thresholds": "none: a dense model"}}
-        config = read_config(path)
+        _, block = load_tensors(model)
+        if block.get("kind") == "statistics":
+            return _describe_statistics(model)
+        return _describe_config(name, CatsConfig.load(model))
+    path = options.resolve(model)
+    sparse = is_sparse_checkpoint(path)
+    engines = {"engines of cats.generate": _engines(model, sparse=sparse)}
+    if not sparse:
+        return {name: {"thresholds": "none: a dense model"}, **engines}
+    return _describe_config(name, read_config(path)) | engines
+
+
+def _describe_config(title: str, config: CatsConfig) -> dict[str, dict[str, Any]]:
     block = config.to_dict()
     realized = block.pop("realized_sparsity")
     thresholds = {
@@ -82,7 +97,65 @@ def _describe(model: str) -> dict[str, dict[str, Any]]:
         + (f", {realized[name]:.1%} dropped in calibration" if name in realized else "")
         for name, t in config.thresholds.items()
     }
-    return {Path(model).name: block, "MLPs": thresholds}
+    return {title: block, "MLPs": thresholds}
+
+
+def _describe_statistics(path: str) -> dict[str, dict[str, Any]]:
+    from cats.calibration import Statistics
+
+    found = Statistics.load(path)
+    about = {
+        "kind": "statistics: counts that serve every target sparsity",
+        "method": found.method,
+        "calibration_tokens": found.tokens,
+        "blocks": found.blocks,
+        "calibration_hash": f"{found.text_hash:016x}",
+    }
+    mlps = {
+        name: f"{size:,} neurons, {found.activations[name]}, {int(found.counts[name].sum()):,} "
+        f"activations in {int(found.counts[name].count_nonzero()):,} bins"
+        for name, size in found.sizes.items()
+    }
+    return {Path(path).name: about, "MLPs": mlps}
+
+
+def _engines(model: str, *, sparse: bool) -> dict[str, str]:
+    """Which engine would decode a model on this machine, and why not another."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig
+
+    from cats.checkpoint import first_line
+    from cats.decode import ENGINES
+    from cats.decode.cache import SlotCache
+    from cats.decode.engines import make_engine
+    from cats.errors import CatsError, StorageError, UnsupportedModelError
+    from cats.fusion import fuse_
+
+    try:
+        SlotCache(AutoConfig.from_pretrained(options.resolve(model)), 1)
+    except UnsupportedModelError as error:
+        return {"none": str(error)}
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"cannot read the configuration of {model}: {first_line(error)}"
+        ) from error
+    kind, loaded = "a CPU", nn.Linear(1, 1)
+    if torch.cuda.is_available():
+        # there it depends on the weights; on a CPU on the device alone
+        kind, (loaded, _) = "a GPU", options.load(model, dtype=options.Dtype.auto, device="cuda")
+        if sparse:
+            fuse_(loaded)
+    chosen = make_engine("auto", loaded).name
+    found = {}
+    for name in ENGINES:
+        try:
+            make_engine(name, loaded)
+        except CatsError as error:
+            found[name] = str(error)
+        else:
+            found[name] = f"works where it is asked for; on {kind} {chosen} is taken"
+    return found | {chosen: "is taken"}
 
 
 def _word(value: Any) -> str:

@@ -1,0 +1,44 @@
+import torch
+from transformers import LlamaConfig
+
+import cats
+from cats.decode import ENGINES
+from tests import models
+
+SMALL = ("--block", 32, "--tokens", 256, "--eval-tokens", 64)
+
+
+def test_installation_names_every_backend(command_json):
+    report = command_json("info")
+    assert report["backends of cats::gated_mlp"].keys() == cats.ops.backends().keys()
+
+
+def test_model_shows_the_engine_that_would_decode_it_and_why_not_another(command_json, checkpoint):
+    report = command_json("info", checkpoint)
+    assert {"thresholds": "none: a dense model"} in report.values()
+    engines = report["engines of cats.generate"]
+    assert engines.keys() == set(ENGINES)
+    assert list(engines.values()).count("is taken") == 1
+    if not torch.cuda.is_available():
+        assert engines["eager"] == "is taken"
+        assert "on a CPU eager is taken" in engines["compiled"]
+
+
+def test_model_that_the_loop_cannot_decode_says_why(command_json, tmp_path):
+    config = LlamaConfig(**models.SIZES, layer_types=["full_attention", "linear_attention"])
+    config.save_pretrained(tmp_path)
+    reason = command_json("info", tmp_path)["engines of cats.generate"]["none"]
+    assert "linear_attention" in reason
+
+
+def test_thresholds_and_statistics_are_described_in_words(command, checkpoint, text, tmp_path):
+    thresholds, statistics = tmp_path / "t.safetensors", tmp_path / "s.safetensors"
+    command(
+        "calibrate", checkpoint, "--text", text, *SMALL, "-o", thresholds,
+        "--statistics", statistics,
+    )  # fmt: skip
+    for file, words in ((thresholds, "dropped in calibration"), (statistics, "40 neurons, silu")):
+        code, out, err = command("info", file)
+        assert code == 0, err
+        assert words in out
+        assert "{" not in out
