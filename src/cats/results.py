@@ -20,7 +20,9 @@ from cats.version import __version__
 __all__ = ["Result", "append_results", "environment", "read_results"]
 
 _VERSION = 1
-_PACKAGES = ("torch", "triton", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc")
+_PACKAGES = (
+    "torch", "triton", "transformers", "accelerate", "peft", "cuda-bindings", "nvidia-cuda-nvrtc",
+)  # fmt: skip
 _Value = str | int | float | bool | None
 
 

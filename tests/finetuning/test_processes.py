@@ -12,7 +12,11 @@ from cats.finetuning import load_adapter
 from cats.history import History
 from tests import models
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 SCRIPT = "from cats.cli import main\nmain()\n"
 # accelerate shards on accelerators only; torch does on a CPU as well
 SHARDED = (

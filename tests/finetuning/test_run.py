@@ -13,7 +13,7 @@ from cats.errors import (
     TrainingError,
     UnsupportedModelError,
 )
-from cats.finetuning import Blocks, load_adapter
+from cats.finetuning import Blocks, StreamedBlocks, load_adapter
 from cats.history import History
 from tests import models
 
@@ -110,6 +110,25 @@ def test_run_interrupted_between_epochs_continues_exactly(tune):
         tune("stopped", options={"save_every": 6}, on_step=interrupt)
     resumed = tune("stopped", options={"save_every": 6})
     assert curve(resumed.history) == curve(whole.history)
+
+
+def test_interrupted_stream_continues_exactly(tune, tokenizer):
+    def stream(number):
+        texts = [f"{i} cats sat on {i * 7 % 11} mats. " * 2 for i in range(number)]
+        return StreamedBlocks(tokenizer, lambda: iter(texts), length=32)
+
+    whole = tune("whole", train=stream(60))
+
+    def interrupt(step):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune("stopped", train=stream(60), on_step=interrupt)
+    assert curve(tune("stopped", train=stream(60)).history) == curve(whole.history)
+    # a stream that ends before the steps do starts again
+    short = tune("short", train=stream(8)).history.points
+    assert [point.step for point in short] == [0, 2, 4, 6, 8]
 
 
 def test_run_killed_after_its_last_checkpoint_trains_no_further(tune, tmp_path):
@@ -274,6 +293,7 @@ BAD = {
     "longer than the context": (lambda: Blocks(models.make_ids(8, 600)), {}, "context 512"),
     "other vocabulary": (lambda: Blocks(models.make_ids(8, 32) + 9), {}, "vocabulary"),
     "no such layer": (None, {"targets": ("absent",)}, "absent"),
+    "unknown tracker": (None, {"report_to": ("carrier pigeon",)}, "carrier pigeon"),
     "recalibrate without text": (None, {"recalibrate": 2}, "needs calibration"),
 }
 

@@ -244,6 +244,15 @@ def _check(
     adapters.refuse_fused(model)
     if not options.full:
         adapters.import_peft()
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    for name in options.report_to:
+        if name not in available:
+            raise ConfigError(
+                f"cannot report to {name!r}: here there are {', '.join(available) or 'no trackers'}; "
+                "install its package"
+            )
     if options.recalibrate:
         if getattr(model.config, "cats", {}).get("target_sparsity") is None:
             raise ConfigError("recalibrate needs a model with a target sparsity, as CATS has")
