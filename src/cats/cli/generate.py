@@ -25,7 +25,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt in the model's chat template, if it has one.")
     ] = True,
-    engine: Annotated[str, typer.Option(help="auto, eager or compiled.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, eager, compiled or stream.")] = "auto",
     fuse: Annotated[bool, typer.Option(help="Run a sparse model's MLPs as one operator.")] = True,
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
