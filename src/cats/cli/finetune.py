@@ -184,7 +184,8 @@ def finetune(
         targets=tuple(target or ()), full=full, distillation=distillation,
         recalibrate=recalibrate, gradient_checkpointing=gradient_checkpointing,
         bfloat16=bfloat16, evaluate_every=eval_every, evaluation_batch_size=eval_batch_size,
-        max_new_tokens=max_new_tokens, answer_batch_size=answer_batch_size, save_every=save_every, keep=keep, seed=seed,
+        max_new_tokens=max_new_tokens,
+        answer_batch_size=answer_batch_size, save_every=save_every, keep=keep, seed=seed,
         report_to=tuple(report_to or ()),
     )  # fmt: skip
     with _bar(chosen.steps) as bar:
@@ -283,7 +284,8 @@ def sweep(
     chosen = FinetuneOptions(
         steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
         accumulate=accumulate, warmup_steps=warmup_steps, evaluate_every=eval_every,
-        evaluation_batch_size=eval_batch_size, max_new_tokens=max_new_tokens, answer_batch_size=answer_batch_size, seed=seed,
+        evaluation_batch_size=eval_batch_size, max_new_tokens=max_new_tokens,
+        answer_batch_size=answer_batch_size, seed=seed,
     )  # fmt: skip
     found: dict[str, History] = {}
     with _bar(chosen.steps) as bar:

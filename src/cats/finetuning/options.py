@@ -69,7 +69,8 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         positive = (
             "steps", "batch_size", "accumulate", "learning_rate", "rank", "alpha",
-            "evaluate_every", "evaluation_batch_size", "max_new_tokens", "answer_batch_size", "keep",
+            "evaluate_every", "evaluation_batch_size", "max_new_tokens", "answer_batch_size",
+            "keep",
         )  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:

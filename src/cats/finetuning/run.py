@@ -244,14 +244,14 @@ def _check(
     adapters.refuse_fused(model)
     if not options.full:
         adapters.import_peft()
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     available = get_available_reporting_integrations()
     for name in options.report_to:
         if name not in available:
             raise ConfigError(
-                f"cannot report to {name!r}: here there are {', '.join(available) or 'no trackers'}; "
-                "install its package"
+                f"cannot report to {name!r}: install its package; "
+                f"installed trackers: {', '.join(available) or 'none'}"
             )
     if options.recalibrate:
         if getattr(model.config, "cats", {}).get("target_sparsity") is None:
