@@ -39,6 +39,21 @@ def test_loss_falls_and_sparsity_stays(tune, method):
         assert all(0.4 < point.sparsity < 0.6 for point in points)
 
 
+def test_last_step_is_measured_once(tune):
+    points = tune(options={"steps": 7, "evaluate_every": 4, "save_every": 0}).history.points
+    assert [point.step for point in points] == [0, 4, 7]
+    assert points[-1].train_loss < points[-2].train_loss
+    assert points[-1].seconds_per_step > 0
+
+
+def test_train_loss_is_the_mean_over_the_steps_between(tune):
+    often = tune("often", options={"steps": 6, "evaluate_every": 1}).history.points
+    seldom = tune("seldom", options={"steps": 6, "evaluate_every": 4}).history.points
+    for last, first, stop in ((1, 1, 5), (2, 5, 7)):
+        mean = sum(p.train_loss for p in often[first:stop]) / (stop - first)
+        assert seldom[last].train_loss == pytest.approx(mean, rel=1e-6)
+
+
 def test_step_zero_and_the_metrics_agree(tune, make, ids):
     point = tune(options={"steps": 1}).history.points[0]
     perplexity, sparsity = cats.metrics.perplexity_and_sparsity(make(), [ids[16:]])

@@ -159,8 +159,6 @@ def train_model(
     if checkpoint is not None:
         trainer.load_thresholds(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if options.steps % options.evaluate_every:
-        trainer.evaluate()
     return trainer
 
 

@@ -159,13 +159,20 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def _train_loss(self) -> float | None:
-        """Mean of the logged losses since the evaluation before; each log covers as many steps."""
-        losses: list[float] = []
+        """Mean over the steps since the evaluation before; a log is the mean since the last log."""
+        logs: list[tuple[int, float]] = []
+        before = 0
         for entry in reversed(self.state.log_history):
             if any(key.startswith("eval_") for key in entry):
+                before = entry["step"]
                 break
-            losses += [entry["loss"]] if "loss" in entry else []
-        return sum(losses) / len(losses) if losses else None
+            logs += [(entry["step"], entry["loss"])] if "loss" in entry else []
+        total, steps = 0.0, 0
+        for step, loss in reversed(logs):
+            total += loss * (step - before)
+            steps += step - before
+            before = step
+        return total / steps if steps else None
 
     def _last_logged(self, key: str) -> float | None:
         return next((e[key] for e in reversed(self.state.log_history) if key in e), None)
@@ -268,6 +275,8 @@ class _Steps(TrainerCallback):
         self._trainer._clock.start(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # the Trainer evaluates after the last step, but logs at multiples only
+        control.should_log = control.should_log or state.global_step >= state.max_steps
         every = self._trainer.options.recalibrate
         if every and state.global_step % every == 0:
             self._trainer.recalibrate()
