@@ -101,7 +101,7 @@ def _probe_layers(
             errors.append(error - _ROUNDING[dtype] * x.norm())
             sizes.append((wanted - x).norm())
     shares = torch.stack(errors) / torch.stack(sizes)
-    for index, share in enumerate(shares.view(_INPUTS, -1).median(0).values.tolist()):
+    for index, share in enumerate(shares.view(_INPUTS, -1).cpu().median(0).values.tolist()):
         if not share <= _TOLERANCE[dtype]:
             raise UnsupportedModelError(
                 f"layer {index} differs from its kernels by {share:.1%} behind {length} tokens"

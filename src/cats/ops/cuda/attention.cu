@@ -7,7 +7,8 @@
 // by the block that arrives last, over the splits.
 //
 // The new key and value are rounded as the cache holds them, and read from shared memory: no block depends on another
-// one's write to the cache.
+// one's write to the cache. Older ones, and where the new token goes, are the work of earlier tokens: they are read before
+// the kernel in front has ended.
 //
 // The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), HEADS and QUERIES (query heads of a key
 // head), and the switches HEAD_NORM and SOFTCAP.
@@ -24,7 +25,7 @@ __device__ constexpr int lanes_of_a_slot() {
     return lanes;
 }
 constexpr int LANES = lanes_of_a_slot(), SLOTS = 32 / LANES, VECTORS = (HEAD_VECTORS + LANES - 1) / LANES;
-constexpr int OWNED = VECTORS * VECTOR;
+constexpr int OWNED = VECTORS * VECTOR, EACH = (HEAD + 31) / 32;
 constexpr float NEVER = -3.402823466e38f;  // no score yet
 
 struct Arguments {
@@ -58,6 +59,11 @@ struct Shared {
     bool last;
 };
 
+// Keys and values of one turn of a warp, on their way from memory.
+struct Fetched {
+    uint4 keys[UNROLL][VECTORS], values[UNROLL][VECTORS];
+};
+
 // What softmax and the weighted sum of values have come to.
 struct Running {
     float peak, total;
@@ -85,17 +91,24 @@ struct Block {
     const int heads = min(HEADS, QUERIES - part * HEADS);
     const int newest = static_cast<int>(*a.slot), position = static_cast<int>(*a.position);
     int begin, end;  // slots of this block
+    float cosines[EACH], sines[EACH];  // of this lane's columns: lane, lane + 32, ...
 
     __device__ Block(const Arguments& a, Shared& shared) : a(a), shared(shared) {
         int first = max(0, newest + 1 - a.window), count = newest + 1 - first;
         int share = (count + gridDim.x - 1) / gridDim.x;
         begin = first + blockIdx.x * share;
         end = min(begin + share, newest + 1);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            size_t entry = (size_t)position * ROTARY + i * 32 + lane;
+            bool rotated = i * 32 + lane < ROTARY;
+            cosines[i] = rotated ? a.cosines[entry] : 1.f;
+            sines[i] = rotated ? a.sines[entry] : 0.f;
+        }
     }
 
     // A head of the new token, by one warp: norm, then rotation.
     __device__ void prepare(const float* from, const char* weight, float* to) {
-        constexpr int EACH = (HEAD + 31) / 32;
         float values[EACH], squares[1] = {0.f};
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
@@ -121,8 +134,7 @@ struct Block {
             int at = i * 32 + lane;
             if (at >= ROTARY) continue;
             float other = at < ROTARY / 2 ? -to[at + ROTARY / 2] : to[at - ROTARY / 2];
-            size_t entry = (size_t)position * ROTARY + at;
-            values[i] = values[i] * a.cosines[entry] + other * a.sines[entry];
+            values[i] = values[i] * cosines[i] + other * sines[i];
         }
         __syncwarp();
 #pragma unroll
@@ -157,13 +169,39 @@ struct Block {
         }
     }
 
-    __device__ uint4 read(const char* cache, const uint4* fresh, int slot, int v) {
-        if (slot >= end || v >= HEAD_VECTORS) return make_uint4(0, 0, 0, 0);
-        if (slot == newest) return fresh[v];
-        return load_from_l2(cache + ((size_t)key_head * a.capacity + slot) * HEAD * ELEMENT_BYTES + v * 16);
+    // Slots of a turn are base + lane / LANES + u * STEP.
+    static constexpr int STEP = WARPS * SLOTS;
+    __device__ int first_base() { return begin + warp * SLOTS; }
+    __device__ int slot(int base, int u) { return base + lane / LANES + u * STEP; }
+
+    __device__ void fetch(Fetched& to, int base) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                int vector = v * LANES + lane % LANES, at = slot(base, u);
+                to.keys[u][v] = to.values[u][v] = make_uint4(0, 0, 0, 0);
+                if (at >= min(end, newest) || vector >= HEAD_VECTORS) continue;
+                size_t offset = ((size_t)key_head * a.capacity + at) * HEAD * ELEMENT_BYTES + vector * 16;
+                to.keys[u][v] = load_from_l2(a.keys + offset);
+                to.values[u][v] = load_from_l2(a.values + offset);
+            }
     }
 
-    __device__ void attend() {
+    __device__ void add_newest(Fetched& to, int base) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+#pragma unroll
+            for (int v = 0; v < VECTORS; ++v) {
+                int vector = v * LANES + lane % LANES;
+                if (slot(base, u) != newest || vector >= HEAD_VECTORS) continue;
+                to.keys[u][v] = shared.new_key[vector];
+                to.values[u][v] = shared.new_value[vector];
+            }
+    }
+
+    // `fetched` holds the first turn, but for the new token.
+    __device__ void attend(Fetched& fetched) {
         const int member = lane % LANES;
         float query[HEADS][OWNED];
         Running running[HEADS];
@@ -177,25 +215,17 @@ struct Block {
                 running[h].sums[i] = 0.f;
             }
         }
-        constexpr int STEP = WARPS * SLOTS;
         // the same number of turns in all lanes of a warp
-        for (int base = begin + warp * SLOTS; base < end; base += UNROLL * STEP) {
-            uint4 keys[UNROLL][VECTORS], values[UNROLL][VECTORS];
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u)
-#pragma unroll
-                for (int v = 0; v < VECTORS; ++v) {
-                    int slot = base + lane / LANES + u * STEP;
-                    keys[u][v] = read(a.keys, shared.new_key, slot, v * LANES + member);
-                    values[u][v] = read(a.values, shared.new_value, slot, v * LANES + member);
-                }
+        for (int base = first_base(); base < end; base += UNROLL * STEP) {
+            if (base != first_base()) fetch(fetched, base);
+            add_newest(fetched, base);
             float scores[UNROLL][HEADS];
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
                 float key[OWNED];
 #pragma unroll
-                for (int v = 0; v < VECTORS; ++v) unpack(keys[u][v], &key[v * VECTOR]);
-                bool there = base + lane / LANES + u * STEP < end;
+                for (int v = 0; v < VECTORS; ++v) unpack(fetched.keys[u][v], &key[v * VECTOR]);
+                bool there = slot(base, u) < end;
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h) {
                     float score = 0.f;
@@ -224,7 +254,7 @@ struct Block {
             for (int u = 0; u < UNROLL; ++u) {
                 float value[OWNED];
 #pragma unroll
-                for (int v = 0; v < VECTORS; ++v) unpack(values[u][v], &value[v * VECTOR]);
+                for (int v = 0; v < VECTORS; ++v) unpack(fetched.values[u][v], &value[v * VECTOR]);
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h) {
                     float weight = Running::factor(scores[u][h], running[h].peak);
@@ -307,11 +337,13 @@ struct Block {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
+    Block block(a, shared);
+    Fetched fetched;
+    block.fetch(fetched, block.first_base());
     wait_for_previous_kernel();
     allow_next_kernel();
-    Block block(a, shared);
     block.prepare_all();
-    block.attend();
+    block.attend(fetched);
     block.merge_warps();
     if (gridDim.x > 1) block.merge_splits();
 }
