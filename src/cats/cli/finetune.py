@@ -585,8 +585,7 @@ def sweep_table(title: str, found: dict[str, History]) -> Table:
     table = Table(title=escape(title), title_justify="left")
     table.add_column("run", overflow="fold")
     for name in names:
-        for column in ("before", "after", "recovered"):
-            table.add_column(f"{escape(name)}\n{column}", justify="right")
+        table.add_column(escape(name), justify="right")
     for task in tasks:
         table.add_column(f"{escape(task)}\nright", justify="right")
     table.add_column("dropped", justify="right")
@@ -596,13 +595,13 @@ def sweep_table(title: str, found: dict[str, History]) -> Table:
         cells = []
         for name in names:
             share = recovered(history, found.values(), name)
-            cells += [_number(first.losses.get(name)), _number(last.losses.get(name))]
-            cells.append("" if share is None else f"{share:.0%}")
+            cell = f"{_number(first.losses.get(name))} > {_number(last.losses.get(name))}"
+            cells.append(cell + ("" if share is None else f" ({share:.0%})"))
         cells += [f"{last.accuracy[t]:.1%}" if t in last.accuracy else "" for t in tasks]
         cells.append("" if last.sparsity is None else f"{last.sparsity:.1%}")
         cells.append("" if last.seconds_per_step is None else f"{last.seconds_per_step:.3f}")
         table.add_row(escape(run), *cells)
-    table.caption = "losses are log-perplexities"
+    table.caption = "log-perplexity before > after (share of the loss to the best dense recovered)"
     return table
 
 

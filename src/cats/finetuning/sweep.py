@@ -20,6 +20,7 @@ from cats.finetuning.data import Blocks, Examples, Pairs
 from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.run import (
     device_environment,
+    differences,
     measure_answers,
     settings_of,
     thresholds_of,
@@ -161,9 +162,10 @@ def sweep(
         )
         if path.exists():
             found = History.load(path)
-            if found.settings != settings:
+            if differing := differences(found.settings, settings):
                 raise ConfigError(
-                    f"{path}: holds a run with other settings; name another folder, or delete it"
+                    f"{path}: holds a run with other settings ({', '.join(differing)}); "
+                    "name another folder, or delete it"
                 )
             if found.complete:
                 yield run, found

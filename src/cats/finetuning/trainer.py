@@ -164,9 +164,9 @@ class FinetuneTrainer(Trainer):
         before = 0
         for entry in reversed(self.state.log_history):
             if any(key.startswith("eval_") for key in entry):
-                before = entry["step"]
+                before = int(entry["step"])
                 break
-            logs += [(entry["step"], entry["loss"])] if "loss" in entry else []
+            logs += [(int(entry["step"]), entry["loss"])] if "loss" in entry else []
         total, steps = 0.0, 0
         for step, loss in reversed(logs):
             total += loss * (step - before)
