@@ -46,6 +46,27 @@ def test_quoting_again_changes_nothing(document):
     assert requote(document) == text
 
 
+def test_times_of_tokens_are_quoted_too(tmp_path):
+    settings = dict(
+        model="a model", dtype="bfloat16", batch=1, prompt_length=8, new_tokens=8, variant="stream",
+        limit_ms=2.0, dense_ms=4.0,
+    )  # fmt: skip
+    rows = [
+        Result(
+            benchmark="decode", quantity="time", unit="ms", value=value, low=value, high=value,
+            samples=3, settings=settings | {"sparsity": sparsity}, environment={"device": "a GPU"},
+        )
+        for sparsity, value in ((0.0, 4.0), (0.5, 2.5))
+    ]  # fmt: skip
+    append_results(tmp_path / "decode.jsonl", rows)
+    document = tmp_path / "README.md"
+    document.write_text("<!-- decode: decode.jsonl -->\n<!-- /decode -->\n")
+    text = requote(document)
+    assert "| a model | stream | 250.0 (0.50, 1.00x) | 400.0 (0.80, 1.60x) |" in text
+    document.write_text(text)
+    assert requote(document) == text
+
+
 def test_document_without_a_quote_is_an_error(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("nothing\n")

@@ -1,18 +1,18 @@
 """Tables in documents that are made from results files, so that no number is typed by hand.
 
 A document holds ``<!-- mlp: PATH -->`` and ``<!-- /mlp -->``, each on a line of its own; what lies
-between is the table of that file.
+between is the table of that file. ``decode`` in the place of ``mlp`` quotes times of whole tokens.
 """
 
 import re
 from pathlib import Path
 
+from cats.benchmarks import decode_report, mlp_report
 from cats.benchmarks.mlp import DENSE
-from cats.benchmarks.mlp_report import Panel, panels
 from cats.errors import DataError
 from cats.results import read_results
 
-_QUOTE = re.compile(r"(?<=^<!-- mlp: )(\S+)( -->\n)(.*?)(?=^<!-- /mlp -->$)", re.S | re.M)
+_QUOTE = re.compile(r"(?<=^<!-- )(mlp|decode)(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M)
 
 
 def requote(document: Path) -> str:
@@ -22,16 +22,23 @@ def requote(document: Path) -> str:
         StorageError: If a results file cannot be read.
         DataError: If the document quotes nothing.
     """
-    text, quotes = _QUOTE.subn(
-        lambda m: m[1] + m[2] + markdown(panels(read_results(document.parent / m[1]))),
-        document.read_text(encoding="utf-8"),
-    )
+
+    def quoted(match: re.Match[str]) -> str:
+        results = read_results(document.parent / match[3])
+        table = (
+            mlp_table(mlp_report.panels(results))
+            if match[1] == "mlp"
+            else decode_table(decode_report.panels(results))
+        )
+        return "".join(match.group(1, 2, 3, 4)) + table
+
+    text, quotes = _QUOTE.subn(quoted, document.read_text(encoding="utf-8"))
     if not quotes:
-        raise DataError(f"{document}: has no line <!-- mlp: PATH -->")
+        raise DataError(f"{document}: has no line <!-- mlp: PATH --> or <!-- decode: PATH -->")
     return text
 
 
-def markdown(found: list[Panel]) -> str:
+def mlp_table(found: list[mlp_report.Panel]) -> str:
     """Times of calls chained back to back, in microseconds, one row a shape and variant."""
     found = [panel for panel in found if panel.neighbour == "none"]
     sparsities = sorted({sparsity for panel in found for _, sparsity in panel.times})
@@ -57,7 +64,7 @@ def markdown(found: list[Panel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(panel: Panel, name: str, sparsity: float) -> str:
+def _cell(panel: mlp_report.Panel, name: str, sparsity: float) -> str:
     assert name not in DENSE
     result = panel.times.get((name, sparsity))
     if result is None:
@@ -65,3 +72,31 @@ def _cell(panel: Panel, name: str, sparsity: float) -> str:
     limit = float(result.settings["limit_us"] or 0)
     share, speedup = limit / result.value, panel.best_dense / result.value
     return f"{result.value:.1f} ({share:.2f}, {speedup:.2f}x)"
+
+
+def decode_table(found: list[decode_report.Panel]) -> str:
+    """Tokens a second through the loop, one row a model and variant."""
+    sparsities = sorted({sparsity for panel in found for _, sparsity in panel.times()})
+    lines = [
+        f"{found[0].device}, {found[0].dtype}, batch {found[0].batch}: tokens a second "
+        "(fraction of the memory limit, speed-up over the fastest dense loop)",
+        "",
+        "| model | | " + " | ".join(f"{sparsity:.0%}" for sparsity in sparsities) + " |",
+        "| --- | --- |" + " ---: |" * len(sparsities),
+    ]
+    for panel in found:
+        times = panel.times()
+        for variant in dict.fromkeys(variant for variant, _ in times):
+            cells = []
+            for sparsity in sparsities:
+                step = times.get((variant, sparsity))
+                if step is None:
+                    cells.append("")
+                    continue
+                limit, dense = (float(step.settings[k] or 0) for k in ("limit_ms", "dense_ms"))
+                cells.append(
+                    f"{panel.batch * 1e3 / step.value:.1f} "
+                    f"({limit / step.value:.2f}, {dense / step.value:.2f}x)"
+                )
+            lines.append(f"| {panel.model} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
