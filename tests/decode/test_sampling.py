@@ -93,3 +93,11 @@ def test_without_noise_the_likeliest_is_chosen():
 def test_options_out_of_range_are_errors(changes):
     with pytest.raises(ConfigError):
         Sampling(do_sample=True, **changes)
+
+
+def test_likeliest_token_in_two_steps_is_that_of_argmax(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    scores = torch.randint(40, (3, 128 * 130)).float()  # many equals
+    scores[1, 77] = scores[1, 5000] = torch.nan
+    scores[2] = -torch.inf
+    assert choose(scores, None).tolist() == scores.argmax(-1).tolist()

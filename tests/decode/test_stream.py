@@ -100,7 +100,7 @@ def gpu_model(config=LlamaConfig, *, sparsity=0.5, fuse=True, dtype=torch.float3
 
 
 def assert_tokens_of_transformers(model, ids, count):
-    """In float32: the same logits all along, the same tokens up to a near tie."""
+    """In float32: the same logits all along, and tokens that these choose, up to a near tie."""
     model.generation_config.eos_token_id = None
     wanted = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **GREEDY
@@ -114,8 +114,8 @@ def assert_tokens_of_transformers(model, ids, count):
     torch.testing.assert_close(found, logits[ids.shape[1] :], rtol=1e-3, atol=2e-3)
     differ = (actual != wanted)[0].nonzero()
     if len(differ):
-        best = logits[int(differ[0]) - 1].topk(2).values
-        assert best[0] - best[1] < 1e-3
+        first = int(differ[0])
+        assert logits[first - 1].max() - logits[first - 1, actual[0, first]] < 1e-3
 
 
 @needs_gpu

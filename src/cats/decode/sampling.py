@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cats.errors import ConfigError
 
+_COLUMNS = 128
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
@@ -82,7 +84,22 @@ def choose(scores: Tensor, noise: Tensor | None) -> Tensor:
         noise: ``[B, V]``, independent draws of the exponential distribution. The smallest of
             exponentials with rates ``p`` is number ``i`` with probability ``p[i]``.
     """
-    return (scores if noise is None else scores.softmax(-1) / noise).argmax(-1)
+    return _largest(scores if noise is None else scores.softmax(-1) / noise)
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """``argmax`` over ``[B, V]``, the first of equals; NaN counts as the largest.
+
+    A GPU reduces one row in one block, which takes 28 microseconds for 128,256 tokens. Two steps
+    over a table of the row take 5.
+    """
+    rows, size = scores.shape
+    if not scores.is_cuda or size % _COLUMNS or size < _COLUMNS**2:
+        return scores.argmax(-1)
+    table = scores.view(rows, -1, _COLUMNS)
+    line = table.amax(-1).argmax(-1, keepdim=True)
+    column = table.gather(1, line[..., None].expand(-1, -1, _COLUMNS))[:, 0].argmax(-1)
+    return line[:, 0] * _COLUMNS + column
 
 
 def _keep(scores: Tensor, kept: Tensor) -> Tensor:
