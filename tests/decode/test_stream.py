@@ -86,6 +86,20 @@ def test_kernels_compile_for_each_generation(capability, dtype):
         assert compile_kernel("attention.cu", defines, capability)
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_mlp_of_the_residual_stream_compiles_for_each_generation(capability, dtype):
+    from cats.ops.cuda.compiler import compile_kernel
+    from cats.ops.cuda.variant import variant_for
+
+    limit = {8: 99, 12: 99}.get(capability[0], 227) * 1024
+    for hidden in (576, 4096):
+        variant = variant_for(hidden, dtype, 1, "silu", shared_limit=limit, residual=True)
+        assert variant is not None
+        assert compile_kernel("gated_mlp.cu", variant.defines(), capability)
+
+
 # --- on a GPU
 
 

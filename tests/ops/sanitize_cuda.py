@@ -1,4 +1,4 @@
-"""Calls for ``compute-sanitizer python -m tests.ops.sanitize_cuda``.
+"""Calls for ``compute-sanitizer python -m tests.ops.sanitize_cuda``: the MLP, and whole tokens.
 
 With ``--every-lane`` each lane of a warp arrives at a barrier. racecheck needs it: it follows
 arrivals lane by lane, and does not see that ``__syncwarp`` orders what the other lanes did.
@@ -7,8 +7,11 @@ arrivals lane by lane, and does not see that ``__syncwarp`` orders what the othe
 import sys
 
 import torch
+from transformers import Gemma3TextConfig, LlamaConfig
 
-from cats.ops.cuda import variant
+from cats.decode.stream.engine import StreamEngine
+from cats.ops.cuda import function
+from tests.models import make_model
 from tests.ops.cases import TOLERANCE, make_inputs, reference_in_double
 
 SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300, torch.float32, 1)]
@@ -16,8 +19,10 @@ SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300
 
 def main() -> None:
     if "--every-lane" in sys.argv:
-        plain = variant.Variant.defines
-        variant.Variant.defines = lambda self: plain(self) | {"EVERY_LANE_ARRIVES": 1}
+        plain = function.compile_kernel
+        function.compile_kernel = lambda name, defines, capability: plain(
+            name, {**defines, "EVERY_LANE_ARRIVES": 1}, capability
+        )
     for in_order in (False, True):
         torch.use_deterministic_algorithms(in_order)
         for D, F, dtype, batch in SHAPES:
@@ -29,6 +34,10 @@ def main() -> None:
                 out = torch.ops.cats.gated_mlp(*inputs.args(), "cuda")
             expected = reference_in_double(inputs)
             torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
+    torch.use_deterministic_algorithms(False)
+    for config in (LlamaConfig, Gemma3TextConfig):
+        for dtype in (torch.float32, torch.bfloat16):
+            StreamEngine(make_model(config).to("cuda", dtype))  # probes each layer and a token
 
 
 if __name__ == "__main__":

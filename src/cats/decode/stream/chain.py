@@ -27,8 +27,9 @@ _ATTENTION = struct.Struct("12Q3i4f4x")
 _MLP = struct.Struct("13Q6i48s")
 
 _WARPS = 8
+# A row is cut into parts of at most so many bytes, of which each warp has several in flight.
 _PART_BYTES = 8192
-_MAX_STAGES = 8
+_MIN_STAGES, _MAX_STAGES = 3, 8
 # Shared memory that a ring leaves to the block of attention beside it, and to the system.
 _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
@@ -295,12 +296,13 @@ def _linear_function(device: int, width: int, dtype: torch.dtype, *, normed: boo
         raise UnsupportedModelError(
             f"rows must be a multiple of {VECTOR_BYTES} bytes, {width} columns have {row}"
         )
-    parts = math.ceil(row / _PART_BYTES)
-    part = math.ceil(row / VECTOR_BYTES / parts) * VECTOR_BYTES
-    room = shared_memory(device) - row - _SPARE_BYTES
-    stages = min(_MAX_STAGES, room // (_WARPS * part))
-    if stages < 2:
+    room = (shared_memory(device) - row - _SPARE_BYTES) // _WARPS
+    most = min(_PART_BYTES, room // _MIN_STAGES)
+    if most < 32 * VECTOR_BYTES:
         raise UnsupportedModelError(f"rows of {row} bytes are too long for the shared memory")
+    parts = math.ceil(row / most)
+    part = math.ceil(row / VECTOR_BYTES / parts) * VECTOR_BYTES
+    stages = min(_MAX_STAGES, room // part)
     defines = dict(
         DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
         PARTS=parts,
