@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cats"
 LAYERS = {
+    9: "__main__",
     8: "cli",
     7: "evaluation finetuning benchmarks report serving integrations",
     6: "checkpoint metrics decode",

@@ -1,0 +1,95 @@
+#!/bin/sh
+# Everything that benchmarks/results/<device>/ holds, by groups that may be run one at a time:
+#
+#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode        needs a GPU
+#   sh benchmarks/measure.sh OUT quality finetune DATA                  also SmolLM2 and data (README.md says which)
+#
+# A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
+# PYTHON names the interpreter, PYTEST more options for the tests, COMMIT the commit where the sources are no checkout.
+set -u
+out=$1; shift
+mkdir -p "$out"
+python=${PYTHON:-python3}
+commit=${COMMIT:-$(git rev-parse HEAD)}
+
+step() { # NAME SECONDS COMMAND...: the command writes $work, or prints what belongs there
+    name=$1 seconds=$2; shift 2
+    [ -e "$out/$name" ] && return
+    echo "$(date +%T) $name"
+    work=$out/$name.work
+    rm -f "$work"
+    if timeout "$seconds" "$@" > "$out/$name.log" 2>&1; then
+        [ -e "$work" ] && mv "$work" "$out/$name" || mv "$out/$name.log" "$out/$name"
+    else
+        mv "$out/$name.log" "$out/$name.failed"
+        tail -3 "$out/$name.failed"
+    fi
+}
+bench() { step "$1" "$2" $python -m cats bench $3 -o "$out/$1.work" --commit "$commit"; }
+
+tests() { step tests.log 600 $python -m pytest -q ${PYTEST:-} tests/ops tests/test_fusion.py tests/decode; }
+
+sanitize() {
+    for tool in memcheck synccheck; do
+        step $tool.log 300 compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 1 \
+            $python -m tests.ops.sanitize_cuda
+    done
+    step racecheck.log 300 compute-sanitizer --tool racecheck --error-exitcode 1 \
+        $python -m tests.ops.sanitize_cuda --every-lane
+}
+
+mlp() {
+    bench mlp.jsonl 400 "mlp --shape 4096x14336 --shape 4096x11008 --shape 2048x8192 --shape 896x4864 --shape 576x1536"
+    bench mlp-2.jsonl 120 "mlp --shape 4096x14336 --shape 4096x11008 --batch 2 --backend cuda --no-compiled --sparsity 0,0.5,0.7"
+}
+
+model() { step model.jsonl 300 $python -m cats bench model --shape mistral-7b --layers 8 -o "$out/model.jsonl.work"; }
+
+# `compiled` by itself: `stream` lays out the dense model's weights for its kernels. `generate` beside it.
+decode() {
+    for shape in mistral-7b llama-2-7b llama-3.2-1b; do
+        bench decode-$shape-compiled.jsonl 200 "decode $shape --dtype bfloat16 --engine compiled"
+        bench decode-$shape-stream.jsonl 150 "decode $shape --dtype bfloat16 --engine stream --no-generate --launches"
+    done
+    bench decode-mistral-7b-static.jsonl 200 "decode mistral-7b --dtype bfloat16 --engine stream --static --sparsity 0"
+}
+
+# Several processes fill one folder: each asks some of the tasks, the last one finds all answers and writes the report.
+quality() {
+    data=$1
+    recipe="reproduce --model smollm2 -o $out/reproduce --text $data/text/c4_en.txt.gz --samples 110 --length 1024
+        --sparsity 0.3,0.5,0.7,0.9 --data-dir $data --limit 3300 --dtype bfloat16 --batch-size 64 --no-speed"
+    for tasks in hellaswag boolq arc_easy piqa,winogrande sciq,arc_challenge,openbookqa; do
+        step answers-$tasks.log 500 $python -m cats $recipe --tasks $tasks &
+    done
+    wait
+    step reproduce.log 300 $python -m cats $recipe --eval-text "$data/text/wikitext2_raw_test.txt.gz"
+}
+
+finetune() {
+    data=$1
+    c4=$data/text/c4_en.txt.gz
+    general="bench finetune smollm2 --text $c4[:50%] --text $data/text/wikipedia_en.txt.gz --calibration-text $c4[:50%]
+        --eval-text c4=$c4[50%:] --eval-text wikitext2=$data/text/wikitext2_raw_test.txt.gz --dtype bfloat16
+        --batch-size 8 --steps 200 --eval-every 50 -o $out/finetune/general --commit $commit"
+    task="bench finetune smollm2 --pairs $data/gsm8k/train.parquet --eval-pairs gsm8k=$data/gsm8k/test.parquet
+        --accuracy --answer-batch-size 660 --calibration-text $c4[:50%] --block 640 --dtype bfloat16 --batch-size 32
+        --epochs 2 --eval-every 100 --lr 3e-4 -o $out/finetune/gsm8k --commit $commit"
+    rates="--lr 1e-5 --lr 3e-4 --lr 1e-3"
+    for method in dense cats-50 cats-70 relu; do
+        step finetune-$method.log 500 $python -m cats $general $rates --method $method \
+            --distillation 0 --distillation 0.5 &
+    done
+    step finetune-gsm8k.log 500 $python -m cats $task --method dense --method cats-50 --method cats-70 &
+    wait
+    step finetune-recalibrate.log 200 $python -m cats $general --lr 3e-4 --recalibrate 50 --method cats-50
+}
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        quality|finetune) needs="${needs:-} $1" ;;
+        tests|sanitize|mlp|model|decode) $1 ;;
+        *) for group in ${needs:-}; do $group "$1"; done; needs= ;;
+    esac
+    shift
+done
