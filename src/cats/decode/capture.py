@@ -55,26 +55,43 @@ def capture(
     Raises:
         BackendError: If the GPU's memory does not suffice.
     """
-    before = [t.clone() for t in state.moving()]
-    draws = state.generator.get_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream):
-            # allocates what libraries keep, which a capture must not do
-            state.advance(step(), options)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, old in zip(state.moving(), before, strict=True):
-            tensor.copy_(old)
-        state.generator.set_state(draws)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(state.generator)
-        with torch.cuda.graph(graph):
-            chosen = state.advance(step(), options)
+        with torch.cuda.device(state.device):
+            return _capture(step, state, options)
     except torch.cuda.OutOfMemoryError as error:
         state.captured.clear()
         raise BackendError(
             "out of memory while a step was captured: use a shorter context, a smaller batch, or "
             "engine='eager'"
         ) from error
+
+
+def _capture(
+    step: Callable[[], Tensor], state: State, options: Options
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    before = [t.clone() for t in state.moving()]
+    draws = state.generator.get_state()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # allocates what libraries keep, which a capture must not do
+        state.advance(step(), options)
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, old in zip(state.moving(), before, strict=True):
+        tensor.copy_(old)
+    state.generator.set_state(draws)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(state.generator)
+    with torch.cuda.graph(graph):
+        chosen = state.advance(step(), options)
     return graph, chosen
+
+
+def replay(state: State, key: Hashable) -> Tensor:
+    """Run a captured step; returns the chosen tokens, ``[B]``, in a buffer that the next fills."""
+    graph, chosen = state.captured[key]
+    # a graph runs on the current device, which need not be the model's
+    with torch.cuda.device(state.device):
+        graph.replay()
+    out: Tensor = chosen
+    return out

@@ -291,7 +291,7 @@ class _Read:
             self._host = torch.empty_like(chosen, device="cpu", pin_memory=True)
             self._host.copy_(chosen, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(chosen.device))
         else:
             self._host = chosen
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cats.decode.capture import (
     capture,
     graph_key,
     must_be_deterministic,
+    replay,
     window_of,
     windows_of,
 )
@@ -43,7 +45,8 @@ class StreamEngine:
         try:
             self._spec = read_spec(model)
             _lay_out(self._spec)
-            self._embedding_scale = probe(model, self._spec)
+            with torch.cuda.device(self._spec.norm.device):
+                self._embedding_scale = probe(model, self._spec)
         except (UnsupportedModelError, AttributeError) as error:
             raise BackendError(f"the engine stream cannot run this model: {error}") from error
 
@@ -69,10 +72,7 @@ class StreamEngine:
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
-        graph, chosen = state.captured[graph_key(self.name, window, options)]
-        graph.replay()
-        out: Tensor = chosen
-        return out
+        return replay(state, graph_key(self.name, window, options))
 
     def reset(self) -> None:
         """Nothing: all that depends on the model belongs to a conversation."""
