@@ -15,6 +15,7 @@ from cats.decode.capture import (
     capture,
     graph_key,
     must_be_deterministic,
+    replay,
     window_of,
     windows_of,
 )
@@ -142,10 +143,7 @@ class CompiledEngine:
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
         if state.device.type == "cuda":
-            graph, chosen = state.captured[graph_key(self.name, window, options)]
-            graph.replay()
-            out: Tensor = chosen
-            return out
+            return replay(state, graph_key(self.name, window, options))
         step = self._steps[state.batch, state.capacity, window]
         return state.advance(step(*step_inputs(state)), options)
 
