@@ -35,6 +35,8 @@ _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
 _MAX_HEAD = 256
 _SLOTS_A_SPLIT = 64
+_MAX_SPLITS = 64
+_BLOCKS_OF_ATTENTION = 2  # on a multiprocessor, so that one reads while the other computes
 _TICKET_STRIDE = 32  # a cache line
 
 
@@ -274,7 +276,8 @@ def _queries_a_block(queries: int) -> int:
 
 def _most_splits(slots: int, columns: int, multiprocessors: int) -> int:
     """Blocks that share the slots of a head: enough to fill the GPU, each with enough to do."""
-    return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), multiprocessors // columns))
+    blocks = _BLOCKS_OF_ATTENTION * multiprocessors
+    return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), blocks // columns, _MAX_SPLITS))
 
 
 def _rotary_table(spec: ModelSpec, kind: str, capacity: int) -> tuple[Tensor, Tensor]:
@@ -329,7 +332,7 @@ def _attention_function(
         )
     defines = dict(
         DTYPE=DTYPES[dtype], HEAD=head, ROTARY=rotary, HEADS=_queries_a_block(queries),
-        QUERIES=queries, HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
+        QUERIES=queries, MAX_SPLITS=_MAX_SPLITS, HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
     )  # fmt: skip
     return Function(device, "attention", defines, threads=32 * _WARPS, shared_bytes=0)
 

@@ -11,12 +11,13 @@
 // the kernel in front has ended.
 //
 // The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), HEADS and QUERIES (query heads of a key
-// head), and the switches HEAD_NORM and SOFTCAP.
+// head), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
 #include "primitives.cuh"
 
 typedef long long int64;
 
 constexpr int WARPS = 8, THREADS = WARPS * 32, UNROLL = 4;
+static_assert(HEADS <= WARPS);
 constexpr int HEAD_VECTORS = HEAD / VECTOR, PARTS = (QUERIES + HEADS - 1) / HEADS;
 
 __device__ constexpr int lanes_of_a_slot() {
@@ -56,6 +57,7 @@ struct Shared {
     uint4 new_key[HEAD_VECTORS], new_value[HEAD_VECTORS];
     float peak[WARPS][HEADS], total[WARPS][HEADS];
     float sums[WARPS][HEADS][HEAD];
+    float factors[HEADS][MAX_SPLITS], norms[HEADS];  // of the splits, for the block that comes last
     bool last;
 };
 
@@ -315,19 +317,32 @@ struct Block {
         }
         __syncthreads();
         if (!shared.last) return;
+        if (warp < heads) weigh_splits(warp);
+        __syncthreads();
         for (int i = threadIdx.x; i < heads * HEAD; i += THREADS) {
             int h = i / HEAD, at = i % HEAD;
-            float peak = NEVER, total = 0.f, sum = 0.f;
-            for (int s = 0; s < gridDim.x; ++s) {
-                const float* from = partial(s, h);
-                float theirs = load_float_from_l2(from + HEAD), highest = fmaxf(peak, theirs);
-                float mine = Running::factor(peak, highest), factor = Running::factor(theirs, highest);
-                total = total * mine + load_float_from_l2(from + HEAD + 1) * factor;
-                sum = sum * mine + load_float_from_l2(from + at) * factor;
-                peak = highest;
-            }
-            write(h, at, sum / total);
+            float sum = 0.f;
+#pragma unroll 8
+            for (int s = 0; s < gridDim.x; ++s)
+                sum = fmaf(shared.factors[h][s], load_float_from_l2(partial(s, h) + at), sum);
+            write(h, at, sum / shared.norms[h]);
         }
+    }
+
+    // What each split of a head counts, by one warp: a lane a split.
+    __device__ void weigh_splits(int h) {
+        float highest = NEVER, total[1] = {0.f};
+        for (int s = lane; s < gridDim.x; s += 32) highest = fmaxf(highest, load_float_from_l2(partial(s, h) + HEAD));
+#pragma unroll
+        for (int distance = 16; distance; distance /= 2)
+            highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, distance));
+        for (int s = lane; s < gridDim.x; s += 32) {
+            float factor = Running::factor(load_float_from_l2(partial(s, h) + HEAD), highest);
+            total[0] = fmaf(load_float_from_l2(partial(s, h) + HEAD + 1), factor, total[0]);
+            shared.factors[h][s] = factor;
+        }
+        float sum = warp_sums(total);
+        if (lane == 0) shared.norms[h] = sum;
     }
 
     __device__ void write(int h, int at, float value) {
