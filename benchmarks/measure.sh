@@ -51,6 +51,10 @@ decode() {
         bench decode-$shape-compiled.jsonl 200 "decode $shape --dtype bfloat16 --engine compiled"
         bench decode-$shape-stream.jsonl 150 "decode $shape --dtype bfloat16 --engine stream --no-generate --launches"
     done
+    for prompt in 8192 32000; do
+        bench decode-mistral-7b-$prompt.jsonl 150 \
+            "decode mistral-7b --dtype bfloat16 --engine stream --no-generate --sparsity 0,0.5 --prompt-length $prompt"
+    done
     bench decode-mistral-7b-static.jsonl 200 "decode mistral-7b --dtype bfloat16 --engine stream --static --sparsity 0"
 }
 
