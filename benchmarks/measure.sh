@@ -47,7 +47,7 @@ model() { step model.jsonl 300 $python -m cats bench model --shape mistral-7b --
 
 # `compiled` by itself: `stream` lays out the dense model's weights for its kernels. `generate` beside it.
 decode() {
-    for shape in mistral-7b llama-2-7b llama-3.2-1b; do
+    for shape in mistral-7b llama-2-7b llama-3.2-1b smollm2-135m; do
         bench decode-$shape-compiled.jsonl 200 "decode $shape --dtype bfloat16 --engine compiled"
         bench decode-$shape-stream.jsonl 150 "decode $shape --dtype bfloat16 --engine stream --no-generate --launches"
     done
