@@ -74,6 +74,7 @@ def test_engine_is_an_error_without_a_gpu():
 def test_kernels_compile_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel
 
+    assert compile_kernel("embedding.cu", dict(DTYPE=dtype, WIDTH=64), capability)
     for normed in (0, 1):
         for width, parts in ((40, 1), (4096, 2)):
             defines = dict(DTYPE=dtype, WIDTH=width, NORMED=normed, WARPS=8, STAGES=2, PARTS=parts)

@@ -6,7 +6,7 @@ import inspect
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,12 +21,14 @@ from cats.ops.cuda.kernel import shares_of
 from cats.ops.cuda.variant import DTYPES, VECTOR_BYTES, shared_memory, variant_for
 
 # The structs of the sources.
+_EMBEDDING = struct.Struct("4Qif")
 _RESIDUAL = struct.Struct("5Q2f")
 _LINEAR = struct.Struct("48s10Q4i")
 _ATTENTION = struct.Struct("12Q3i4f4x")
 _MLP = struct.Struct("13Q6i48s")
 
 _WARPS = 8
+_EMBEDDING_BLOCKS = 4
 # A row is cut into parts of at most so many bytes, of which each warp has several in flight.
 _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
@@ -42,7 +44,7 @@ _TICKET_STRIDE = 32  # a cache line
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: what it reads and writes is in its arguments; their last flag is ``early``."""
+    """One launch; ``arguments`` are the struct of its source."""
 
     function: Function
     arguments: bytes
@@ -54,22 +56,21 @@ class Chain:
     """All launches of a token at one capacity of the cache, over buffers of its own.
 
     Attributes:
-        residual: The residual stream, ``[D]``, float32: the embedding before, and what the layers
-            made of it after the launches.
         logits: ``[V]``, float32, what the last launch writes.
     """
 
-    def __init__(self, spec: ModelSpec, state: State) -> None:
+    def __init__(self, spec: ModelSpec, state: State, embedding_scale: float = 1.0) -> None:
         """
         Args:
             spec: The model.
             state: A conversation of one row, whose cache holds its first tokens.
+            embedding_scale: Multiplies the embedding.
 
         Raises:
             UnsupportedModelError: If a shape does not fit the kernels.
         """
         device, D = state.device, spec.hidden_size
-        self._spec, self._state = spec, state
+        self._spec, self._state, self._scale = spec, state, embedding_scale
         self._device = int(device.index or 0)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -77,7 +78,7 @@ class Chain:
             return torch.zeros(shape, device=device)
 
         query_size = spec.heads * spec.head_size
-        self.residual, self._middle = floats(D), floats(D)
+        self._residual, self._middle = floats(D), floats(D)
         self._branch, self._sums = floats(D), floats(D)
         self._qkv = floats(query_size + 2 * spec.key_heads * spec.head_size)
         self._attended = torch.zeros(query_size, dtype=spec.dtype, device=device)
@@ -99,23 +100,25 @@ class Chain:
         Args:
             window: The newest token lies in one of the first ``window`` slots.
         """
-        self._tickets.zero_()
-        launches = [
+        layers = [
             launch
             for index in range(len(self._spec.layers))
             for launch in self._layer(index, window)
         ]
-        self._launch([*launches, self._head()])
+        self._launch([self._embedding(), *layers, self._head()])
         return self.logits
 
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
         """One layer alone, ``[D]``, float32, to float32."""
         self._tickets.zero_()
-        self.residual.copy_(x)
+        self._residual.copy_(x)
         layer = self._spec.layers[index]
-        self._launch(self._layer(index, window, first=True))
+        launches = self._layer(index, window, first=True)
+        # behind kernels of which nothing is known
+        launches[0] = replace(launches[0], arguments=launches[0].arguments[:-4] + bytes(4))
+        self._launch(launches)
         if layer.mlp_post_norm is None:
-            return self.residual.clone()
+            return self._residual.clone()
         sums = self._sums
         norm = sums * torch.rsqrt(sums.square().mean() + layer.epsilon)
         return self._middle + norm * (layer.mlp_post_norm.float() + layer.weight_offset)
@@ -126,10 +129,18 @@ class Chain:
             # The first follows a kernel of which nothing is known. The others follow one of this
             # chain, none of which writes a weight or ends before all in front of it.
             launch.function.launch(
-                launch.arguments if number else _not_early(launch),
-                blocks=launch.blocks, columns=launch.columns, stream=stream,
+                launch.arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
                 dependent=number > 0,
             )  # fmt: skip
+
+    def _embedding(self) -> Launch:
+        spec = self._spec
+        function = _embedding_function(self._device, spec.hidden_size, spec.dtype)
+        arguments = _EMBEDDING.pack(
+            *map(_address, (spec.embedding, self._state.tokens, self._residual, self._tickets)),
+            self._tickets.numel(), self._scale,
+        )  # fmt: skip
+        return Launch(function, arguments, _EMBEDDING_BLOCKS)
 
     def _layer(self, index: int, window: int, first: bool = False) -> list[Launch]:
         layer = self._spec.layers[index]
@@ -138,12 +149,16 @@ class Chain:
         if sandwich:
             project = self._linear([layer.o], x=self._attended, out=self._branch, copy=self._sums)
             into = self._normed(
-                layer, layer.mlp_norm, self.residual,
+                layer, layer.mlp_norm, self._residual,
                 delta=self._branch, delta_weight=layer.attention_post_norm, total=self._middle,
             )  # fmt: skip
         else:
             project = self._linear(
-                [layer.o], x=self._attended, add=self.residual, out=self._middle, copy=self.residual
+                [layer.o],
+                x=self._attended,
+                add=self._residual,
+                out=self._middle,
+                copy=self._residual,
             )
             into = self._normed(layer, layer.mlp_norm, self._middle)
         return [
@@ -153,7 +168,7 @@ class Chain:
             ),
             self._attention(index, layer, window),
             project,
-            self._mlp(index, layer, into, self._sums if sandwich else self.residual),
+            self._mlp(index, layer, into, self._sums if sandwich else self._residual),
         ]  # fmt: skip
 
     def _head(self) -> Launch:
@@ -166,10 +181,10 @@ class Chain:
     def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> bytes:
         """The residual stream behind a layer, normed."""
         if before is None or before.mlp_post_norm is None:
-            return self._normed(layer, weight, self.residual)
+            return self._normed(layer, weight, self._residual)
         return self._normed(
             layer, weight, self._middle,
-            delta=self._sums, delta_weight=before.mlp_post_norm, total=self.residual,
+            delta=self._sums, delta_weight=before.mlp_post_norm, total=self._residual,
         )  # fmt: skip
 
     def _normed(
@@ -260,11 +275,6 @@ class Chain:
         return Launch(function, arguments, shares.blocks)
 
 
-def _not_early(launch: Launch) -> bytes:
-    """The arguments of the first launch of a chain, which is one of ``linear.cu``."""
-    return launch.arguments[:-4] + bytes(4)
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -290,6 +300,12 @@ def _rotary_table(spec: ModelSpec, kind: str, capacity: int) -> tuple[Tensor, Te
     else:
         cosines, sines = rotary(like, positions)
     return cosines[0].contiguous(), sines[0].contiguous()
+
+
+@cache
+def _embedding_function(device: int, width: int, dtype: torch.dtype) -> Function:
+    defines = dict(DTYPE=DTYPES[dtype], WIDTH=width)
+    return Function(device, "embedding", defines, threads=32 * _WARPS, shared_bytes=0)
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +61,12 @@ class StreamEngine:
                 "engine='auto' takes another engine for batches and deterministic algorithms"
             )
         if "chain" not in state.captured:
-            state.captured["chain"] = Chain(self._spec, state)
+            state.captured["chain"] = Chain(self._spec, state, self._embedding_scale)
         chain = state.captured["chain"]
         for window in windows_of(state, lengths):
             key = graph_key(self.name, window, options)
             if key not in state.captured:
-                step = partial(self._logits, chain, state, window)
+                step = partial(self._logits, chain, window)
                 state.captured[key] = capture(step, state, options)
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
@@ -77,19 +76,11 @@ class StreamEngine:
     def reset(self) -> None:
         """Nothing: all that depends on the model belongs to a conversation."""
 
-    def _logits(self, chain: Chain, state: State, window: int) -> Tensor:
-        spec, base = self._spec, self._base()
-        embedded = base.embed_tokens(state.tokens).view(-1)
-        chain.residual.copy_(embedded)
-        if self._embedding_scale != 1:
-            chain.residual.mul_(self._embedding_scale)
-        logits = chain.run(window)
-        if spec.logit_softcap:
-            logits = spec.logit_softcap * (logits / spec.logit_softcap).tanh()
+    def _logits(self, chain: Chain, window: int) -> Tensor:
+        logits, softcap = chain.run(window), self._spec.logit_softcap
+        if softcap:
+            logits = softcap * (logits / softcap).tanh()
         return logits[None]
-
-    def _base(self) -> Any:
-        return self._spec.base
 
 
 def _lay_out(spec: ModelSpec) -> None:

@@ -55,11 +55,11 @@ def probe(model: nn.Module, spec: ModelSpec) -> float:
             _probe_layers(model, spec, state, chain, length)
         ids += 1
         scale = _embedding_scale(model, spec, state, ids)
+        state.tokens.copy_(ids)
         wanted = prefill(model, state, ids, lengths[0]).float()[0]
         state.slot.fill_(lengths[0])
         state.positions.fill_(lengths[0])
-        chain.residual.copy_(_embedded(spec, ids) * scale)
-        found = chain.run(lengths[0] + 1)
+        found = Chain(spec, state, scale).run(lengths[0] + 1)
         if spec.logit_softcap:
             found = spec.logit_softcap * torch.tanh(found / spec.logit_softcap)
         error = float((found - wanted).norm() / wanted.norm())
@@ -139,12 +139,6 @@ def _replaced(spec: ModelSpec, inputs: Tensor) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _embedded(spec: ModelSpec, ids: Tensor) -> Tensor:
-    base: Any = spec.base
-    embedded: Tensor = base.embed_tokens(ids)
-    return embedded.float().view(-1)
-
-
 def _embedding_scale(model: nn.Module, spec: ModelSpec, state: State, ids: Tensor) -> float:
     base: Any = spec.base
     seen: list[Tensor] = []
@@ -157,7 +151,7 @@ def _embedding_scale(model: nn.Module, spec: ModelSpec, state: State, ids: Tenso
         prefill(model, state, ids, 0)
     finally:
         handle.remove()
-    embedded, found = _embedded(spec, ids), seen[0].float().view(-1)
+    embedded, found = spec.embedding[int(ids)].float(), seen[0].float().view(-1)
     scale = float(found @ embedded / (embedded @ embedded))
     if not (found - scale * embedded).norm() <= 1e-2 * found.norm():
         raise UnsupportedModelError("what enters the first layer is not the scaled embedding")

@@ -87,6 +87,7 @@ class ModelSpec:
 
     Attributes:
         base: The module that holds embedding, layers and last norm.
+        embedding: The table, ``[V, D]``.
         layers: In order.
         norm: Weights of the last norm.
         head: Logits of its output.
@@ -97,6 +98,7 @@ class ModelSpec:
     """
 
     base: nn.Module
+    embedding: Tensor
     layers: list[LayerSpec]
     norm: Tensor
     head: Matrix
@@ -131,6 +133,7 @@ def read_spec(model: nn.Module) -> ModelSpec:
         raise UnsupportedModelError("its weights have several dtypes or devices")
     return ModelSpec(
         base=base,
+        embedding=whole.get_input_embeddings().weight,
         layers=[_layer(layer, config, heads, head_size, i) for i, layer in enumerate(base.layers)],
         norm=base.norm.weight,
         head=_matrix(whole.get_output_embeddings(), "the head"),
