@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cats.benchmarks.decode import NAME
+from cats.benchmarks.pictures import pictures
 from cats.errors import DataError
 from cats.results import Result
 
@@ -155,17 +156,8 @@ def plot(panels: list[Panel], path: Path) -> None:
     Raises:
         DataError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("plots need matplotlib: pip install 'cats-llm[report]'") from error
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for panel, axis in zip(panels, axes, strict=False):
+    figure, axes = pictures(len(panels))
+    for panel, axis in zip(panels, axes, strict=True):
         lines: defaultdict[str, list[tuple[float, Result]]] = defaultdict(list)
         limits: list[tuple[float, float]] = []
         for (variant, _), step in panel.times().items():
