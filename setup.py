@@ -28,12 +28,14 @@ MSVC_OPTIONS = ["/O2", "/std:c++17"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Each source to the compiler options of its instruction set, for GCC and Clang, and for MSVC.
 SOURCES = {
-    "operator.cpp": ([], []),
+    "library.cpp": ([], []),
+    "gated_mlp.cpp": ([], []),
+    "linear.cpp": ([], []),
     "generic.cpp": ([], []),
 }
 if IS_X86:
     SOURCES |= {
-        "operator.cpp": (["-DCATS_X86"], ["/DCATS_X86"]),
+        "library.cpp": (["-DCATS_X86"], ["/DCATS_X86"]),
         "avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
         "avx512.cpp": (AVX512, ["/arch:AVX512"]),
         "avx512_bf16.cpp": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"]),

@@ -9,10 +9,13 @@
 #include <vector>
 
 #include "../../src/cats/ops/cpu/gated_mlp.h"
+#include "../../src/cats/ops/cpu/linear.h"
 
 using cats::Activation;
 using cats::BFloat16;
-using cats::Call;
+using cats::GatedMlpCall;
+using cats::LinearCall;
+using cats::LinearPart;
 
 namespace {
 
@@ -44,6 +47,27 @@ struct Values {
   }
 };
 
+// What a kernel writes, in either type.
+struct Output {
+  std::vector<float> wide;
+  std::unique_ptr<BFloat16[]> narrow;
+
+  explicit Output(size_t size) : wide(size), narrow(new BFloat16[size]) {}
+
+  void* data(bool bfloat16) { return bfloat16 ? static_cast<void*>(narrow.get()) : static_cast<void*>(wide.data()); }
+
+  // the difference from what is exact, relative to the tolerance
+  double error_at(size_t i, double expected, bool bfloat16) const {
+    float actual = wide[i];
+    if (bfloat16) {
+      const uint32_t bits = static_cast<uint32_t>(narrow[i].bits) << 16;
+      std::memcpy(&actual, &bits, sizeof bits);
+    }
+    const double allowed = bfloat16 ? 1e-2 * std::fabs(expected) + 1e-4 : 1e-5 * std::fabs(expected) + 1e-5;
+    return std::fabs(actual - expected) / allowed;
+  }
+};
+
 double dot(const std::vector<float>& matrix, int64_t row, const std::vector<float>& x, int64_t token, int64_t D) {
   double total = 0;
   for (int64_t i = 0; i < D; ++i) total += double(matrix[row * D + i]) * x[token * D + i];
@@ -51,16 +75,15 @@ double dot(const std::vector<float>& matrix, int64_t row, const std::vector<floa
 }
 
 // The largest difference between a kernel and a plain loop, relative to the tolerance.
-double error_of(cats::Kernel kernel, int64_t B, int64_t D, int64_t F, bool bfloat16, float threshold, int64_t threads) {
+double error_of(cats::GatedMlpKernel kernel, int64_t B, int64_t D, int64_t F, bool bfloat16, float threshold, int64_t threads) {
   std::mt19937 random(static_cast<unsigned>(B * 1000003 + D * 1009 + F));
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   const Values x(B * D, 1, random), gate(F * D, scale, random), up(F * D, scale, random);
   const Values down(F * D, 1 / std::sqrt(static_cast<float>(F)), random), up_bias(F, 1, random), down_bias(D, 1, random);
   const std::vector<float> thresholds(F, threshold);
-  std::vector<float> out(B * D);
-  const std::unique_ptr<BFloat16[]> narrow_out(new BFloat16[B * D]);
+  Output out(B * D);
 
-  Call call{};
+  GatedMlpCall call{};
   call.B = B;
   call.D = D;
   call.F = F;
@@ -74,7 +97,7 @@ double error_of(cats::Kernel kernel, int64_t B, int64_t D, int64_t F, bool bfloa
   call.down_bias = down_bias.data(bfloat16);
   call.activation = Activation::kSilu;
   call.gate_is_router = true;
-  call.out = bfloat16 ? static_cast<void*>(narrow_out.get()) : static_cast<void*>(out.data());
+  call.out = out.data(bfloat16);
   kernel(call, cats::Threads{threads, run_in_threads});
 
   double worst = 0;
@@ -87,14 +110,31 @@ double error_of(cats::Kernel kernel, int64_t B, int64_t D, int64_t F, bool bfloa
       for (int64_t i = 0; i < D; ++i) expected[i] += h * down.exact[j * D + i];
     }
     for (int64_t i = 0; i < D; ++i) {
-      float actual = out[b * D + i];
-      if (bfloat16) {
-        const uint32_t bits = static_cast<uint32_t>(narrow_out[b * D + i].bits) << 16;
-        std::memcpy(&actual, &bits, sizeof bits);
-      }
-      const double allowed = bfloat16 ? 1e-2 * std::fabs(expected[i]) + 1e-4 : 1e-5 * std::fabs(expected[i]) + 1e-5;
-      worst = std::max(worst, std::fabs(actual - expected[i]) / allowed);
+      worst = std::max(worst, out.error_at(b * D + i, expected[i], bfloat16));
     }
+  }
+  return worst;
+}
+
+// The same for two linear layers in one call, of N and 1 outputs, the first with a bias.
+double linear_error_of(cats::LinearKernel kernel, int64_t B, int64_t D, int64_t N, bool bfloat16, int64_t threads) {
+  std::mt19937 random(static_cast<unsigned>(B * 1000003 + D * 1009 + N));
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  const Values x(B * D, 1, random), weight(N * D, scale, random), other(D, scale, random), bias(N, 1, random);
+  Output out(B * N), other_out(B);
+  const LinearPart parts[] = {
+      {N, weight.data(bfloat16), bias.data(bfloat16), out.data(bfloat16)},
+      {1, other.data(bfloat16), nullptr, other_out.data(bfloat16)},
+  };
+  kernel(LinearCall{B, D, bfloat16, x.data(bfloat16), parts, 2}, cats::Threads{threads, run_in_threads});
+
+  double worst = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t j = 0; j < N; ++j) {
+      const double expected = dot(weight.exact, j, x.exact, b, D) + bias.exact[j];
+      worst = std::max(worst, out.error_at(b * N + j, expected, bfloat16));
+    }
+    worst = std::max(worst, other_out.error_at(b, dot(other.exact, 0, x.exact, b, D), bfloat16));
   }
   return worst;
 }
@@ -105,14 +145,18 @@ int main() {
   struct Set {
     const char* name;
     bool is_supported;
-    cats::Kernel kernel;
+    cats::GatedMlpKernel gated_mlp;
+    cats::LinearKernel linear;
   };
   const Set sets[] = {
-      {"generic", true, cats::gated_mlp_generic},
+      {"generic", true, cats::gated_mlp_generic, cats::linear_generic},
 #if defined(__x86_64__)
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), cats::gated_mlp_avx2},
-      {"avx512", __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"), cats::gated_mlp_avx512},
-      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, cats::gated_mlp_avx512_bf16},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), cats::gated_mlp_avx2,
+       cats::linear_avx2},
+      {"avx512", __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"), cats::gated_mlp_avx512,
+       cats::linear_avx512},
+      {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0, cats::gated_mlp_avx512_bf16,
+       cats::linear_avx512_bf16},
 #endif
   };
   const int64_t shapes[][2] = {{1, 1}, {3, 1}, {1, 5}, {37, 61}, {131, 257}, {1030, 67}, {2100, 33}};
@@ -128,7 +172,7 @@ int main() {
         for (const bool bfloat16 : {false, true})
           for (const float threshold : {0.0f, 0.1234567f, std::numeric_limits<float>::infinity()})
             for (const int64_t threads : {1, 3}) {
-              const double error = error_of(set.kernel, B, D, F, bfloat16, threshold, threads);
+              const double error = error_of(set.gated_mlp, B, D, F, bfloat16, threshold, threads);
               worst = std::max(worst, error);
               if (error <= 1) continue;
               std::printf("%s: wrong by %g of the tolerance for B %lld, D %lld, F %lld, bfloat16 %d, threshold %g\n",
@@ -136,6 +180,17 @@ int main() {
                           static_cast<long long>(F), bfloat16, static_cast<double>(threshold));
               ++failures;
             }
+    for (const auto& [D, N] : shapes)
+      for (int64_t B = 1; B <= cats::kMaxBatch; ++B)
+        for (const bool bfloat16 : {false, true})
+          for (const int64_t threads : {1, 3}) {
+            const double error = linear_error_of(set.linear, B, D, N, bfloat16, threads);
+            worst = std::max(worst, error);
+            if (error <= 1) continue;
+            std::printf("%s: linear wrong by %g of the tolerance for B %lld, D %lld, N %lld, bfloat16 %d\n", set.name,
+                        error, static_cast<long long>(B), static_cast<long long>(D), static_cast<long long>(N), bfloat16);
+            ++failures;
+          }
     std::printf("%s: largest error %.2f of the tolerance\n", set.name, worst);
   }
   return failures ? 1 : 0;

@@ -26,6 +26,7 @@ from cats.decode.forward import (
     trace_unmasked,
     trace_window,
 )
+from cats.decode.linears import stream_linears
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.errors import BackendError, ConfigError
@@ -70,8 +71,8 @@ class EagerEngine:
     """Operator by operator, on any device.
 
     The step is traced into a flat list of operators, which leaves out the Python of the model's
-    modules. A model that branches on the value of a tensor, or that has forward hooks, cannot be
-    traced; it runs module by module.
+    modules; on a CPU its linear layers become ``cats::linear``. A model that branches on the value
+    of a tensor, or that has forward hooks, cannot be traced; it runs module by module.
     """
 
     name = "eager"
@@ -152,7 +153,7 @@ class CompiledEngine:
 
 
 class AutoEngine:
-    """On a GPU: ``stream`` for what it takes, ``compiled`` for the rest.
+    """On a GPU: ``stream`` for what it takes, else ``compiled``, and ``eager`` where hooks must run.
 
     Attributes:
         refusal: Why ``stream`` does not run this model; None where it does.
@@ -167,12 +168,12 @@ class AutoEngine:
             self._stream = _stream_engine(model)
         except BackendError as error:
             self.refusal = str(error)
-        self._compiled = CompiledEngine(_device(model))
+        self._other: Engine = EagerEngine() if _has_hooks(model) else CompiledEngine(_device(model))
 
     @property
     def name(self) -> str:
         """Of the engine that runs one row without padding."""
-        return self._compiled.name if self._stream is None else self._stream.name
+        return self._other.name if self._stream is None else self._stream.name
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -186,11 +187,11 @@ class AutoEngine:
         return self._engine(state).step(model, state, length, options)
 
     def reset(self) -> None:
-        self._compiled.reset()
+        self._other.reset()
 
     def _engine(self, state: State) -> Engine:
         alone = state.batch == 1 and not state.padded and not must_be_deterministic()
-        return self._stream if self._stream is not None and alone else self._compiled
+        return self._stream if self._stream is not None and alone else self._other
 
 
 def make_engine(name: str, model: nn.Module) -> Engine:
@@ -224,6 +225,8 @@ def _stream_engine(model: nn.Module) -> Engine:
     reason = cuda.unavailable()
     if reason is None and _device(model).type != "cuda":
         reason = f"the model is on {_device(model)}"
+    if reason is None and _has_hooks(model):
+        reason = "the model has forward hooks, which it would not run"
     if reason is not None:
         raise BackendError(f"the engine stream cannot run: {reason}")
     # needs the packages whose absence `unavailable` reports
@@ -240,12 +243,13 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def _traced(model: nn.Module, trace: Callable[[], StepFunction | None]) -> StepFunction | None:
+def _traced(model: nn.Module, trace: Callable[[], fx.GraphModule | None]) -> StepFunction | None:
     """The flat step, or None where the model has hooks, which would run once only."""
     if _has_hooks(model):
         return None
     try:
-        return trace()
+        graph = trace()
+        return None if graph is None else stream_linears(graph)
     except Exception as error:
         # a tracer meets whatever a model does; the same step runs untraced, and errors there
         reason = str(error).strip().partition("\n")[0][:200]

@@ -269,6 +269,31 @@ def _(x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty_like(x)
 
 
+# A linear layer for the few tokens of a decode step. Its definition is torch's own; `cats.ops.cpu`
+# registers a kernel for CPU tensors, and sends what that does not take to torch as well.
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("linear", torch.nn.functional.linear, "CompositeExplicitAutograd")
+
+
+def _linear_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.is_grad_enabled():
+        return torch.nn.functional.linear(x, weight, bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        out: Tensor = torch.ops.cats.linear.default(x, weight, bias)
+    return out
+
+
+_LIBRARY.impl("linear", _linear_with_gradient, "Autograd")
+
+
+@torch.library.register_fake("cats::linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 class _NoGradient(torch.autograd.Function):
     """A forward pass where gradients are recorded; the backward pass is an error.
 

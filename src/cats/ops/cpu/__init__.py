@@ -1,8 +1,8 @@
 """The CPU backend: C++ on torch's stable ABI, in torch's own threads.
 
-``operator.cpp`` is registered as the CPU kernel of ``cats::gated_mlp``, so calls reach it without
-Python. It is compiled by ``pip install``; where that failed, the compiler's message is the reason
-that :func:`unavailable` gives.
+``gated_mlp.cpp`` and ``linear.cpp`` are registered as the CPU kernels of ``cats::gated_mlp`` and
+``cats::linear``, so calls reach them without Python. They are compiled by ``pip install``; where
+that failed, the compiler's message is the reason that :func:`unavailable` gives.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ def unavailable() -> str | None:
 
 
 def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
-    """Why a call is left to ``dense``; ``is_taken`` in operator.cpp says the same."""
+    """Why a call is left to ``dense``; ``is_taken`` in gated_mlp.cpp says the same."""
     if x.device.type != "cpu":
         return f"expected CPU tensors, got {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -59,6 +59,21 @@ def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
         return f"expected a batch of 1 to {MAX_BATCH}, got {x.shape[0]}"
     if gate.numel() == 0:
         return "expected at least one neuron and one input"
+    return None
+
+
+def linear_refuses(x: Tensor, weight: Tensor) -> str | None:
+    """Why ``cats::linear`` leaves a call to torch; ``tokens_of`` in linear.cpp says the same."""
+    if x.device.type != "cpu":
+        return f"expected CPU tensors, got {x.device}"
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
+        return f"expected one of float32 and bfloat16, got {x.dtype} and {weight.dtype}"
+    if weight.dim() != 2 or weight.numel() == 0:
+        return f"expected a matrix, got {list(weight.shape)}"
+    if not 1 <= x.numel() // weight.shape[1] <= MAX_BATCH:
+        return f"expected 1 to {MAX_BATCH} tokens, got {list(x.shape)}"
+    if not x.is_contiguous() or not weight.is_contiguous():
+        return "expected contiguous tensors"
     return None
 
 

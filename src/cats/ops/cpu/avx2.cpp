@@ -1,7 +1,8 @@
 // 256-bit vectors: AVX2 and FMA.
 #include <immintrin.h>
 
-#include "kernel.h"
+#include "gated_mlp_kernel.h"
+#include "linear_kernel.h"
 
 namespace cats {
 namespace {
@@ -32,6 +33,10 @@ struct Avx2 {
 }  // namespace
 }  // namespace cats
 
-void cats::gated_mlp_avx2(const Call& call, const Threads& threads) {
-  run_dtype<WideningLanes<Avx2, float>, WideningLanes<Avx2, BFloat16>>(call, threads);
+void cats::gated_mlp_avx2(const GatedMlpCall& call, const Threads& threads) {
+  run_dtype<GatedMlp, WideningLanes<Avx2, float>, WideningLanes<Avx2, BFloat16>>(call, threads);
+}
+
+void cats::linear_avx2(const LinearCall& call, const Threads& threads) {
+  run_dtype<Linear, WideningLanes<Avx2, float>, WideningLanes<Avx2, BFloat16>>(call, threads);
 }

@@ -1,5 +1,9 @@
 #include "avx512.h"
 
-void cats::gated_mlp_avx512(const Call& call, const Threads& threads) {
-  run_dtype<WideningLanes<Avx512, float>, WideningLanes<Avx512, BFloat16>>(call, threads);
+void cats::gated_mlp_avx512(const GatedMlpCall& call, const Threads& threads) {
+  run_dtype<GatedMlp, WideningLanes<Avx512, float>, WideningLanes<Avx512, BFloat16>>(call, threads);
+}
+
+void cats::linear_avx512(const LinearCall& call, const Threads& threads) {
+  run_dtype<Linear, WideningLanes<Avx512, float>, WideningLanes<Avx512, BFloat16>>(call, threads);
 }

@@ -3,7 +3,8 @@
 
 #include <immintrin.h>
 
-#include "kernel.h"
+#include "gated_mlp_kernel.h"
+#include "linear_kernel.h"
 
 namespace cats {
 namespace {

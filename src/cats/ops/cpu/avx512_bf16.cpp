@@ -23,9 +23,16 @@ struct BFloat16DotLanes : Avx512 {
 }  // namespace
 }  // namespace cats
 
-void cats::gated_mlp_avx512_bf16(const Call& call, const Threads& threads) {
+void cats::gated_mlp_avx512_bf16(const GatedMlpCall& call, const Threads& threads) {
   if (call.bfloat16)
-    run_batch<BFloat16DotLanes>(call, threads);
+    run_batch<GatedMlp, BFloat16DotLanes>(call, threads);
   else
     gated_mlp_avx512(call, threads);
+}
+
+void cats::linear_avx512_bf16(const LinearCall& call, const Threads& threads) {
+  if (call.bfloat16)
+    run_batch<Linear, BFloat16DotLanes>(call, threads);
+  else
+    linear_avx512(call, threads);
 }

@@ -1,19 +1,15 @@
-// What the operator (operator.cpp) and the kernels of each instruction set share.
+// What the operator cats::gated_mlp (gated_mlp.cpp) and its kernels for each instruction set share.
 #pragma once
 
-#include <cstdint>
+#include "common.h"
 
 namespace cats {
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu };
 
 // The arguments of cats::gated_mlp, checked. Every matrix is [F, D], row-major: `down` is stored column-major, so the
 // weights of one neuron are one row here. Weights, biases, x and out have one type: BFloat16 or float.
-struct Call {
+struct GatedMlpCall {
   int64_t B, D, F;
   bool bfloat16;
   const void* x;     // [B, D]
@@ -30,21 +26,12 @@ struct Call {
   void* out;            // [B, D]
 };
 
-constexpr int64_t kMaxBatch = 8;
+using GatedMlpKernel = void (*)(const GatedMlpCall&, const Threads&);
 
-// The thread pool of torch: `run` calls `body(begin, end, context)` on parts of [0, count) and waits for all of them.
-struct Threads {
-  using Body = void (*)(int64_t begin, int64_t end, void* context);
-  int64_t count;
-  void (*run)(int64_t count, Body body, void* context);
-};
-
-using Kernel = void (*)(const Call&, const Threads&);
-
-// One implementation for each instruction set, from the same source, kernel.h.
-void gated_mlp_generic(const Call&, const Threads&);
-void gated_mlp_avx2(const Call&, const Threads&);
-void gated_mlp_avx512(const Call&, const Threads&);
-void gated_mlp_avx512_bf16(const Call&, const Threads&);
+// One implementation for each instruction set, from the same source, gated_mlp_kernel.h.
+void gated_mlp_generic(const GatedMlpCall&, const Threads&);
+void gated_mlp_avx2(const GatedMlpCall&, const Threads&);
+void gated_mlp_avx512(const GatedMlpCall&, const Threads&);
+void gated_mlp_avx512_bf16(const GatedMlpCall&, const Threads&);
 
 }  // namespace cats

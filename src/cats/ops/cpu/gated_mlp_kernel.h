@@ -1,5 +1,4 @@
-// The algorithm, once for all instruction sets. Decode is bound by the bytes of weights that are read, so everything here
-// serves one aim: many loads of the right rows in flight.
+// The sparse gated MLP.
 //
 //   1. Neurons are dealt to threads in chunks. For a chunk, read the router's rows one after the other, list the neurons
 //      that some token keeps, then read the listed rows of the other branch, several at once.
@@ -9,66 +8,17 @@
 //
 // Kept rows lie at random distances, which no hardware prefetcher follows: while a group of rows is read, the same line of
 // each row of the next group is prefetched into the second-level cache.
-//
-// `Lanes`, a template parameter, is what an instruction set does with weights of one type:
-//
-//   Weight, Input, Vector         types: stored weights; x as `dot` reads it; kWidth floats
-//   load, store, broadcast, add, multiply_add, sum, widen (kWidth weights to floats)
-//   kDotStep, load_dot, dot       a dot product of kDotStep weights with as many inputs, added to a Vector
-//   kAccumulators                 Vectors that fit in registers beside the operands
-//
-// Each including file is compiled for another instruction set, so all of this has internal linkage: the linker must not
-// merge two versions of one function.
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <numeric>
-#include <type_traits>
-#include <vector>
-
-#if defined(_MSC_VER)
-#include <xmmintrin.h>
-#endif
 
 #include "gated_mlp.h"
+#include "rows.h"
 
 namespace cats {
 namespace {
-
-constexpr int64_t kLineBytes = 64;
-
-// into the second-level cache: a group of rows does not fit into the first
-inline void prefetch(const void* address) {
-#if defined(_MSC_VER)
-  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
-#else
-  __builtin_prefetch(address, 0, 2);
-#endif
-}
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline void round_to(float value, float& out) { out = value; }
-
-// to the nearest, ties to even
-inline void round_to(float value, BFloat16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const bool is_nan = value != value;
-  out.bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // --- activations, over arrays, so that the compiler vectorises them
 
@@ -122,65 +72,6 @@ inline void activate(Activation activation, float* values, int64_t count) {
 // The rule of cats.functional.keep_mask: NaN is kept.
 inline bool keeps(float value, float threshold) { return !(std::fabs(value) < threshold); }
 
-// --- the two loops over weights
-
-// Lanes for an instruction set without dot-product instructions: weights are widened, x is float32.
-template <class Instructions, class WeightType>
-struct WideningLanes : Instructions {
-  using Weight = WeightType;
-  using Input = float;
-  using Vector = typename Instructions::Vector;
-  static constexpr int64_t kDotStep = Instructions::kWidth;
-
-  static Vector load_dot(const Weight* p) { return Instructions::widen(p); }
-  static Vector dot(Vector weights, const float* x, Vector sum) {
-    return Instructions::multiply_add(weights, Instructions::load(x), sum);
-  }
-};
-
-// Rows that are read at once, so that many loads are in flight: as many as there are registers for sums.
-template <class Lanes, int B>
-constexpr int rows_at_once() {
-  int rows = 8;
-  while (rows > 1 && rows * B > Lanes::kAccumulators) rows /= 2;
-  return rows;
-}
-
-// out[r][b] = the dot product of rows[r] and x[b], both of length D; prefetches next[r].
-template <class Lanes, int R, int B>
-void dot(const typename Lanes::Weight* const (&rows)[R], const typename Lanes::Weight* const (&next)[R],
-         const typename Lanes::Input* x, int64_t D, float (&out)[R][B]) {
-  using Vector = typename Lanes::Vector;
-  constexpr int64_t kLine = kLineBytes / sizeof(typename Lanes::Weight);
-  // a chain of dependent additions must not be slower than memory
-  constexpr int kChains = R * B < 8 ? 8 / (R * B) : 1;
-  Vector sums[kChains][R][B];
-  for (auto& chain : sums)
-    for (auto& row : chain)
-      for (auto& sum : row) sum = Lanes::broadcast(0.0f);
-
-  const auto add_line = [&](Vector(&into)[R][B], int64_t i) {
-    for (int r = 0; r < R; ++r) prefetch(next[r] + i);
-    for (int64_t k = i; k < i + kLine; k += Lanes::kDotStep)
-      for (int r = 0; r < R; ++r) {
-        const auto weights = Lanes::load_dot(rows[r] + k);
-        for (int b = 0; b < B; ++b) into[r][b] = Lanes::dot(weights, x + b * D + k, into[r][b]);
-      }
-  };
-  int64_t i = 0;
-  for (; i + kChains * kLine <= D; i += kChains * kLine)
-    for (int c = 0; c < kChains; ++c) add_line(sums[c], i + c * kLine);
-  for (; i + kLine <= D; i += kLine) add_line(sums[0], i);
-
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) {
-      for (int c = 1; c < kChains; ++c) sums[0][r][b] = Lanes::add(sums[0][r][b], sums[c][r][b]);
-      float total = Lanes::sum(sums[0][r][b]);
-      for (int64_t k = i; k < D; ++k) total += to_float(rows[r][k]) * to_float(x[b * D + k]);
-      out[r][b] = total;
-    }
-}
-
 // sums[b][i] += h[r][b] * rows[r][i] for all r and for i in [begin, end); prefetches next[r]. `sums` has rows of length D.
 template <class Lanes, int R, int B>
 void add_scaled(const typename Lanes::Weight* const (&rows)[R], const typename Lanes::Weight* const (&next)[R],
@@ -213,38 +104,7 @@ struct Workspace {
   std::vector<int64_t> neurons;     // [F]: those needed, first at the start of each chunk, then packed
   std::vector<float> products;      // [F, B]: act(gate) * up of those
   std::vector<float> accumulators;  // [pieces, B, D]
-
-  template <class T>
-  static T* at_least(std::vector<T>& memory, int64_t count) {
-    if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
-    return memory.data();
-  }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls body(i) once for each i < count, from up to `workers` threads; a free thread takes the next i.
-template <class Body>
-void for_each(const Threads& threads, int64_t workers, int64_t count, const Body& body) {
-  struct Context {
-    const Body& body;
-    const int64_t count;
-    std::atomic<int64_t> next;
-  } context{body, count, {0}};
-  const auto work = [](int64_t, int64_t, void* pointer) {
-    auto& shared = *static_cast<Context*>(pointer);
-    for (;;) {
-      const int64_t i = shared.next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= shared.count) break;
-      shared.body(i);
-    }
-  };
-  workers = std::min(workers, count);
-  if (workers <= 1)
-    work(0, 1, &context);
-  else
-    threads.run(workers, work, &context);
-}
 
 template <class Lanes, int B>
 struct GatedMlp {
@@ -253,44 +113,25 @@ struct GatedMlp {
 
   static constexpr int kRows = rows_at_once<Lanes, B>();
   static constexpr int64_t kMaxChunk = 64;
-  // below this, a second thread costs more than it brings
-  static constexpr int64_t kBytesPerThread = 64 * 1024;
   // at most 32 KiB of accumulators, in whole lines of weights: rows as long as possible, sums near the processor
   static constexpr int64_t kColumns = 8192 / B / 32 * 32;
 
-  const Call& call;
+  const GatedMlpCall& call;
   const Input* x;
-
-  bool has_short_rows() const { return call.D * static_cast<int64_t>(sizeof(Weight)) < 4096; }
 
   static const Weight* weights(const void* pointer) { return static_cast<const Weight*>(pointer); }
 
   // out[i][b] = bias + row listed[i] of the matrix times x[b]; the list is of `count` of `total` rows that follow each other.
-  void dot_rows(const Weight* matrix, const Weight* bias, const int64_t* listed, int64_t count, int64_t total,
-                float (*out)[B]) const {
-    // short rows that follow each other are one stream, which the hardware prefetches better than several at once
-    if (has_short_rows() && count * 8 >= total * 7)
-      dot_groups<1>(matrix, listed, count, out);
+  void dot_listed(const Weight* matrix, const Weight* bias, const int64_t* listed, int64_t count, int64_t total,
+                  float (*out)[B]) const {
+    const auto row = [&](int64_t i) { return matrix + listed[i] * call.D; };
+    if (are_short<Weight>(call.D) && count * 8 >= total * 7)
+      dot_rows<Lanes, 1, B>(row, count, x, call.D, out);
     else
-      dot_groups<kRows>(matrix, listed, count, out);
+      dot_rows<Lanes, kRows, B>(row, count, x, call.D, out);
     if (!bias) return;
     for (int64_t i = 0; i < count; ++i)
       for (float& value : out[i]) value += to_float(bias[listed[i]]);
-  }
-
-  template <int R>
-  void dot_groups(const Weight* matrix, const int64_t* listed, int64_t count, float (*out)[B]) const {
-    for (int64_t i = 0; i < count; i += R) {
-      // past the end, a group repeats the last row: that is in the cache, and what it gives is not copied
-      const Weight *rows[R], *next[R];
-      for (int r = 0; r < R; ++r) {
-        rows[r] = matrix + listed[std::min(i + r, count - 1)] * call.D;
-        next[r] = matrix + listed[std::min(i + R + r, count - 1)] * call.D;
-      }
-      float values[R][B];
-      dot<Lanes, R, B>(rows, next, x, call.D, values);
-      std::copy_n(values[0], std::min<int64_t>(R, count - i) * B, out[i]);
-    }
   }
 
   // The chunk's needed neurons into `neurons`, and their products into `products`; returns how many there are.
@@ -307,7 +148,7 @@ struct GatedMlp {
     int64_t listed[kMaxChunk];
     std::iota(listed, listed + size, first);
     float routed[kMaxChunk][B];
-    dot_rows(router, router_bias, listed, size, size, routed);
+    dot_listed(router, router_bias, listed, size, size, routed);
     if (gate_is_router) activate(call.activation, routed[0], size * B);
 
     int64_t count = 0;
@@ -323,7 +164,7 @@ struct GatedMlp {
       count += any;
     }
     float others[kMaxChunk][B];
-    dot_rows(other, other_bias, listed, count, size, others);
+    dot_listed(other, other_bias, listed, count, size, others);
     if (!gate_is_router) activate(call.activation, others[0], count * B);
 
     int64_t needed = 0;
@@ -361,32 +202,23 @@ struct GatedMlp {
         add_scaled<Lanes, R, B>(rows, next, products + i * B, begin, end, D, sums);
       }
     };
-    if (!has_short_rows()) add_groups(std::integral_constant<int, 8>{});
+    if (!are_short<Weight>(call.D)) add_groups(std::integral_constant<int, 8>{});
     add_groups(std::integral_constant<int, 4>{});
     add_groups(std::integral_constant<int, 1>{});
   }
 
-  static void run(const Call& call, const Threads& threads) {
+  static void run(const GatedMlpCall& call, const Threads& threads) {
     static thread_local Workspace memory;
     const int64_t D = call.D, F = call.F;
 
-    const Input* x;
-    if constexpr (std::is_same_v<Input, Weight>) {
-      x = weights(call.x);
-    } else {
-      float* wide = Workspace::at_least(memory.inputs, B * D);
-      for (int64_t i = 0; i < B * D; ++i) wide[i] = to_float(weights(call.x)[i]);
-      x = wide;
-    }
-    const GatedMlp mlp{call, x};
-    const int64_t bytes = F * D * static_cast<int64_t>(sizeof(Weight));
-    const int64_t workers = std::max<int64_t>(1, std::min(threads.count, bytes / kBytesPerThread));
+    const GatedMlp mlp{call, inputs_of<Lanes>(call.x, B * D, memory.inputs)};
+    const int64_t workers = workers_for(F * D * static_cast<int64_t>(sizeof(Weight)), threads);
 
     const int64_t chunk = std::clamp<int64_t>(F / (workers * 8), 8, kMaxChunk);
     const int64_t chunks = ceil_div(F, chunk);
-    int64_t* counts = Workspace::at_least(memory.counts, chunks);
-    int64_t* neurons = Workspace::at_least(memory.neurons, F);
-    float* products = Workspace::at_least(memory.products, F * B);
+    int64_t* counts = at_least(memory.counts, chunks);
+    int64_t* neurons = at_least(memory.neurons, F);
+    float* products = at_least(memory.products, F * B);
     for_each(threads, workers, chunks, [&](int64_t c) {
       const int64_t first = c * chunk;
       counts[c] = mlp.route(first, std::min(first + chunk, F), neurons + first, products + first * B);
@@ -402,7 +234,7 @@ struct GatedMlp {
     const int64_t tasks_wanted = workers == 1 ? 1 : 4 * workers;
     const int64_t pieces = ceil_div(tasks_wanted, blocks);
     const int64_t piece = ceil_div(std::max<int64_t>(needed, 1), pieces);
-    float* accumulators = Workspace::at_least(memory.accumulators, pieces * B * D);
+    float* accumulators = at_least(memory.accumulators, pieces * B * D);
     for_each(threads, workers, blocks * pieces, [&](int64_t task) {
       const int64_t p = task / blocks, begin = task % blocks * kColumns, end = std::min(begin + kColumns, D);
       float* sums = accumulators + p * B * D;
@@ -420,28 +252,6 @@ struct GatedMlp {
         round_to(accumulators[b * D + i] + (bias ? to_float(bias[i]) : 0.0f), out[b * D + i]);
   }
 };
-
-template <class Lanes>
-void run_batch(const Call& call, const Threads& threads) {
-  switch (call.B) {
-    case 1: return GatedMlp<Lanes, 1>::run(call, threads);
-    case 2: return GatedMlp<Lanes, 2>::run(call, threads);
-    case 3: return GatedMlp<Lanes, 3>::run(call, threads);
-    case 4: return GatedMlp<Lanes, 4>::run(call, threads);
-    case 5: return GatedMlp<Lanes, 5>::run(call, threads);
-    case 6: return GatedMlp<Lanes, 6>::run(call, threads);
-    case 7: return GatedMlp<Lanes, 7>::run(call, threads);
-    case 8: return GatedMlp<Lanes, 8>::run(call, threads);
-  }
-}
-
-template <class FloatLanes, class BFloat16Lanes>
-void run_dtype(const Call& call, const Threads& threads) {
-  if (call.bfloat16)
-    run_batch<BFloat16Lanes>(call, threads);
-  else
-    run_batch<FloatLanes>(call, threads);
-}
 
 }  // namespace
 }  // namespace cats

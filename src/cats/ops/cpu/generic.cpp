@@ -1,5 +1,6 @@
 // Plain C++ for every processor: vectors of 16 bytes, which GCC and Clang turn into SSE2, NEON and so on; scalars elsewhere.
-#include "kernel.h"
+#include "gated_mlp_kernel.h"
+#include "linear_kernel.h"
 
 namespace cats {
 namespace {
@@ -43,6 +44,10 @@ struct Generic {
 }  // namespace
 }  // namespace cats
 
-void cats::gated_mlp_generic(const Call& call, const Threads& threads) {
-  run_dtype<WideningLanes<Generic, float>, WideningLanes<Generic, BFloat16>>(call, threads);
+void cats::gated_mlp_generic(const GatedMlpCall& call, const Threads& threads) {
+  run_dtype<GatedMlp, WideningLanes<Generic, float>, WideningLanes<Generic, BFloat16>>(call, threads);
+}
+
+void cats::linear_generic(const LinearCall& call, const Threads& threads) {
+  run_dtype<Linear, WideningLanes<Generic, float>, WideningLanes<Generic, BFloat16>>(call, threads);
 }
