@@ -127,7 +127,7 @@ def measure(
             measured, check = model, _Check.run(model, text, case.prompt_length)
         else:
             assert counts is not None
-            measured = _copy(model)
+            measured = copy_for_fusion(model)
             sparsify_(measured, counts.config(sparsity))
             check = _Check.run(measured, text, case.prompt_length)
             fuse_(measured)
@@ -404,7 +404,7 @@ def _in_turns(variants: list[_Variant]) -> dict[int, list[Run]]:
     return runs
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_for_fusion(model: nn.Module) -> nn.Module:
     """A copy that shares all weights but those whose layout ``fuse_`` changes."""
     moved = {
         id(p)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 # Rows of a batch whose activations are drawn: unions over up to eight tokens are measured.
 _PROFILED = 8
+# How often each loop answers, in turns with the others: the load of a machine changes meanwhile.
+_ROUNDS = 3
 
 
 def demo(
@@ -89,9 +90,12 @@ def _run(
     profiled: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was measured; and, where asked for, dense and sparse activations."""
+    import copy
+
     import torch
 
     from cats.apply import sparsify_
+    from cats.benchmarks.decode import copy_for_fusion
     from cats.calibration import calibrate
     from cats.cli.calibrate import split
     from cats.evaluation.profile import profile
@@ -103,34 +107,35 @@ def _run(
         part.split(4) for part in split(tokenizer, text, None, 512, tokens, eval_tokens, seed)
     )
     config = calibrate(model, options.progress(blocks, "calibrating"), target_sparsity=sparsity)
-    answer = partial(_answer, model, tokenizer, prompt, max_new_tokens)
     profiles = {}
     seen = [torch.cat(held_out)[:_PROFILED]] if profiled else []
     if seen:
         profiles["dense"] = profile(model, options.progress(seen, "activations"))
+    dense_perplexity = perplexity(model, options.progress(held_out, "dense perplexity"))
+    # shares every weight
+    sparse = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    sparsify_(sparse, config)
+    sparse_perplexity, realized = perplexity_and_sparsity(
+        sparse, options.progress(held_out, "CATS perplexity")
+    )
+    share = mean_share(sparse, {name: neuron_share(s) for name, s in realized.items()})
+    if seen:
+        profiles["cats"] = profile(sparse, options.progress(seen, "activations"))
+    dense_speeds, sparse_speeds = _answers_in_turns(
+        [(model, model), (sparse, fuse_(copy_for_fusion(sparse)))],
+        tokenizer, prompt, max_new_tokens,
+    )  # fmt: skip
     dense = {
-        "perplexity": perplexity(model, options.progress(held_out, "dense perplexity")),
+        "perplexity": dense_perplexity,
         "mlp_share": 1.0,
         "token_bytes": token_bytes(model, 1.0),
-        "transformers_tokens_per_second": _plain_speed(model, tokenizer, prompt, max_new_tokens),
-        **answer("dense answer"),
+        **dense_speeds,
     }
-    sparsify_(model, config)
-    sparse_perplexity, realized = perplexity_and_sparsity(
-        model, options.progress(held_out, "CATS perplexity")
-    )
-    share = mean_share(model, {name: neuron_share(s) for name, s in realized.items()})
-    read = token_bytes(model, share)
-    if seen:
-        profiles["cats"] = profile(model, options.progress(seen, "activations"))
-    plain = _plain_speed(model, tokenizer, prompt, max_new_tokens)
-    fuse_(model)
-    sparse = {
+    cats = {
         "perplexity": sparse_perplexity,
         "mlp_share": share,
-        "token_bytes": read,
-        "transformers_tokens_per_second": plain,
-        **answer("CATS answer"),
+        "token_bytes": token_bytes(sparse, share),
+        **sparse_speeds,
     }
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -145,7 +150,7 @@ def _run(
         "realized_sparsity": realized,
         "prompt": prompt,
         "dense": dense,
-        "cats": sparse,
+        "cats": cats,
     }, profiles
 
 
@@ -169,6 +174,8 @@ def _write(folder: Path, report: dict[str, Any], profiles: dict[str, Any]) -> No
 
 def _results(report: dict[str, Any]) -> list[Result]:
     """Perplexity, and the time of a token through both loops, dense and sparse."""
+    from statistics import median
+
     from cats.results import Result, environment
 
     where = environment(report["device"])
@@ -176,10 +183,13 @@ def _results(report: dict[str, Any]) -> list[Result]:
     dropped = sum(report["realized_sparsity"].values()) / len(report["realized_sparsity"])
     common = {key: report[key] for key in ("model", "dtype", "seed", "calibration_tokens")}
 
-    def result(benchmark: str, quantity: str, value: float, unit: str, **more: Any) -> Result:
+    def result(
+        benchmark: str, quantity: str, values: list[float], unit: str, **more: Any
+    ) -> Result:
         return Result(
-            benchmark=benchmark, quantity=quantity, value=value, unit=unit, low=value, high=value,
-            samples=1, settings=common | more, environment=where,
+            benchmark=benchmark, quantity=quantity, value=median(values), unit=unit,
+            low=min(values), high=max(values), samples=len(values), settings=common | more,
+            environment=where,
         )  # fmt: skip
 
     found = []
@@ -187,7 +197,7 @@ def _results(report: dict[str, Any]) -> list[Result]:
         row = report[name]
         found.append(
             result(
-                "perplexity", "perplexity", row["perplexity"], "",
+                "perplexity", "perplexity", [row["perplexity"]], "",
                 variant=name if name == "dense" else f"cats-{target * 100:g}", method=name,
                 target_sparsity=sparsity or None, realized_sparsity=dropped if sparsity else None,
                 text=f"{report['text']}, held out", tokens=report["held_out_tokens"],
@@ -196,31 +206,60 @@ def _results(report: dict[str, Any]) -> list[Result]:
             )
         )  # fmt: skip
         speeds = {
-            f"cats.generate, {row['engine']}": row["tokens_per_second"],
-            "model.generate": row["transformers_tokens_per_second"],
+            f"cats.generate, {row['engine']}": row["rounds"],
+            "model.generate": row["transformers_rounds"],
         }
         # an answer of one token has no step to time
         found += [
             result(
-                "demo", "time", 1e3 / speed, "ms", variant=loop, sparsity=sparsity,
-                realized_sparsity=dropped if sparsity else 0.0, prompt=report["prompt"],
+                "demo", "time", [1e3 / speed for speed in rounds], "ms", variant=loop,
+                sparsity=sparsity, realized_sparsity=dropped if sparsity else 0.0,
+                prompt=report["prompt"],
             )
-            for loop, speed in speeds.items()
-            if speed > 0
+            for loop, rounds in speeds.items()
+            if min(rounds) > 0
         ]  # fmt: skip
     return found
 
 
-def _answer(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, label: str
-) -> dict[str, Any]:
+def _answers_in_turns(
+    models: list[tuple[Any, Any]], tokenizer: Any, prompt: str, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """What each pair of models answers, and how fast: the first through ``model.generate``, the
+    second through ``cats.generate``.
+
+    Returns:
+        What :func:`cats.cli.generate.run` does, the speeds of all rounds, and their medians.
+    """
+    from statistics import median
+
     from cats.cli.generate import run
 
-    with options.counter(label, max_new_tokens) as advance:
-        return run(
-            model, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False,
-            callback=lambda tokens: advance(),
-        )  # fmt: skip
+    plain: list[list[float]] = [[] for _ in models]
+    answers: list[list[dict[str, Any]]] = [[] for _ in models]
+    with options.counter("answers", _ROUNDS * len(models) * max_new_tokens) as advance:
+        for _ in range(_ROUNDS):
+            for i, (unfused, served) in enumerate(models):
+                plain[i].append(_plain_speed(unfused, tokenizer, prompt, max_new_tokens))
+                answers[i].append(
+                    run(
+                        served, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False,
+                        callback=lambda tokens: advance(),
+                    )
+                )  # fmt: skip
+    found = []
+    for speeds, answer in zip(plain, answers, strict=True):
+        rounds = [a["tokens_per_second"] for a in answer]
+        found.append(
+            {
+                **answer[0],
+                "tokens_per_second": median(rounds),
+                "rounds": rounds,
+                "transformers_tokens_per_second": median(speeds),
+                "transformers_rounds": speeds,
+            }
+        )
+    return found
 
 
 def _plain_speed(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> float:
@@ -269,7 +308,7 @@ def _print(report: dict[str, Any]) -> None:
     out.print(table)
     out.print(
         f"transformers is model.generate; cats is cats.generate, engine {sparse['engine']}, CATS "
-        "with fused MLPs",
+        f"with fused MLPs; medians of {len(sparse['rounds'])} runs in turns",
         style="dim",
     )
     out.print(
