@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tests.models import make_model
 
@@ -6,4 +7,4 @@ from tests.models import make_model
 @pytest.fixture(scope="package")
 def llama():
     """A tiny dense model that no test changes."""
-    return make_model()
+    return make_model().to("cuda" if torch.cuda.is_available() else "cpu")

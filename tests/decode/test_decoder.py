@@ -13,9 +13,21 @@ from transformers import (
 
 import cats
 from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
-from tests.models import FAMILIES, logits, make_ids, make_model, make_tokenizer
+from tests import models
+from tests.models import FAMILIES, logits, make_tokenizer
 
+# The same tests on a GPU, where `auto` is another engine.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENGINES = ["eager", "compiled", *(["stream"] if DEVICE == "cuda" else [])]
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+def make_model(*args, **changes):
+    return models.make_model(*args, **changes).to(DEVICE)
+
+
+def make_ids(*args, **kwargs):
+    return models.make_ids(*args, **kwargs).to(DEVICE)
 
 
 def fused(config=LlamaConfig, **changes):
@@ -36,7 +48,7 @@ def reference(model, ids, **options):
 
 
 def padded(rows=3, length=9):
-    ids, mask = make_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
+    ids, mask = make_ids(rows, length), torch.ones(rows, length, dtype=torch.long, device=DEVICE)
     for row in range(1, rows):
         mask[row, : 2 * row] = 0
     return ids, mask
@@ -76,7 +88,7 @@ def test_tokens_past_the_first_window_of_slots_are_those_of_transformers(llama, 
 @pytest.mark.parametrize("padding", [False, True])
 def test_compiled_engine_gives_the_tokens_of_transformers(padding):
     model = fused(num_hidden_layers=4)
-    ids, mask = padded(2) if padding else (make_ids(1, 9), torch.ones(1, 9, dtype=torch.long))
+    ids, mask = padded(2) if padding else padded(1)
     options = dict(attention_mask=mask, max_new_tokens=40, **GREEDY)
     actual = cats.generate(model, ids, engine="compiled", **options)
     assert torch.equal(actual, reference(model, ids, **options))
@@ -122,6 +134,27 @@ def test_sampled_tokens_follow_the_model(llama):
     assert ((counts - rows * p) ** 2 / (rows * p)).sum() < 35.6
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tokens_sampled_step_by_step_follow_the_model(engine):
+    model = make_model()
+    with torch.no_grad():
+        # every step then has the same logits
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:1].clone())
+        p = (model(make_ids(1, 1)).logits[0, -1].double() / 0.5).softmax(-1)
+    options = dict(do_sample=True, temperature=0.5, max_new_tokens=500, eos_token_id=None)
+    rows = [
+        cats.generate(model, make_ids(1, 1), engine=engine, seed=seed, **options)[0, 1:]
+        for seed in range(4)
+    ]
+    tokens = torch.cat(rows)
+    likely = p.topk(10).indices
+    counts = torch.stack([(tokens == t).sum() for t in likely]).double()
+    counts = torch.cat([counts, len(tokens) - counts.sum()[None]])
+    p = torch.cat([p[likely], 1 - p[likely].sum()[None]])
+    # 99.99 % of a chi-squared distribution with 10 degrees of freedom lie below 35.6
+    assert ((counts - len(tokens) * p) ** 2 / (len(tokens) * p)).sum() < 35.6
+
+
 def test_generation_config_of_the_model_is_read():
     model, ids = make_model(), make_ids(1, 5)
     model.generation_config.max_new_tokens = 7
@@ -152,14 +185,15 @@ def test_callback_and_stream_give_the_tokens_of_each_step(llama):
     ids, called = make_ids(2, 5), []
     whole = cats.generate(llama, ids, max_new_tokens=9, callback=called.append, **GREEDY)
     streamed = list(cats.Decoder(llama).stream(ids, max_new_tokens=9, **GREEDY))
-    assert torch.equal(torch.stack(called, 1), whole[:, 5:])
-    assert torch.equal(torch.stack(streamed, 1), whole[:, 5:])
+    assert torch.equal(torch.stack(called, 1), whole[:, 5:].cpu())
+    assert torch.equal(torch.stack(streamed, 1), whole[:, 5:].cpu())
 
 
 def test_lists_of_ids_of_different_lengths_are_padded(llama):
     rows = [[5, 6, 7, 8], [9, 10]]
-    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]]), torch.tensor([[1] * 4, [0, 0, 1, 1]])
-    actual = cats.generate(llama, rows, max_new_tokens=20, **GREEDY)
+    ids = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]], device=DEVICE)
+    mask = torch.tensor([[1] * 4, [0, 0, 1, 1]], device=DEVICE)
+    actual = cats.generate(llama, rows, max_new_tokens=20, **GREEDY).to(DEVICE)
     expected = reference(llama, ids, attention_mask=mask, max_new_tokens=20, **GREEDY)
     assert torch.equal(actual, expected)
 
@@ -173,14 +207,14 @@ def prefilled(model):
     return counts
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_next_turn_runs_only_new_tokens_and_gives_the_same(engine):
     model = make_model()
     decoder = cats.Decoder(model, engine=engine)
     first = decoder.generate(make_ids(1, 20), max_new_tokens=10, **GREEDY)
     prompt = torch.cat([first, make_ids(1, 6, seed=1)], 1)
     stored = decoder._stored[0]
-    assert torch.equal(stored, first[:, :-1])
+    assert torch.equal(stored, first[:, :-1].cpu())
     second = decoder.generate(prompt, max_new_tokens=10, **GREEDY)
     assert torch.equal(second, reference(model, prompt, max_new_tokens=10, **GREEDY))
     # an earlier turn is edited: only what lies before it is used again
@@ -225,7 +259,7 @@ def test_conversations_on_one_model_do_not_mix(llama):
     ]
     steps = [torch.cat(pair) for pair in zip(*streams, strict=True)]
     expected = [reference(llama, row[None], max_new_tokens=20, **GREEDY)[0, 8:] for row in ids]
-    assert torch.equal(torch.stack(steps, 1), torch.stack(expected))
+    assert torch.equal(torch.stack(steps, 1), torch.stack(expected).cpu())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +283,7 @@ def test_model_changed_between_calls_gives_its_new_tokens(change):
     elif change == "setting":
         mlp.scale = -1.0
     elif change == "replaced":
-        mlp.up_proj = nn.Linear(16, 40, bias=False)
+        mlp.up_proj = nn.Linear(16, 40, bias=False, device=DEVICE)
     elif change == "dtype":
         model.to(torch.float64)
         mlp.up_proj.weight.data.mul_(-1)
@@ -271,7 +305,7 @@ class Scaled(nn.Module):
         return self.inner(x) * self.scale
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_reset_makes_up_for_writes_that_torch_does_not_count(engine):
     model, ids = make_model(), make_ids(1, 8)
     decoder = cats.Decoder(model, engine=engine)
@@ -356,7 +390,7 @@ def test_model_that_branches_on_values_runs_untraced_and_says_so():
     forward = norm.forward
     norm.forward = lambda x: forward(x) if x.sum() > -1e9 else x
     with pytest.warns(UserWarning, match="cannot be traced"):
-        actual = cats.generate(model, ids, max_new_tokens=20, **GREEDY)
+        actual = cats.generate(model, ids, engine="eager", max_new_tokens=20, **GREEDY)
     assert torch.equal(actual, expected)
 
 
@@ -380,8 +414,8 @@ def test_model_that_branches_on_values_runs_untraced_and_says_so():
         (7, {}, DataError),
         ([0.5], {}, DataError),
         ({"ids": [1]}, {}, DataError),
-        (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1, 0]])}, DataError),
-        (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1]])}, DataError),
+        (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1, 0]], device=DEVICE)}, DataError),
+        (make_ids(1, 3), {"attention_mask": torch.tensor([[1, 1]], device=DEVICE)}, DataError),
     ],
     ids=str,
 )
@@ -402,9 +436,9 @@ def test_model_of_another_library_is_an_error():
         cats.generate(nn.Linear(2, 2), make_ids(1, 5))
 
 
-@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_logits_of_given_tokens_are_those_of_one_pass_over_them(llama, engine):
-    ids = make_ids(2, 20)
+    ids = make_ids(1 if engine == "stream" else 2, 20)
     expected = logits(llama, ids)[:, 7:]
     torch.testing.assert_close(
         cats.Decoder(llama, engine=engine).logits(ids, prompt_length=7), expected

@@ -153,7 +153,7 @@ class CompiledEngine:
 
 
 class AutoEngine:
-    """On a GPU: ``stream`` for what it takes, else ``compiled``, and ``eager`` where hooks must run.
+    """On a GPU: ``stream`` for what it takes, else ``compiled``, or ``eager`` where hooks must run.
 
     Attributes:
         refusal: Why ``stream`` does not run this model; None where it does.

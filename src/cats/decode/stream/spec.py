@@ -14,6 +14,7 @@ from cats.fusion import FusedGatedMLP
 from cats.mlp import CatsActivation, activation_kind
 
 _EVERYTHING = 2**31 - 1
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +129,11 @@ def read_spec(model: nn.Module) -> ModelSpec:
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     _norm(base.norm)
-    parameters = [p for p in base.parameters()]
-    if len({(p.dtype, p.device) for p in parameters}) != 1:
+    kinds = {(p.dtype, p.device) for p in base.parameters()}
+    if len(kinds) != 1:
         raise UnsupportedModelError("its weights have several dtypes or devices")
+    if (dtype := kinds.pop()[0]) not in _DTYPES:
+        raise UnsupportedModelError(f"no kernel takes weights in {dtype}")
     return ModelSpec(
         base=base,
         embedding=whole.get_input_embeddings().weight,
