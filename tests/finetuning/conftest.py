@@ -64,8 +64,8 @@ def tune(make, ids, tokenizer, tmp_path):
         from cats.finetuning import finetune
 
         return finetune(
-            model or make(method), train or Blocks(ids[:16]), tokenizer=tokenizer,
-            output=tmp_path / name,
+            model or make(method), Blocks(ids[:16]) if train is None else train,
+            tokenizer=tokenizer, output=tmp_path / name,
             options=dataclasses.replace(OPTIONS, **(options or {})),
             **{"evaluations": {"held out": Blocks(ids[16:])}} | kwargs,
         )  # fmt: skip

@@ -61,9 +61,36 @@ def test_format_fills_columns_and_names_labels():
         boolq.apply(row | {"label": 2})
 
 
-def test_format_with_an_open_brace_is_refused():
-    with pytest.raises(DataError, match="expected '}'"):
-        PairFormat(prompt="{question").columns  # noqa: B018
+def test_label_within_a_sentence_is_named():
+    form = PairFormat(answer="It is {label}.", labels=("no", "yes"))
+    assert form.apply({"question": "q", "label": 1}) == ("q", "It is yes.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("{question", "expected '}'"), ("{}", "name the column")]
+)
+def test_broken_format_is_refused(prompt, message):
+    with pytest.raises(DataError, match=message):
+        PairFormat(prompt=prompt).columns  # noqa: B018
+
+
+BAD_ROWS = {
+    "label that is text": ({"answer": "{label}", "labels": ("no", "yes")}, "label is 'maybe'"),
+    "two labelled columns": ({"answer": "{label}{x}", "labels": ("no",)}, "of one column"),
+    "number of text": ({"prompt": "{label:d}"}, "does not fit a row"),
+    "absent column": ({"prompt": "{absent}"}, "does not fit a row"),
+}
+
+
+@pytest.mark.parametrize(("form", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_row_that_does_not_fit_its_format_is_refused(form, message):
+    with pytest.raises(DataError, match=message):
+        PairFormat(**form).apply({"question": "q", "answer": "a", "label": "maybe", "x": 0})
+
+
+def test_blocks_of_another_dtype_are_refused():
+    with pytest.raises(DataError, match=r"int64; got \[2, 3\] in float32"):
+        Blocks(torch.zeros(2, 3))
 
 
 def test_padding_is_hidden_and_not_learnt():

@@ -14,7 +14,8 @@ def test_defaults_are_the_papers():
     "changes",
     [
         {"steps": 0}, {"learning_rate": float("nan")}, {"rank": -1}, {"dropout": 1.0},
-        {"distillation": 1.5}, {"weight_decay": -1.0},
+        {"distillation": 1.5}, {"weight_decay": -1.0}, {"learning_rate": float("inf")},
+        {"weight_decay": float("inf")},
     ],
 )  # fmt: skip
 def test_impossible_options_are_refused(changes):

@@ -303,10 +303,32 @@ def test_fused_model_is_refused(tune, make):
         tune(model=cats.fuse_(make()))
 
 
+def with_last_token(token):
+    ids = models.make_ids(8, 32)
+    ids[-1, -1] = token
+    return Blocks(ids)
+
+
+def test_model_with_adapters_is_refused(tune):
+    tuned = tune().model
+    with pytest.raises(UnsupportedModelError, match="has adapters already"):
+        tune("again", model=tuned)
+
+
+@pytest.mark.parametrize("place", ["run", "run/within"])
+def test_file_in_the_place_of_the_folder_is_refused(tune, tmp_path, place):
+    (tmp_path / "run").write_text("dear diary")
+    with pytest.raises(StorageError, match="run"):
+        tune(place)
+
+
 BAD = {
     "too few rows": (lambda: Blocks(models.make_ids(3, 32)), {}, "fill no step"),
     "longer than the context": (lambda: Blocks(models.make_ids(8, 600)), {}, "context 512"),
     "other vocabulary": (lambda: Blocks(models.make_ids(8, 32) + 9), {}, "vocabulary"),
+    "other vocabulary in the last row": (lambda: with_last_token(10_000), {}, "token 10000"),
+    "negative token": (lambda: with_last_token(-1), {}, "token -1"),
+    "bare tensor": (lambda: torch.zeros(8, 32), {}, "expected Blocks"),
     "no such layer": (None, {"targets": ("absent",)}, "absent"),
     "unknown tracker": (None, {"report_to": ("carrier pigeon",)}, "carrier pigeon"),
     "recalibrate without text": (None, {"recalibrate": 2}, "needs calibration"),
@@ -319,7 +341,7 @@ def test_bad_input_is_refused_before_the_first_step(tune, train, options, messag
         pytest.fail("a step was taken")
 
     with pytest.raises((DataError, ConfigError), match=message):
-        tune(train=train and train(), options=options, on_step=fail)
+        tune(train=None if train is None else train(), options=options, on_step=fail)
 
 
 def test_relu_has_nothing_to_recalibrate(tune, ids):

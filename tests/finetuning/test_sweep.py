@@ -68,6 +68,12 @@ def test_finished_runs_are_not_run_again(run):
         run(runs, options=FinetuneOptions(steps=3, batch_size=4, rank=4, evaluate_every=1))
 
 
+def test_impossible_option_of_the_last_run_is_refused_before_the_first(run, tmp_path):
+    with pytest.raises(ConfigError, match="learning_rate"):
+        run(grid(["dense"], [1e-2, -1.0]))
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_run_that_diverges_does_not_end_the_sweep(run, make, tmp_path):
     model = make("dense")
 

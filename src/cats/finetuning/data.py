@@ -25,11 +25,17 @@ class Blocks(Dataset[Row]):
 
     Attributes:
         ids: ``[N, T]``, int64.
+
+    Raises:
+        DataError: If the ids have another shape or dtype.
     """
 
     def __init__(self, ids: Tensor) -> None:
-        if ids.ndim != 2 or not len(ids) or ids.shape[1] < 2:
-            raise DataError(f"expected blocks [N, T] of at least two tokens, got {[*ids.shape]}")
+        if ids.ndim != 2 or not len(ids) or ids.shape[1] < 2 or ids.dtype != torch.int64:
+            raise DataError(
+                f"expected blocks [N, T] of at least two tokens, int64; got {[*ids.shape]} in "
+                f"{str(ids.dtype).removeprefix('torch.')}"
+            )
         self.ids = ids
 
     @classmethod
@@ -94,18 +100,41 @@ class PairFormat:
             parts = [*string.Formatter().parse(self.prompt), *string.Formatter().parse(self.answer)]
         except ValueError as error:
             raise DataError(f"{self.prompt!r}, {self.answer!r}: {error}") from error
+        if any(name == "" for _, name, _, _ in parts):
+            raise DataError(f"{self.prompt!r}, {self.answer!r}: name the column inside of {{}}")
         return list(dict.fromkeys(name for _, name, _, _ in parts if name))
 
     def apply(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """Prompt and answer of one row."""
+        """Prompt and answer of one row.
+
+        Raises:
+            DataError: If a column is missing or has not the form that is asked for.
+        """
         values = dict(row)
         if self.labels:
-            name = self.answer.strip("{}")
-            label = int(values[name])
+            name = self._numbered()
+            try:
+                label = int(values[name])
+            except (LookupError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"labels name numbers, but {name} is {values.get(name)!r}"
+                ) from error
             if not 0 <= label < len(self.labels):
                 raise DataError(f"{name} is {label}, but there are {len(self.labels)} labels")
             values[name] = self.labels[label]
-        return self.prompt.format(**values), self.answer.format(**values)
+        try:
+            return self.prompt.format(**values), self.answer.format(**values)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self.prompt!r}, {self.answer!r}: does not fit a row with {[*row]}: {error}"
+            ) from error
+
+    def _numbered(self) -> str:
+        """The one column of the answer, which labels name."""
+        names = {name for _, name, _, _ in string.Formatter().parse(self.answer) if name}
+        if len(names) != 1:
+            raise DataError(f"labels name the numbers of one column, but it is {self.answer!r}")
+        return names.pop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +256,14 @@ def describe(examples: Examples) -> dict[str, Any]:
         digest.update(torch.cat([row["input_ids"], row["labels"]]).numpy().tobytes())
     kind = "blocks" if isinstance(examples, Blocks) else "pairs"
     return {"kind": kind, "rows": len(examples), "tokens": tokens, "hash": digest.hexdigest()[:16]}
+
+
+def token_range(examples: Blocks | Pairs) -> tuple[int, int]:
+    """The smallest and the largest token id."""
+    if isinstance(examples, Blocks):
+        return int(examples.ids.min()), int(examples.ids.max())
+    rows = [*examples.prompts, *examples.answers]
+    return min(min(ids) for ids in rows if ids), max(max(ids) for ids in rows if ids)
 
 
 def longest(examples: Examples) -> int:

@@ -15,9 +15,17 @@ from torch import Tensor, nn
 
 from cats.calibration import collect
 from cats.config import CatsConfig
-from cats.errors import ConfigError, DataError
+from cats.errors import ConfigError, DataError, StorageError, UnsupportedModelError
 from cats.finetuning import adapters
-from cats.finetuning.data import Blocks, Examples, Pairs, StreamedBlocks, describe, longest
+from cats.finetuning.data import (
+    Blocks,
+    Examples,
+    Pairs,
+    StreamedBlocks,
+    describe,
+    longest,
+    token_range,
+)
 from cats.finetuning.evaluation import evaluate_answers
 from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.trainer import FinetuneTrainer, last_checkpoint
@@ -86,7 +94,7 @@ def finetune(
         on_step: Called with the number of steps taken, in the first process.
 
     Raises:
-        UnsupportedModelError: If the model is fused, or has no gated MLP.
+        UnsupportedModelError: If the model is fused, has adapters already, or no gated MLP.
         ConfigError: If options contradict each other, or the folder holds another run.
         DataError: If examples are too long, too few, or of another vocabulary.
         TrainingError: If the loss becomes NaN or infinite.
@@ -94,8 +102,8 @@ def finetune(
     """
     options = options or FinetuneOptions()
     evaluations, answers, folder = evaluations or {}, answers or {}, Path(output)
-    thresholds = thresholds_of(model)
     _check(model, train, options, evaluations, answers, calibration, merge)
+    thresholds = thresholds_of(model)
     settings = settings_of(model, train, options, evaluations, about or {})
     path = folder / "history.jsonl"
     history, checkpoint = _continue(folder, path, settings)
@@ -151,6 +159,10 @@ def train_model(
         trained = adapters.add_adapters(model, options, same_dtype=_under_fsdp())
     if options.gradient_checkpointing:
         _checkpoint_activations(trained)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made ({error.strerror})") from error
     trainer = FinetuneTrainer(
         trained, options=options, train=train, evaluations=evaluations, folder=folder,
         thresholds=thresholds, recalibrate=recalibrate, resuming=checkpoint is not None,
@@ -242,6 +254,11 @@ def _check(
     adapters.refuse_fused(model)
     if not options.full:
         adapters.import_peft()
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError(
+            "the model has adapters already: merge them first (model.merge_and_unload()), or load "
+            "the model anew"
+        )
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     available = get_available_reporting_integrations()
@@ -267,6 +284,9 @@ def _check(
             f"{len(train)} rows fill no step of {need}: give more text, shorter blocks, or a "
             "smaller batch"
         )
+    for name, found in {"training": train, **evaluations, **answers}.items():
+        if not isinstance(found, Blocks | Pairs | StreamedBlocks):
+            raise DataError(f"{name}: expected Blocks, Pairs or StreamedBlocks, got {type(found)}")
     context = getattr(model.config, "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().num_embeddings
     for name, examples in {"training": train, **evaluations}.items():
@@ -274,18 +294,24 @@ def _check(
             raise DataError(
                 f"{name}: a row has {longest(examples)} tokens, the model's context {context}"
             )
-        first = next(iter(examples), None) if isinstance(examples, StreamedBlocks) else examples[0]
-        if first is None:
-            raise DataError(f"{name}: the stream fills no block")
-        if int(first["input_ids"].max()) >= vocabulary:
+        if isinstance(examples, StreamedBlocks):
+            first = next(iter(examples), None)
+            if first is None:
+                raise DataError(f"{name}: the stream fills no block")
+            low, high = token_range(Blocks(first["input_ids"][None]))
+        else:
+            low, high = token_range(examples)
+        if low < 0 or high >= vocabulary:
             raise DataError(
-                f"{name}: token {int(first['input_ids'].max())} is not in the model's vocabulary "
-                f"of {vocabulary}: the tokenizer belongs to another model"
+                f"{name}: token {low if low < 0 else high} is not in the model's vocabulary of "
+                f"{vocabulary}: the tokenizer belongs to another model"
             )
 
 
 def _continue(folder: Path, path: Path, settings: dict[str, Any]) -> tuple[History, Path | None]:
     """The history so far and the checkpoint from which the run goes on; both fresh at first."""
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder}: is a file, expected the folder of a run")
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{folder}: holds other files; name an empty folder or a new one")

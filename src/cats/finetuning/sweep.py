@@ -128,13 +128,25 @@ def sweep(
         on_step: Called with the number of steps taken.
 
     Raises:
-        ConfigError: If the folder holds a run of the same name and other settings.
+        ConfigError: If the options of a run cannot be right, or the folder holds a run of the same
+            name and other settings.
     """
     if options.full:
         raise ConfigError(
             "runs of a sweep start from the same weights: full fine-tuning changes them"
         )
     counted: dict[str, Statistics] = {}
+    # all of them before the first run: options that cannot be right are refused at once
+    chosen_of = {
+        run: dataclasses.replace(
+            options,
+            learning_rate=run.learning_rate,
+            distillation=run.distillation,
+            recalibrate=run.recalibrate,
+            save_every=0,
+        )
+        for run in runs
+    }
 
     def apply_(method: str) -> None:
         name, target = parse_method(method)
@@ -147,15 +159,8 @@ def sweep(
             )
         sparsify_(model, counted[name].config(target))
 
-    for run in runs:
+    for run, chosen in chosen_of.items():
         apply_(run.method)
-        chosen = dataclasses.replace(
-            options,
-            learning_rate=run.learning_rate,
-            distillation=run.distillation,
-            recalibrate=run.recalibrate,
-            save_every=0,
-        )
         path = folder / f"{run.name}.jsonl"
         settings = settings_of(
             model, train, chosen, evaluations, {**(about or {}), "run": run.name}
