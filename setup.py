@@ -31,6 +31,8 @@ SOURCES = {
     "library.cpp": ([], []),
     "gated_mlp.cpp": ([], []),
     "linear.cpp": ([], []),
+    "rms_norm.cpp": ([], []),
+    "rotary.cpp": ([], []),
     "generic.cpp": ([], []),
 }
 if IS_X86:

@@ -245,6 +245,73 @@ def test_linear_has_torchs_gradient():
         torch.testing.assert_close(ours, theirs)
 
 
+# --- cats::rms_norm and cats::rotary
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 1, 31), (1, 2, 3, 576)])
+def test_rms_norm_matches(shape, dtype):
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+    # rounded before the weight is multiplied
+    expected = (exact.to(dtype).double() * weight.double()).to(dtype)
+    with torch.inference_mode():
+        actual = torch.ops.cats.rms_norm.default(x, weight, 1e-3)
+    torch.testing.assert_close(actual, expected, **tolerance("cpu", dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("angle_batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rotary_gives_the_bits_of_torch(tokens, angle_batch, dtype):
+    x = torch.randn(3, 5, tokens, 14, dtype=dtype)
+    cos, sin = torch.randn(2, angle_batch, 1, tokens, 14, dtype=dtype)
+    rotated = torch.cat([-x[..., 7:], x[..., :7]], -1)
+    with torch.inference_mode():
+        actual = torch.ops.cats.rotary.default(x, cos, sin)
+        assert torch.equal(actual, x * cos + rotated * sin)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_norm_and_rotation_show_nan_and_inf(dtype, value):
+    x, one = torch.randn(2, 1, 1, 6, dtype=dtype), torch.ones(6, dtype=dtype)
+    x[1, 0, 0, 4] = value
+    angles = one.expand(1, 1, 1, 6)
+    with torch.inference_mode():
+        normed = torch.ops.cats.rms_norm.default(x, one, 1e-5)
+        turned = torch.ops.cats.rotary.default(x, angles.contiguous(), angles.contiguous())
+    assert normed[0].isfinite().all()
+    assert normed[1, 0, 0, 4].isnan()
+    assert turned[0].isfinite().all()
+    assert not turned[1, 0, 0, [1, 4]].isfinite().any()
+    assert turned[1, 0, 0, [0, 2, 3, 5]].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_norm_and_rotation_pass_opcheck(needs_gradient):
+    x, weight = torch.randn(2, 3, 1, 8, requires_grad=needs_gradient), torch.randn(8)
+    cos, sin = torch.randn(2, 2, 1, 1, 8)
+    torch.library.opcheck(torch.ops.cats.rms_norm.default, (x, weight, 1e-5))
+    torch.library.opcheck(torch.ops.cats.rotary.default, (x, cos, sin))
+
+
+@needs_kernels
+def test_norm_and_rotation_of_what_does_not_fit_are_errors():
+    x, cos = torch.randn(2, 3, 1, 8), torch.randn(2, 1, 1, 8)
+    with torch.inference_mode():
+        for bad in (x.half(), x[..., ::2], x[..., :7].contiguous(), x[0]):
+            with pytest.raises(RuntimeError, match="cats::rotary: expected contiguous x"):
+                torch.ops.cats.rotary.default(bad, cos, cos)
+        for bad in (x.half(), x[..., ::2], x[..., :7].contiguous()):
+            with pytest.raises(RuntimeError, match="cats::rms_norm: expected contiguous x"):
+                torch.ops.cats.rms_norm.default(bad, torch.ones(8), 1e-5)
+
+
 # --- threads
 
 

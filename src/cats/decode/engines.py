@@ -19,6 +19,7 @@ from cats.decode.capture import (
     window_of,
     windows_of,
 )
+from cats.decode.cpu_kernels import use_cpu_kernels
 from cats.decode.forward import (
     StepFunction,
     prefill,
@@ -26,7 +27,6 @@ from cats.decode.forward import (
     trace_unmasked,
     trace_window,
 )
-from cats.decode.linears import stream_linears
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.errors import BackendError, ConfigError
@@ -71,8 +71,8 @@ class EagerEngine:
     """Operator by operator, on any device.
 
     The step is traced into a flat list of operators, which leaves out the Python of the model's
-    modules; on a CPU its linear layers become ``cats::linear``. A model that branches on the value
-    of a tensor, or that has forward hooks, cannot be traced; it runs module by module.
+    modules; on a CPU some of them become our own. A model that branches on the value of a tensor,
+    or that has forward hooks, cannot be traced; it runs module by module.
     """
 
     name = "eager"
@@ -249,7 +249,7 @@ def _traced(model: nn.Module, trace: Callable[[], fx.GraphModule | None]) -> Ste
         return None
     try:
         graph = trace()
-        return None if graph is None else stream_linears(graph)
+        return None if graph is None else use_cpu_kernels(graph)
     except Exception as error:
         # a tracer meets whatever a model does; the same step runs untraced, and errors there
         reason = str(error).strip().partition("\n")[0][:200]

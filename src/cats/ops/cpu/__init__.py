@@ -1,8 +1,8 @@
 """The CPU backend: C++ on torch's stable ABI, in torch's own threads.
 
-``gated_mlp.cpp`` and ``linear.cpp`` are registered as the CPU kernels of ``cats::gated_mlp`` and
-``cats::linear``, so calls reach them without Python. They are compiled by ``pip install``; where
-that failed, the compiler's message is the reason that :func:`unavailable` gives.
+The kernels are registered with torch for CPU tensors, so calls of their operators reach them
+without Python. They are compiled by ``pip install``; where that failed, the compiler's message is
+the reason that :func:`unavailable` gives.
 """
 
 import ctypes
@@ -64,16 +64,37 @@ def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
 
 def linear_refuses(x: Tensor, weight: Tensor) -> str | None:
     """Why ``cats::linear`` leaves a call to torch; ``tokens_of`` in linear.cpp says the same."""
-    if x.device.type != "cpu":
-        return f"expected CPU tensors, got {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
-        return f"expected one of float32 and bfloat16, got {x.dtype} and {weight.dtype}"
     if weight.dim() != 2 or weight.numel() == 0:
         return f"expected a matrix, got {list(weight.shape)}"
     if not 1 <= x.numel() // weight.shape[1] <= MAX_BATCH:
         return f"expected 1 to {MAX_BATCH} tokens, got {list(x.shape)}"
-    if not x.is_contiguous() or not weight.is_contiguous():
-        return "expected contiguous tensors"
+    return _refuses_operands(x, weight)
+
+
+def norm_refuses(x: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel of ``cats::rms_norm`` cannot run a call."""
+    if weight.shape != x.shape[-1:] or weight.numel() == 0:
+        return f"expected a weight of {list(x.shape[-1:])}, got {list(weight.shape)}"
+    return _refuses_operands(x, weight)
+
+
+def rotary_refuses(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    """Why the kernel of ``cats::rotary`` cannot run a call."""
+    if x.dim() != 4 or x.shape[-1] % 2 or x.numel() == 0:
+        return f"expected [B, heads, T, even], got {list(x.shape)}"
+    expected = [x.shape[0], 1, *x.shape[2:]]
+    for tensor in (cos, sin):
+        if list(tensor.shape) not in (expected, [1, *expected[1:]]):
+            return f"expected angles of {expected}, got {list(tensor.shape)}"
+    return _refuses_operands(x, cos, sin)
+
+
+def _refuses_operands(x: Tensor, *others: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"expected float32 or bfloat16, got {x.dtype}"
+    for tensor in (x, *others):
+        if tensor.device.type != "cpu" or tensor.dtype != x.dtype or not tensor.is_contiguous():
+            return f"expected contiguous {x.dtype} on the CPU, got {tensor.dtype}"
     return None
 
 

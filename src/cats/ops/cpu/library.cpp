@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #if defined(_WIN32)
 #include <windows.h>
@@ -113,10 +114,17 @@ CATS_EXPORT const char* cats_register(const char* torch_library) {
     if (!cats::selected.load() && set.is_supported()) cats::selected = &set;
   // lives as long as the process, like the registration
   static TorchLibraryHandle handle;
-  if (cats::torch.aoti_torch_library_init_impl("cats", "CPU", __FILE__, __LINE__, &handle) ||
-      cats::torch.torch_library_impl(handle, "gated_mlp", cats::gated_mlp, kTorchVersion) ||
-      cats::torch.torch_library_impl(handle, "linear", cats::linear, kTorchVersion))
-    return "torch refuses the registration of the operators";
+  if (cats::torch.aoti_torch_library_init_impl("cats", "CPU", __FILE__, __LINE__, &handle))
+    return "torch refuses the registration of kernels";
+  const std::pair<const char*, BoxedKernel> operators[] = {
+      {"gated_mlp", cats::gated_mlp},
+      {"linear", cats::linear},
+      {"rms_norm", cats::rms_norm},
+      {"rotary", cats::rotary},
+  };
+  for (const auto& [name, kernel] : operators)
+    if (cats::torch.torch_library_impl(handle, name, kernel, kTorchVersion))
+      return (error = std::string("torch refuses the registration of cats::") + name).c_str();
   return nullptr;
 }
 

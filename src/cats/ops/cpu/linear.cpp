@@ -9,17 +9,6 @@ namespace {
 
 enum Argument { kX, kWeight, kBias };
 
-bool is_contiguous(AtenTensorHandle tensor) {
-  const int64_t *sizes = sizes_of(tensor), *strides = strides_of(tensor);
-  int64_t expected = 1;
-  for (int64_t i = dim_of(tensor) - 1; i >= 0; --i) {
-    // the stride of a dimension of size 1 does not matter
-    if (sizes[i] != 1 && strides[i] != expected) return false;
-    expected *= sizes[i];
-  }
-  return true;
-}
-
 // The tokens of x [..., D]; 0 where the kernel does not take the call.
 int64_t tokens_of(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle bias) {
   const int32_t dtype = dtype_of(x);

@@ -1,4 +1,4 @@
-// What the operators of this backend (gated_mlp.cpp, linear.cpp) and their registration (library.cpp) share: torch's
+// What the operators of this backend (gated_mlp.cpp and so on) and their registration (library.cpp) share: torch's
 // functions, found by name, and what is made of them.
 #pragma once
 
@@ -32,6 +32,8 @@ const InstructionSet& instruction_set();
 // The operators as torch's dispatcher calls them.
 void gated_mlp(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void linear(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void rms_norm(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void rotary(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
 inline void check(AOTITorchError error, const char* what) {
   if (error) throw std::runtime_error(std::string("cats: torch failed to ") + what);
@@ -82,6 +84,17 @@ inline const int64_t* strides_of(AtenTensorHandle tensor) {
   int64_t* strides;
   check(torch.aoti_torch_get_strides(tensor, &strides), "get strides");
   return strides;
+}
+
+inline bool is_contiguous(AtenTensorHandle tensor) {
+  const int64_t *sizes = sizes_of(tensor), *strides = strides_of(tensor);
+  int64_t expected = 1;
+  for (int64_t i = dim_of(tensor) - 1; i >= 0; --i) {
+    // the stride of a dimension of size 1 does not matter
+    if (sizes[i] != 1 && strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
 }
 
 inline AtenTensorHandle empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
