@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import cats
+from cats.cli.finetune import _run_names
 from cats.finetuning import load_adapter
 from tests import models
 
@@ -53,6 +55,15 @@ def test_table_and_bar(command, checkpoint, text, tmp_path):
     assert code == 0, err
     assert "relu" in out
     assert "step 2" in err
+    assert "was complete already" not in " ".join(out.split())
+
+
+def test_complete_run_says_so(command, checkpoint, text, tmp_path):
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", "--text", text, *SMALL)
+    assert command(*run)[0] == 0
+    code, out, _ = command(*run)
+    assert code == 0
+    assert "was complete already" in " ".join(out.split())
 
 
 def test_thresholds_file_and_sparse_checkpoint_are_taken(
@@ -96,6 +107,15 @@ def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, 
     code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.svg")
     assert code == 0, err
     assert (tmp_path / "c.svg").read_text().startswith("<svg")
+    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.png")
+    assert code == 1
+    assert "name a file .svg" in err
+
+
+def test_runs_of_two_folders_keep_their_names_apart():
+    files = [Path(f"{folder}/{name}.jsonl") for folder in "ab" for name in ("dense", folder)]
+    assert [*_run_names(files)] == ["a/dense", "a", "b/dense", "b"]
+    assert [*_run_names([Path("one/history.jsonl")] * 2)] == ["one"]
 
 
 BAD = {
@@ -107,16 +127,23 @@ BAD = {
     "unnamed": (("--eval-text", "TEXT"), "NAME=FILE"),
     "distillation": (("--full", "--distillation", 0.5), "dense model's own weights"),
     "too few": (("--batch-size", 1000), "fill no step"),
+    "no epochs": (("--epochs", 0), "--epochs must be positive"),
+    "endless epochs": (("--epochs", "nan"), "--epochs must be positive"),
+    "two targets": (("--thresholds", "TEXT", "--sparsity", 0.7), "have their target"),
+    "target of none": (("--method", "relu", "--sparsity", 0.7), "no --sparsity"),
+    "format without pairs": (("--answer", "{label}"), "are for --pairs"),
+    "text without use": (("--method", "dense", "--calibration-text", "TEXT"), "no use"),
+    "broken part": (("--eval-text", "a=TEXT[5%]"), "a part such as"),
+    "file for a folder": (("--output", "TEXT"), "no folder to write in"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(command, checkpoint, text, pairs, tmp_path, arguments, message):
-    places = {"TEXT": text, "PAIRS": pairs}
     data = ("--pairs", pairs) if arguments[0] in ("--prompt", "--block") else ("--text", text)
     code, _, err = command(
         "finetune", checkpoint, "-o", tmp_path / "run", *data, *SMALL,
-        *(places.get(a, a) for a in arguments),
+        *(str(a).replace("TEXT", str(text)).replace("PAIRS", str(pairs)) for a in arguments),
     )  # fmt: skip
     assert code == 1
     lines = [line for line in err.splitlines() if line.startswith("error: ")]

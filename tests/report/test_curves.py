@@ -5,12 +5,13 @@ from cats.history import History, Point
 from cats.report.curves import best_runs, curves_figure, recovered
 
 
-def make(method, losses, target=None, distillation=0.0):
+def make(method, losses, target=None, distillation=0.0, learning_rate=0.1, data="c4"):
     settings = {
-        "model": "m",
+        "run": f"{method}-{learning_rate}",
         "method": method,
         "target_sparsity": target,
-        "options": {"distillation": distillation, "recalibrate": 0},
+        "options": {"distillation": distillation, "learning_rate": learning_rate},
+        "train": data,
     }
     points = [Point(step=i, tokens=i * 10, losses={"c4": x}) for i, x in enumerate(losses)]
     return History(settings=settings, points=points)
@@ -27,11 +28,12 @@ def test_loss_is_counted_against_the_best_dense():
 def test_best_learning_rate_stands_for_a_method():
     runs = {
         "a": make("cats", [3.4, 3.1], 0.5),
-        "b": make("cats", [3.4, 3.0], 0.5),
+        "b": make("cats", [3.4, 3.0], 0.5, learning_rate=0.2),
         "c": make("cats", [3.9, 3.5], 0.7),
         "d": make("cats", [3.4, 3.2], 0.5, distillation=0.5),
+        "e": make("cats", [3.4, 3.3], 0.5, data="wiki"),
     }
-    assert [*best_runs(runs)] == ["b", "c", "d"]
+    assert [*best_runs(runs)] == ["b", "c", "d", "e"]
 
 
 def test_figure_names_runs_and_texts():
@@ -40,5 +42,6 @@ def test_figure_names_runs_and_texts():
     assert svg.startswith("<svg")
     for word in ("cats-50", "c4", "steps", "tokens"):
         assert f"{word}</text>" in svg
+    assert "0.5</text>" not in svg, "steps are whole"
     with pytest.raises(DataError, match="no evaluation"):
         curves_figure({"x": History(settings={})}, "curves")

@@ -90,7 +90,9 @@ def finetune(
             help="cats, relu or dense, where there are no thresholds yet.", show_default="cats"
         ),
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Target of --method cats.")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Target of --method cats.", show_default="0.5")
+    ] = None,
     text: Text = None,
     pairs: PairSources = None,
     prompt: Prompt = "{question}",
@@ -156,6 +158,7 @@ def finetune(
 
     Several GPUs: [b]torchrun --nproc-per-node 8 $(which cats) finetune ...[/b]
     """
+    from cats.errors import ConfigError
     from cats.finetuning import FinetuneOptions, PairFormat
     from cats.finetuning.run import finetune as run
 
@@ -165,18 +168,23 @@ def finetune(
         calibration_text=calibration_text, calibration_tokens=calibration_tokens,
         eval_tokens=eval_tokens, block=block, seed=seed,
     )  # fmt: skip
-    _check(thresholds, method, accuracy, eval_pairs)
+    _check(thresholds, method, sparsity, accuracy, eval_pairs, epochs)
+    options.check_output(output / "history.jsonl")
     loaded, tokenizer = options.load(
         model, thresholds=thresholds, dtype=dtype, device=_device(device), dense=method is not None
     )
+    sparse = hasattr(loaded.config, "cats")
+    if sparse and sparsity is not None and thresholds is None:
+        raise ConfigError(f"{model} has thresholds: calibrate it anew with --method cats")
     with options.err.status("reading data ..."):
         train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
-    sparse = hasattr(loaded.config, "cats")
     calibration = None
-    if recalibrate or (not sparse and method in (None, "cats", "relu")):
+    if recalibrate or (not sparse and method != "dense"):
         calibration = rows.calibration(tokenizer, train)
+    elif calibration_text:
+        raise ConfigError("--calibration-text has no use: thresholds are there, and stay")
     if not sparse:
-        _sparsify(loaded, method or "cats", sparsity, calibration)
+        _sparsify(loaded, method or "cats", 0.5 if sparsity is None else sparsity, calibration)
     chosen = FinetuneOptions(
         steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
         accumulate=accumulate, learning_rate=learning_rate, weight_decay=weight_decay,
@@ -189,7 +197,7 @@ def finetune(
         report_to=tuple(report_to or ()),
     )  # fmt: skip
     with _bar(chosen.steps) as bar:
-        done = run(
+        tuned = run(
             loaded, train, tokenizer=tokenizer, output=output, options=chosen,
             evaluations=evaluations, answers=_answers(evaluations) if accuracy else {},
             calibration=calibration, merge=merge, about={"model": model, **rows.about()},
@@ -198,10 +206,11 @@ def finetune(
     if int(os.environ.get("RANK", "0")) != 0:
         return
     if as_json:
-        options.print_json(_json(done.history))
+        options.print_json(_json(tuned.history))
     else:
-        options.out.print(history_table(f"{model}, {label(done.history)}", done.history))
-        options.out.print(f"wrote {output}", markup=False)
+        options.out.print(history_table(f"{model}, {label(tuned.history)}", tuned.history))
+        done = f"wrote {output}" if bar.moved else f"{output}: was complete already"
+        options.out.print(done, markup=False)
 
 
 def sweep(
@@ -276,7 +285,8 @@ def sweep(
         calibration_text=calibration_text, calibration_tokens=calibration_tokens,
         eval_tokens=eval_tokens, block=block, seed=seed,
     )  # fmt: skip
-    _check(None, None, accuracy, eval_pairs)
+    _check(None, None, None, accuracy, eval_pairs, epochs)
+    options.check_output(output / "history.jsonl")
     loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
     with options.err.status("reading data ..."):
         train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
@@ -309,6 +319,8 @@ def sweep(
         options.print_json({name: _json(history) for name, history in found.items()})
     elif found:
         options.out.print(sweep_table(f"{model}, {chosen.steps} steps", found))
+    if not found:
+        raise typer.Exit(1)
 
 
 def curves(
@@ -324,18 +336,32 @@ def curves(
 
     Example: [b]cats bench curves results/finetune -o curves.svg[/b]
     """
+    from cats.errors import ConfigError
     from cats.history import History
     from cats.report.curves import best_runs, curves_figure
     from cats.storage import replacing
 
+    options.check_output(output)
+    if output.suffix != ".svg":
+        raise ConfigError(f"{output}: curves are drawn as SVG, name a file .svg")
     files = [
         f for path in histories for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
     ]
-    found = {f.stem if f.stem != "history" else f.parent.name: History.load(f) for f in files}
+    found = {name: History.load(file) for name, file in _run_names(files).items()}
     svg = curves_figure(best_runs(found) if best else found, output.stem)
     with replacing(output) as temporary:
         temporary.write_text(svg, "utf-8")
     options.out.print(f"wrote {output}", markup=False)
+
+
+def _run_names(files: list[Path]) -> dict[str, Path]:
+    """Name of each run to its file; its whole path where two folders have a run of that name."""
+    files = list(dict.fromkeys(files))
+    names = [file.parent.name if file.stem == "history" else file.stem for file in files]
+    return {
+        name if names.count(name) == 1 else str(file.with_suffix("")): file
+        for name, file in zip(names, files, strict=True)
+    }
 
 
 class _Data:
@@ -359,6 +385,8 @@ class _Data:
 
         if text and pairs:
             raise ConfigError("give --text or --pairs, not both")
+        if form != type(form)() and not (pairs or eval_pairs):
+            raise ConfigError("--prompt, --answer and --labels are for --pairs and --eval-pairs")
         self._text, self._pairs, self._form = text, pairs, form
         self._eval_text, self._eval_pairs = _named(eval_text), _named(eval_pairs)
         if both := self._eval_text.keys() & self._eval_pairs.keys():
@@ -452,7 +480,12 @@ def _names(labels: str | None) -> tuple[str, ...]:
 
 
 def _check(
-    thresholds: Path | None, method: str | None, accuracy: bool, eval_pairs: list[str] | None
+    thresholds: Path | None,
+    method: str | None,
+    sparsity: float | None,
+    accuracy: bool,
+    eval_pairs: list[str] | None,
+    epochs: float | None,
 ) -> None:
     from cats.errors import ConfigError
 
@@ -460,6 +493,12 @@ def _check(
         raise ConfigError("give --thresholds, or --method to calibrate, not both")
     if method not in (None, "cats", "relu", "dense"):
         raise ConfigError(f"no method {method!r}: expected cats, relu or dense")
+    if sparsity is not None and thresholds is not None:
+        raise ConfigError("the thresholds have their target: give --thresholds or --sparsity")
+    if sparsity is not None and method not in (None, "cats"):
+        raise ConfigError(f"--method {method} has no --sparsity")
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise ConfigError(f"--epochs must be positive, got {epochs}")
     if accuracy and not eval_pairs:
         raise ConfigError("--accuracy needs --eval-pairs")
 
@@ -515,8 +554,10 @@ class _Bar:
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress, self._task = progress, task
         self.name = ""
+        self.moved = False
 
     def step(self, step: int) -> None:
+        self.moved = True
         self._progress.update(self._task, completed=step)
 
     def show(self, point: Point) -> None:
@@ -601,7 +642,7 @@ def sweep_table(title: str, found: dict[str, History]) -> Table:
         cells.append("" if last.sparsity is None else f"{last.sparsity:.1%}")
         cells.append("" if last.seconds_per_step is None else f"{last.seconds_per_step:.3f}")
         table.add_row(escape(run), *cells)
-    table.caption = "log-perplexity before > after (share of the loss to the best dense recovered)"
+    table.caption = "log-perplexity before > after (recovered share of the loss against dense)"
     return table
 
 

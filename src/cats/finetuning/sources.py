@@ -42,6 +42,8 @@ class Source:
             DataError: If the part is none.
         """
         match = re.fullmatch(r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]", text)
+        if match is None and re.search(r"\[[^\]]*%[^\]]*\]$", text):
+            raise DataError(f"{text}: expected a part such as [:50%] or [50%:]")
         if match is None:
             return cls(text)
         start, end = int(match[2] or 0) / 100, int(match[3] or 100) / 100
@@ -176,4 +178,6 @@ def _dataset(source: Source, *, stream: bool) -> Iterator[dict[str, Any]]:
     # whatever the hub raises: there is no network, no such data set, split or configuration
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StorageError(f"cannot read the data set {source.name}: {first}") from error
+        raise StorageError(
+            f"{source.name} is no file here, and no data set that can be read: {first}"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 
 from cats.errors import DataError
@@ -38,6 +39,9 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
                     linestyle="--" if history.settings["options"]["distillation"] else "-",
                 )  # fmt: skip
             axis.set(xlabel=label_of[measure], ylabel=f"log-perplexity, {text}")
+            # whole steps, and the losses themselves rather than what they have more than another
+            axis.locator_params(axis="x", integer=True)
+            axis.ticklabel_format(useOffset=False)
     _legend(axes[0, 0])
     return _svg(figure, name)
 
@@ -47,19 +51,21 @@ def best_runs(histories: Mapping[str, History]) -> dict[str, History]:
 
     The first evaluated text decides.
     """
-    best: dict[tuple[object, ...], tuple[float, str, History]] = {}
+    best: dict[str, tuple[float, str, History]] = {}
     for name, history in histories.items():
         if not history.points or not history.points[-1].losses:
             continue
-        settings, trained = history.settings, history.settings["options"]
-        key = (
-            settings["model"], settings["method"], settings["target_sparsity"],
-            trained["distillation"], trained["recalibrate"],
-        )  # fmt: skip
+        key = _all_but_the_learning_rate(history)
         loss = next(iter(history.points[-1].losses.values()))
         if key not in best or loss < best[key][0]:
             best[key] = (loss, name, history)
     return {name: history for _, name, history in best.values()}
+
+
+def _all_but_the_learning_rate(history: History) -> str:
+    settings = {name: value for name, value in history.settings.items() if name != "run"}
+    settings["options"] = {**settings["options"], "learning_rate": None}
+    return json.dumps(settings, sort_keys=True)
 
 
 def recovered(history: History, others: Iterable[History], text: str) -> float | None:
