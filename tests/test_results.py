@@ -53,6 +53,11 @@ def test_a_line_that_is_no_result_is_named(tmp_path, line):
         read_results(path)
 
 
+def test_another_kind_of_file_is_named():
+    with pytest.raises(FormatError, match="not a result, but part of a file of kind finetuning"):
+        Result.from_json('{"version": 1, "kind": "finetuning", "settings": {}}')
+
+
 def test_a_newer_format_is_refused(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"version": 2}) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 from cats.errors import FormatError, StorageError
 from cats.storage import check_version, replacing
 
-__all__ = ["History", "Point"]
+__all__ = ["History", "Point", "is_history"]
 
 _VERSION = 1
 
@@ -106,6 +106,16 @@ class History:
             file.writelines(json.dumps(block, allow_nan=False) + "\n" for block in blocks)
             file.flush()
             os.fsync(file.fileno())
+
+
+def is_history(path: Path) -> bool:
+    """Whether a file begins as a history does."""
+    try:
+        with path.open("rb") as file:
+            block = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(block, dict) and block.get("kind") == "finetuning"
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

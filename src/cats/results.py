@@ -60,6 +60,8 @@ class Result:
             raise FormatError(f"not a result: {line[:80]!r}") from error
         if version != _VERSION:
             raise FormatError(f"a result of format {version}; this release reads {_VERSION}")
+        if "kind" in fields:
+            raise FormatError(f"not a result, but part of a file of kind {fields['kind']}")
         try:
             return cls(**fields)
         except TypeError as error:

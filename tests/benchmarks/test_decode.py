@@ -1,7 +1,9 @@
 import dataclasses
+import io
 
 import pytest
 import torch
+from rich.console import Console
 
 import cats
 from cats.benchmarks import decode, decode_report
@@ -208,6 +210,18 @@ def test_tables_show_every_variant_and_the_launches_of_the_last_run(results):
     assert list(step.columns[0].cells) == ["new"]
 
 
+def test_tables_fit_a_terminal_of_80_characters(results):
+    peak = dataclasses.replace(
+        results[1], quantity="peak_memory", value=12_345e6,
+        settings={**results[1].settings, "over_dense_weights": 0.0123},
+    )  # fmt: skip
+    (panel,) = decode_report.panels([*results, peak])
+    for table in decode_report.tables(panel):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(table)
+        assert "…" not in console.export_text()
+
+
 def launch(like, kernel):
     about = {"variant": "eager", "sparsity": 0.0, "kernel": kernel, "share": 0.5, "calls": 2.0}
     settings = {k: like.settings[k] for k in ("model", "batch", "prompt_length", "new_tokens")}
@@ -245,3 +259,5 @@ def test_command_appends_results_and_shows_and_plots_them(results, tmp_path):
     plotted = CliRunner().invoke(app, ["bench", "plot", str(file), "-o", str(picture)])
     assert plotted.exit_code == 0, plotted.output
     assert picture.exists()
+    other = CliRunner().invoke(app, ["bench", "plot", str(file), "-o", str(tmp_path / "p.doc")])
+    assert isinstance(other.exception, ConfigError)

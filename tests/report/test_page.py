@@ -9,6 +9,7 @@ import pytest
 
 from cats.cli import main
 from cats.errors import DataError, FormatError, StorageError
+from cats.history import History
 from cats.report import Material, write_page
 from cats.results import Result, append_results
 
@@ -139,6 +140,26 @@ def test_repeated_results_count_once_and_the_dense_one_stands_first(folder):
     (group,) = Material.read([folder]).perplexities().values()
     assert [r.settings["variant"] for r in group] == ["dense", "cats-50", "cats-90", "relu"]
     assert group[1].value == pytest.approx(10 / 0.69)
+
+
+def test_histories_in_a_folder_are_left_out(folder):
+    before = len(Material.read([folder]).results)
+    History(settings={}).save(folder / "run" / "history.jsonl")
+    assert len(Material.read([folder]).results) == before
+    with pytest.raises(FormatError, match="kind finetuning"):
+        Material.read([folder / "run" / "history.jsonl"])
+
+
+def test_large_times_have_no_exponent(folder):
+    append_results(folder / "slow.jsonl", [
+        result("mlp", "time", 28180.4, "us", variant="cpu", sparsity=s, limit_us=16130.0,
+               hidden_size=4096, neighbour="none")
+        for s in (0.0, 0.5)
+    ])  # fmt: skip
+    write_page(Material.read([folder]), folder / "report.html")
+    text = (folder / "report.html").read_text()
+    assert "28,180" in text
+    assert "e+04" not in text
 
 
 def test_nothing_and_foreign_files_are_errors(tmp_path):

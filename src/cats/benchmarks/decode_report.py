@@ -188,12 +188,17 @@ def plot(panels: list[Panel], path: Path) -> None:
 
 def _table(title: str, *columns: str) -> Table:
     # imported here: reading results needs no terminal
+    from rich import box
     from rich.table import Table
 
-    out = Table(title=title or None, title_justify="left")
+    # without lines between columns, and with units below names, it fits into 80 characters
+    out = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for column in columns:
         name = column in ("variant", "launch")
-        out.add_column(column, justify="left" if name else "right", no_wrap=column != "launch")
+        out.add_column(
+            column.replace(", ", "\n"), justify="left" if name else "right",
+            no_wrap=column != "launch",
+        )  # fmt: skip
     return out
 
 

@@ -240,6 +240,8 @@ def plot(
     from cats.storage import replacing
 
     options.check_output(output)
+    if output.suffix not in (".svg", ".png"):
+        raise ConfigError(f"{output}: name a picture .svg or .png")
     results = read_results(file)
     found = {result.benchmark for result in results}
     if {mlp.NAME, decode.NAME} <= found:

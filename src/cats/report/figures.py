@@ -158,16 +158,16 @@ def times(results: Sequence[Result], name: str) -> str:
         bound = limit(result)
         if bound is not None:
             limits[sparsity] = bound
-    for variant, points in lines.items():
+    for i, (variant, points) in enumerate(lines.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
         if len(points) == 1:
-            axis.axhline(points[0].value, linestyle=":", linewidth=1, color=_INK)
-            axis.text(0, points[0].value, f" {variant}", fontsize=7, va="bottom")
+            axis.axhline(points[0].value, linestyle=":", color=colour, label=variant)
             continue
         axis.errorbar(
             [float(r.settings["sparsity"] or 0) for r in points],
             [r.value for r in points],
             [[r.value - r.low for r in points], [r.high - r.value for r in points]],
-            label=variant, marker="o", markersize=4, capsize=2,
+            label=variant, marker="o", markersize=4, capsize=2, color=colour,
         )  # fmt: skip
     if limits:
         axis.plot([*limits], [*limits.values()], color=_INK, linestyle="--", label="memory limit")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cats.errors import DataError, FormatError, StorageError
+from cats.history import is_history
 from cats.results import Result, read_results
 from cats.storage import check_version
 
@@ -102,8 +103,11 @@ def _dense_first(results: Iterable[Result]) -> list[Result]:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         # neither the answers behind the results nor the histories of fine-tuning are results
-        others = {"answers", "finetune"}
-        results = [p for p in path.rglob("*.jsonl") if not others & {*p.relative_to(path).parts}]
+        results = [
+            p
+            for p in path.rglob("*.jsonl")
+            if "answers" not in p.relative_to(path).parts and not is_history(p)
+        ]
         return sorted([*results, *path.rglob("profile*.json")])
     if not path.is_file():
         raise StorageError(f"{path}: no such file")

@@ -284,8 +284,12 @@ def _time_row(r: Result) -> list[str]:
     return [
         str(r.settings["variant"]),
         f"{float(r.settings['sparsity'] or 0):.0%}",
-        f"{r.value:.4g}",
-        f"{r.low:.4g} to {r.high:.4g}",
-        "" if bound is None else f"{bound:.4g}",
+        _four_digits(r.value),
+        f"{_four_digits(r.low)} to {_four_digits(r.high)}",
+        "" if bound is None else _four_digits(bound),
         "" if bound is None else f"{bound / r.value:.2f}",
     ]
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
