@@ -304,10 +304,18 @@ def test_norm_and_rotation_pass_opcheck(needs_gradient):
 def test_norm_and_rotation_of_what_does_not_fit_are_errors():
     x, cos = torch.randn(2, 3, 1, 8), torch.randn(2, 1, 1, 8)
     with torch.inference_mode():
+        assert cpu.rotary_refuses(x, cos, cos) is None
         for bad in (x.half(), x[..., ::2], x[..., :7].contiguous(), x[0]):
+            assert cpu.rotary_refuses(bad, cos, cos) is not None
             with pytest.raises(RuntimeError, match="cats::rotary: expected contiguous x"):
                 torch.ops.cats.rotary.default(bad, cos, cos)
+        for bad in (cos[:1], cos.bfloat16(), cos[..., :4].contiguous()):
+            assert cpu.rotary_refuses(x, cos, bad) is not None
+            with pytest.raises(RuntimeError, match="cats::rotary: expected contiguous x"):
+                torch.ops.cats.rotary.default(x, cos, bad)
+        assert cpu.norm_refuses(x, torch.ones(8)) is None
         for bad in (x.half(), x[..., ::2], x[..., :7].contiguous()):
+            assert cpu.norm_refuses(bad, torch.ones(8)) is not None
             with pytest.raises(RuntimeError, match="cats::rms_norm: expected contiguous x"):
                 torch.ops.cats.rms_norm.default(bad, torch.ones(8), 1e-5)
 

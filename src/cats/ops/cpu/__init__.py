@@ -83,9 +83,8 @@ def rotary_refuses(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
     if x.dim() != 4 or x.shape[-1] % 2 or x.numel() == 0:
         return f"expected [B, heads, T, even], got {list(x.shape)}"
     expected = [x.shape[0], 1, *x.shape[2:]]
-    for tensor in (cos, sin):
-        if list(tensor.shape) not in (expected, [1, *expected[1:]]):
-            return f"expected angles of {expected}, got {list(tensor.shape)}"
+    if cos.shape != sin.shape or list(cos.shape) not in (expected, [1, *expected[1:]]):
+        return f"expected angles of {expected}, got {list(cos.shape)} and {list(sin.shape)}"
     return _refuses_operands(x, cos, sin)
 
 
