@@ -81,7 +81,7 @@ def test_results_of_a_sparsity_come_before_the_next_one_is_run(monkeypatch):
     def stop(model):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode, "_copy", stop)
+    monkeypatch.setattr(decode, "copy_for_fusion", stop)
     found = []
     with pytest.raises(KeyboardInterrupt):
         found.extend(measure(make_model(), make_ids(8), Case(**TINY)))
@@ -114,7 +114,7 @@ def test_engine_that_refuses_a_model_is_left_out_before_it_is_run(monkeypatch):
 def test_sparse_copies_share_what_fusing_leaves_alone():
     model = make_model()
     down = model.model.layers[0].mlp.down_proj
-    copied = decode._copy(model)
+    copied = decode.copy_for_fusion(model)
     ours = {id(p) for p in model.parameters()}
     own = {n for n, p in copied.named_parameters() if id(p) not in ours}
     assert own == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
