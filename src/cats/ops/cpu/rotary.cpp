@@ -22,13 +22,14 @@ void rotate(const Shape& shape, const T* x, const T* cos, const T* sin, T* out) 
   for (int64_t row = 0; row < shape.B * shape.H * shape.T; ++row) {
     const int64_t b = row / (shape.H * shape.T), t = row % shape.T;
     const int64_t angle = (b * shape.T + t) % shape.angle_rows * D;
-    for (int64_t i = 0; i < D; ++i) {
-      const float other = i < half ? -to_float(x[row * D + i + half]) : to_float(x[row * D + i - half]);
+    const auto put = [&](int64_t i, float other) {
       T straight, turned;
       round_to(to_float(x[row * D + i]) * to_float(cos[angle + i]), straight);
       round_to(other * to_float(sin[angle + i]), turned);
       round_to(to_float(straight) + to_float(turned), out[row * D + i]);
-    }
+    };
+    for (int64_t i = 0; i < half; ++i) put(i, -to_float(x[row * D + i + half]));
+    for (int64_t i = half; i < D; ++i) put(i, to_float(x[row * D + i - half]));
   }
 }
 
