@@ -85,6 +85,15 @@ def test_truncated_weights_and_unknown_folder_are_refused(sparse, tmp_path):
         cats.from_pretrained(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("adapter_config.json", "load_adapter"), ("history.jsonl", "merged/")]
+)
+def test_what_finetuning_writes_beside_a_model_is_named(tmp_path, name, message):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(StorageError, match=message):
+        cats.from_pretrained(tmp_path)
+
+
 def test_weights_of_another_size_are_refused(tmp_path):
     models.make_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -18,6 +18,8 @@ from cats.errors import ConfigError, FormatError, StorageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
+# Files by which a folder of fine-tuning is told from that of a model.
+_MARKS = ("adapter_config.json", "history.jsonl", "config.json")
 
 
 def from_pretrained(
@@ -102,6 +104,14 @@ def is_sparse_checkpoint(path: str | Path) -> bool:
 def _load_config(path: str | Path, hub_options: dict[str, Any]) -> Any:
     if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise StorageError(f"cannot load the model {path}: no such folder")
+    has = {name for name in _MARKS if (Path(path) / name).is_file()}
+    if has == {"adapter_config.json"}:
+        raise StorageError(
+            f"{path}: holds an adapter, not a model: cats.finetuning.load_adapter puts it on its "
+            "base, cats finetune --merge writes both as one"
+        )
+    if has == {"history.jsonl"}:
+        raise StorageError(f"{path}: the folder of a fine-tuning: name merged/ or model/ in it")
     try:
         return AutoConfig.from_pretrained(str(path), **hub_options)
     except (OSError, ValueError) as error:

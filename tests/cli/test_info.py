@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import LlamaConfig
 
@@ -42,3 +43,26 @@ def test_thresholds_and_statistics_are_described_in_words(command, checkpoint, t
         assert code == 0, err
         assert words in out
         assert "{" not in out
+
+
+@pytest.mark.parametrize("method", ["cats", "dense"])
+def test_what_finetuning_wrote_is_described(command, command_json, checkpoint, text, tmp_path,
+                                            method):  # fmt: skip
+    run = tmp_path / "run"
+    code, _, err = command(
+        "finetune", checkpoint, "-o", run, "--text", text, "--eval-text", f"same={text}",
+        "--block", 32, "--calibration-tokens", 256, "--steps", 1, "--rank", 4, "--method", method,
+    )  # fmt: skip
+    assert code == 0, err
+    adapter = command_json("info", run / "adapter")
+    assert adapter["adapter"]["rank"] == 4
+    assert ("MLPs" in adapter) == (method == "cats")
+    for place in (run, run / "history.jsonl"):
+        history = command_json("info", place)
+        assert history[place.name]["steps"] == "1 of 1"
+        assert history[place.name]["complete"] == "yes"
+        assert " > " in history["evaluations"]["same"]
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    code, _, err = command("info", run / "adapter")
+    assert code == 1
+    assert "not a LoRA adapter" in err

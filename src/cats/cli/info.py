@@ -1,7 +1,8 @@
-"""``cats info``: what is installed, and what a model, thresholds or statistics file holds."""
+"""``cats info``: what is installed, and what a model or a file that cats wrote holds."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,8 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder, a Hugging Face id, [b]smollm2[/b], or a file of thresholds or "
-            "statistics.",
+            help="A folder, a Hugging Face id, [b]smollm2[/b], a file of thresholds or statistics, "
+            "or what [b]cats finetune[/b] wrote.",
             show_default="this installation",
         ),
     ] = None,
@@ -81,6 +82,11 @@ def _describe(model: str) -> dict[str, dict[str, Any]]:
         if block.get("kind") == "statistics":
             return _describe_statistics(model)
         return _describe_config(name, CatsConfig.load(model))
+    if (Path(model) / "adapter_config.json").is_file():
+        return _describe_adapter(Path(model))
+    history = Path(model) / "history.jsonl" if Path(model).is_dir() else Path(model)
+    if history.suffix == ".jsonl" and history.is_file():
+        return _describe_history(name, history)
     path = options.resolve(model)
     sparse = is_sparse_checkpoint(path)
     engines = {"engines of cats.generate": _engines(model, sparse=sparse)}
@@ -98,6 +104,48 @@ def _describe_config(title: str, config: CatsConfig) -> dict[str, dict[str, Any]
         for name, t in config.thresholds.items()
     }
     return {title: block, "MLPs": thresholds}
+
+
+def _describe_adapter(folder: Path) -> dict[str, dict[str, Any]]:
+    from cats.config import CatsConfig
+    from cats.errors import FormatError
+
+    try:
+        block = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        about = {
+            "kind": "adapter",
+            "base": block["base_model_name_or_path"],
+            "rank": block["r"],
+            "alpha": block["lora_alpha"],
+            "layers": ", ".join(sorted(block["target_modules"])),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{folder}: not a LoRA adapter ({error!r})") from error
+    thresholds = folder / "thresholds.safetensors"
+    if not thresholds.is_file():
+        return {folder.name: about | {"thresholds": "none: of a dense model"}}
+    return {folder.name: about} | _describe_config(thresholds.name, CatsConfig.load(thresholds))
+
+
+def _describe_history(title: str, path: Path) -> dict[str, dict[str, Any]]:
+    from cats.history import History
+
+    found = History.load(path)
+    settings, last = found.settings, found.points[-1] if found.points else None
+    about = {
+        "kind": "fine-tuning",
+        "model": settings.get("model"),
+        "method": settings["method"],
+        "target_sparsity": settings["target_sparsity"],
+        "steps": f"{last.step if last else 0:,} of {settings['options']['steps']:,}",
+        "complete": "yes" if found.complete else "no: the same command continues it",
+    }
+    losses = {
+        name: f"log-perplexity {found.points[0].losses[name]:.4f} > {loss:.4f}"
+        for name, loss in (last.losses if last else {}).items()
+        if name in found.points[0].losses
+    }
+    return {title: about} | ({"evaluations": losses} if losses else {})
 
 
 def _describe_statistics(path: str) -> dict[str, dict[str, Any]]:
