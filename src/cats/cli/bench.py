@@ -140,17 +140,32 @@ def decode(
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 128,
     rounds: Annotated[int, typer.Option(min=2, help="Runs of each engine, in turns.")] = 5,
-    generate_rounds: Annotated[int, typer.Option(min=2, help="Runs of model.generate.")] = 2,
+    generate_rounds: Annotated[
+        int, typer.Option(min=2, help="Runs of model.generate.", rich_help_panel="Beside the loop")
+    ] = 2,
     calibration_tokens: Annotated[int, typer.Option(min=1, help="For the thresholds.")] = 8192,
     read_mib: Annotated[
         int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
     ] = 4096,
-    generate: Annotated[bool, typer.Option(help="Time model.generate beside the loop.")] = True,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            help="Time model.generate beside the loop.", rich_help_panel="Beside the loop"
+        ),
+    ] = True,
     static: Annotated[
-        bool, typer.Option(help="Time generate with a static cache and compilation too.")
+        bool,
+        typer.Option(
+            help="Time generate with a static cache and compilation too.",
+            rich_help_panel="Beside the loop",
+        ),
     ] = False,
     launches: Annotated[
-        bool, typer.Option(help="List the kernels of a step, from a run of its own; on a GPU.")
+        bool,
+        typer.Option(
+            help="List the kernels of a step, from a run of its own; on a GPU.",
+            rich_help_panel="Beside the loop",
+        ),
     ] = False,
     output: Annotated[
         Path | None,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cats.finetuning.data import Blocks, Examples
     from cats.history import History, Point
 
+# Sections of the help.
+_DATA, _EVALUATION, _TRAINING, _ADAPTERS = "Data", "Evaluation", "Training", "Adapters"
+
 Text = Annotated[
     list[str] | None,
     typer.Option(
@@ -27,52 +30,105 @@ Text = Annotated[
         help="Text to learn: .txt, .jsonl (both .gz too), .parquet, a part such as "
         r"c4.txt.gz\[:50%], or a Hugging Face id NAME:CONFIG:SPLIT; repeatable.",
         show_default="RefinedWeb, streamed",
+        rich_help_panel=_DATA,
     ),
 ]
 PairSources = Annotated[
     list[str] | None,
     typer.Option(
-        "--pairs", help="Prompts and answers to learn: .jsonl, .parquet or an id; repeatable."
+        "--pairs",
+        help="Prompts and answers to learn: .jsonl, .parquet or an id; repeatable.",
+        rich_help_panel=_DATA,
     ),
 ]
 EvalText = Annotated[
     list[str] | None,
-    typer.Option("--eval-text", help="NAME=TEXT, measured while training; repeatable."),
+    typer.Option(
+        "--eval-text",
+        help="NAME=TEXT, measured while training; repeatable.",
+        rich_help_panel=_EVALUATION,
+    ),
 ]
 EvalPairs = Annotated[
     list[str] | None,
-    typer.Option("--eval-pairs", help="NAME=PAIRS, measured while training; repeatable."),
+    typer.Option(
+        "--eval-pairs",
+        help="NAME=PAIRS, measured while training; repeatable.",
+        rich_help_panel=_EVALUATION,
+    ),
 ]
 Prompt = Annotated[
-    str, typer.Option(help=r"How a row of pairs becomes a prompt, such as {passage}\n{question}?")
+    str,
+    typer.Option(
+        help=r"How a row of pairs becomes a prompt, such as {passage}\n{question}?",
+        rich_help_panel=_DATA,
+    ),
 ]
-Answer = Annotated[str, typer.Option(help="How it becomes an answer.")]
+Answer = Annotated[str, typer.Option(help="How it becomes an answer.", rich_help_panel=_DATA)]
 Labels = Annotated[
-    str | None, typer.Option(help="Names of a numbered answer by commas, such as no,yes.")
+    str | None,
+    typer.Option(
+        help="Names of a numbered answer by commas, such as no,yes.", rich_help_panel=_DATA
+    ),
 ]
 Accuracy = Annotated[
     bool,
-    typer.Option(help="Generate answers to --eval-pairs at the end and count the right ones."),
+    typer.Option(
+        "--accuracy",
+        help="Generate answers to --eval-pairs at the end and count the right ones.",
+        rich_help_panel=_EVALUATION,
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-AnswerBatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at once.")]
-EvalTokens = Annotated[int, typer.Option(min=2, help="Tokens of each --eval-text, at most.")]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_EVALUATION)
+]
+AnswerBatchSize = Annotated[
+    int, typer.Option(min=1, help="Answers generated at once.", rich_help_panel=_EVALUATION)
+]
+EvalTokens = Annotated[
+    int,
+    typer.Option(min=2, help="Tokens of each --eval-text, at most.", rich_help_panel=_EVALUATION),
+]
 CalibrationText = Annotated[
     list[str] | None,
-    typer.Option("--calibration-text", help="For thresholds. Default: what is learnt; repeatable."),
+    typer.Option(
+        "--calibration-text",
+        help="For thresholds. Default: what is learnt; repeatable.",
+        rich_help_panel=_DATA,
+    ),
 ]
-CalibrationTokens = Annotated[int, typer.Option(min=1, help="Calibrate on at most so many.")]
-Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+CalibrationTokens = Annotated[
+    int, typer.Option(min=1, help="Calibrate on at most so many.", rich_help_panel=_DATA)
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)]
 Epochs = Annotated[
-    float | None, typer.Option(help="Passes over the data, in the place of --steps.")
+    float | None,
+    typer.Option(help="Passes over the data, in the place of --steps.", rich_help_panel=_TRAINING),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows a forward pass of one process.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Forward passes a step.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Rows a forward pass of one process.", rich_help_panel=_TRAINING)
+]
+Accumulate = Annotated[
+    int, typer.Option(min=1, help="Forward passes a step.", rich_help_panel=_TRAINING)
+]
 EvalBatchSize = Annotated[
-    int, typer.Option("--eval-batch-size", min=1, help="Rows a forward pass of an evaluation.")
+    int,
+    typer.Option(
+        "--eval-batch-size",
+        min=1,
+        help="Rows a forward pass of an evaluation.",
+        rich_help_panel=_EVALUATION,
+    ),
 ]
-EvalEvery = Annotated[int, typer.Option("--eval-every", min=1, help="Steps between evaluations.")]
-Warmup = Annotated[int, typer.Option("--warmup-steps", min=0, help="Steps of warm-up.")]
+EvalEvery = Annotated[
+    int,
+    typer.Option(
+        "--eval-every", min=1, help="Steps between evaluations.", rich_help_panel=_EVALUATION
+    ),
+]
+Warmup = Annotated[
+    int, typer.Option("--warmup-steps", min=0, help="Steps of warm-up.", rich_help_panel=_TRAINING)
+]
 Commit = Annotated[
     str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
 ]
@@ -106,30 +162,66 @@ def finetune(
     eval_tokens: EvalTokens = 100_000,
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 100_000,
-    block: Annotated[int, typer.Option(min=2, help="Tokens a block, or of a pair.")] = 1024,
+    block: Annotated[
+        int, typer.Option(min=2, help="Tokens a block, or of a pair.", rich_help_panel=_DATA)
+    ] = 1024,
     steps: Steps = 500,
     epochs: Epochs = None,
     batch_size: BatchSize = 8,
     accumulate: Accumulate = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-5,
-    weight_decay: Annotated[float, typer.Option()] = 0.01,
+    learning_rate: Annotated[
+        float,
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help="At the start; it falls linearly to 0.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 1e-5,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of AdamW.", rich_help_panel=_TRAINING)
+    ] = 0.01,
     warmup_steps: Warmup = 0,
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 64,
-    alpha: Annotated[int, typer.Option(min=1, help="Their scale is alpha / rank.")] = 16,
-    dropout: Annotated[float, typer.Option(help="On their input.")] = 0.1,
+    rank: Annotated[
+        int, typer.Option(min=1, help="Of the adapters.", rich_help_panel=_ADAPTERS)
+    ] = 64,
+    alpha: Annotated[
+        int, typer.Option(min=1, help="Their scale is alpha / rank.", rich_help_panel=_ADAPTERS)
+    ] = 16,
+    dropout: Annotated[
+        float, typer.Option(help="On their input.", rich_help_panel=_ADAPTERS)
+    ] = 0.1,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="Layer with adapters; repeatable. Default: q, v, gate, up, down."),
+        typer.Option(
+            help="Layer with adapters; repeatable. Default: q, v, gate, up, down.",
+            rich_help_panel=_ADAPTERS,
+        ),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, no adapters.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Train all weights, no adapters.", rich_help_panel=_ADAPTERS),
+    ] = False,
     distillation: Annotated[
-        float, typer.Option(help="Share of the divergence from the dense model in the loss.")
+        float,
+        typer.Option(
+            help="Share of the divergence from the dense model in the loss.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 0.0,
     recalibrate: Annotated[
-        int, typer.Option(min=0, help="Set thresholds anew every so many steps; 0: never.")
+        int,
+        typer.Option(
+            min=0,
+            help="Set thresholds anew every so many steps; 0: never.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 0,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING
+        ),
     ] = False,
     bfloat16: Annotated[
         bool | None,
@@ -227,15 +319,29 @@ def sweep(
     ] = None,
     learning_rate: Annotated[
         list[float] | None,
-        typer.Option("--learning-rate", "--lr", help="Repeatable.", show_default="1e-5"),
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            help="Repeatable.",
+            show_default="1e-5",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     distillation: Annotated[
         list[float] | None,
-        typer.Option(help="Share of distillation, of sparse runs; repeatable.", show_default="0"),
+        typer.Option(
+            help="Share of distillation, of sparse runs; repeatable.",
+            show_default="0",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     recalibrate: Annotated[
         list[int] | None,
-        typer.Option(help="Steps between calibrations, of CATS; repeatable.", show_default="0"),
+        typer.Option(
+            help="Steps between calibrations, of CATS; repeatable.",
+            show_default="0",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     text: Text = None,
     pairs: PairSources = None,
@@ -250,7 +356,9 @@ def sweep(
     eval_tokens: EvalTokens = 100_000,
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 100_000,
-    block: Annotated[int, typer.Option(min=2, help="Tokens a block, or of a pair.")] = 1024,
+    block: Annotated[
+        int, typer.Option(min=2, help="Tokens a block, or of a pair.", rich_help_panel=_DATA)
+    ] = 1024,
     steps: Steps = 200,
     epochs: Epochs = None,
     batch_size: BatchSize = 16,

@@ -16,12 +16,33 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
     thresholds: options.Thresholds = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from so many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that reach this sum.")] = 1,
-    min_p: Annotated[float, typer.Option(help="Least share of the likeliest's probability.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repetition.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends it; repeatable.")] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel="Sampling"),
+    ] = 0.0,
+    top_k: Annotated[
+        int,
+        typer.Option(min=0, help="Draw from so many tokens; 0: all.", rich_help_panel="Sampling"),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from the likeliest that reach this sum.", rich_help_panel="Sampling"
+        ),
+    ] = 1,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Least share of the likeliest's probability.", rich_help_panel="Sampling"
+        ),
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 avoids repetition.", rich_help_panel="Sampling")
+    ] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends it; repeatable.", rich_help_panel="Sampling"),
+    ] = None,
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt in the model's chat template, if it has one.")
     ] = True,
