@@ -1,9 +1,10 @@
 import gzip
 import json
+import sys
 
 import pytest
 
-from cats.errors import DataError, StorageError
+from cats.errors import ConfigError, DataError, StorageError
 from cats.finetuning.sources import Source, read_rows, read_texts
 
 
@@ -94,3 +95,12 @@ def test_data_set_without_a_network_is_a_storage_error():
     pytest.importorskip("datasets")
     with pytest.raises(StorageError, match="no/such-data-set"):
         texts("no/such-data-set")
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("some/set", "datasets")])
+def test_absent_library_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match="pip install"):
+        next(read_texts(Source(name)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cats.data import read_text
-from cats.errors import DataError, StorageError
+from cats.errors import ConfigError, DataError, StorageError
 
 # The paper's data: used where no text is named.
 REFINEDWEB = "tiiuae/falcon-refinedweb"
@@ -159,8 +159,10 @@ def _json_lines(name: str) -> list[dict[str, Any]]:
 
 
 def _parquet(name: str) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet
-
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ConfigError("parquet needs pyarrow: pip install 'cats-llm[finetune]'") from error
     try:
         return list(parquet.read_table(name).to_pylist())
     except (OSError, ArrowException) as error:
@@ -168,8 +170,13 @@ def _parquet(name: str) -> list[dict[str, Any]]:
 
 
 def _dataset(source: Source, *, stream: bool) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(
+            f"{source.name} is no file here, and data sets need their library: "
+            "pip install 'cats-llm[finetune]'"
+        ) from error
     if (source.start, source.end) != (0, 1):
         raise DataError(f"{source}: parts of data sets are not supported, only of files")
     name, config, split = [*source.name.split(":"), "", ""][:3]
