@@ -13,6 +13,22 @@ def test_module_runs_the_command():
     assert "python -m cats" in run.stdout
 
 
+BAD = {
+    "device": (("bench", "mlp", "--shape", "8x8", "--device", "toaster"), "no device 'toaster'"),
+    "device of a shape": (("bench", "decode", "llama-3.2-1b", "--device", "toaster"), "no device"),
+    "folder for results": (("bench", "mlp", "--shape", "8x8", "-o", "."), "is a folder"),
+    "document": (("bench", "quote", "absent.md"), "no such file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_of_benchmarks_ends_in_one_line(command, arguments, message):
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err
+
+
 def commands(group, *names):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):

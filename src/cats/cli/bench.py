@@ -47,14 +47,12 @@ def mlp(
 
     Lists multiply into a sweep. A kernel that is wrong is not timed.
     """
-    import torch
-
     from cats.benchmarks.mlp import Case, measure
     from cats.benchmarks.mlp_report import panels, table
     from cats.results import append_results
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.check_output(output)
+    device = str(options.torch_device(device))
     cases = [
         Case(
             hidden_size=sizes[0], intermediate_size=sizes[1], dtype=_dtype(name),
@@ -93,17 +91,17 @@ def model(
 
     Example: [b]cats bench model --shape mistral-7b --layers 8 -o results.jsonl[/b]
     """
-    import torch
     from rich.table import Table
 
     from cats.benchmarks.model import Case, measure
     from cats.results import append_results
 
     options.quiet()
+    options.check_output(output)
     case = Case(
         shape=shape, layers=layers, sparsity=sparsity, dtype=_dtype(dtype), prefill=prefill,
         new_tokens=new_tokens, caches=tuple(cache.split(",")), rounds=rounds,
-        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        device=str(options.torch_device(device)),
     )  # fmt: skip
     results = list(measure(case))
     if output is not None:
@@ -200,9 +198,8 @@ def decode(
     count = max(batch, -(-calibration_tokens // length))
     if model in SHAPES:
         options.quiet()
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
-        loaded = random_model(model, _dtype(name), torch.device(where))
+        loaded = random_model(model, _dtype(name), options.torch_device(device))
         blocks = torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
     else:
         loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
@@ -297,10 +294,12 @@ def quote(
     Example: [b]cats bench quote README.md --check[/b]
     """
     from cats.benchmarks.quotes import requote
-    from cats.errors import DataError
+    from cats.errors import DataError, StorageError
     from cats.storage import replacing
 
     for document in documents:
+        if not document.is_file():
+            raise StorageError(f"{document}: no such file")
         text = requote(document)
         if text == document.read_text(encoding="utf-8"):
             continue

@@ -671,15 +671,17 @@ class _Bar:
     def show(self, point: Point) -> None:
         from rich.markup import escape
 
-        parts = [f"{escape(self.name)} step {point.step}".strip()]
-        parts += [f"{escape(name)} {loss:.4f}" for name, loss in point.losses.items()]
-        parts += [f"{escape(name)} {share:.1%} right" for name, share in point.accuracy.items()]
-        parts += [] if point.train_loss is None else [f"train {point.train_loss:.4f}"]
-        parts += [] if point.sparsity is None else [f"dropped {point.sparsity:.1%}"]
-        parts += (
-            [] if point.seconds_per_step is None else [f"{point.seconds_per_step:.3f} s a step"]
-        )
-        self._progress.console.print("  ".join(parts), highlight=False)
+        found = [f"{escape(name)} {share:.1%} right" for name, share in point.accuracy.items()]
+        # answers come last; what else the point holds was shown when it was measured
+        if not found:
+            found = [f"{escape(name)} {loss:.4f}" for name, loss in point.losses.items()]
+            found += [] if point.train_loss is None else [f"train {point.train_loss:.4f}"]
+            found += [] if point.sparsity is None else [f"dropped {point.sparsity:.1%}"]
+            seconds = point.seconds_per_step
+            found += [] if seconds is None else [f"{seconds:.2f} s a step"]
+        if found:
+            step = f"{escape(self.name)} step {point.step}".strip()
+            self._progress.console.print("  ".join([step, *found]), highlight=False)
         self.step(point.step)
 
 
@@ -700,7 +702,7 @@ def history_table(title: str, history: History) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
     names = list(dict.fromkeys(name for p in history.points for name in p.losses))
     for column in ("step", "tokens", "train", *names, "dropped", "s a step"):
         table.add_column(escape(column), justify="right")
@@ -731,7 +733,7 @@ def sweep_table(title: str, found: dict[str, History]) -> Table:
 
     names = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.losses))
     tasks = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.accuracy))
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
     table.add_column("run", overflow="fold")
     for name in names:
         table.add_column(escape(name), justify="right")

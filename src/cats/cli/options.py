@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Results go to standard output, everything else to standard error.
@@ -80,21 +81,13 @@ def load(
         dense: Whether to leave stored thresholds aside.
     """
     quiet()
-    import torch
     from transformers import AutoTokenizer
 
     from cats.checkpoint import first_line, from_pretrained, is_sparse_checkpoint, load_dense
-    from cats.errors import ConfigError, StorageError
+    from cats.errors import StorageError
 
     path = resolve(model)
-    try:
-        where = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"no device {device!r}: {first_line(error)}") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device here: use --device cpu, or a CUDA build of torch")
+    where = torch_device(device)
     with err.status(escape(f"loading {model} ...")):
         if thresholds is not None or (not dense and is_sparse_checkpoint(path)):
             loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value)
@@ -107,6 +100,27 @@ def load(
                 f"cannot load the tokenizer of {model}: {first_line(error)}"
             ) from error
     return loaded.to(where), tokenizer
+
+
+def torch_device(name: str) -> torch.device:
+    """The device behind ``--device``; ``"auto"`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    import torch
+
+    from cats.errors import ConfigError
+
+    try:
+        found = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"no device {name!r}: expected auto, cpu, cuda, cuda:1, ...") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device here: use --device cpu, or a CUDA build of torch")
+    return found
 
 
 def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> None:

@@ -67,7 +67,7 @@ def profile(
         options.print_json({**about, **dataclasses.asdict(found)})
         return
     options.out.print(table(f"{model} on {found.tokens:,} tokens of {about['text']}", found))
-    shares = ", ".join(f"{name} {value:.1%}" for name, value in found.by_token.items())
+    shares = ", ".join(f"{value:.1%} ({name})" for name, value in found.by_token.items())
     options.out.print(f"share of zeros of a token, quantiles over the tokens: {shares}")
 
 
@@ -76,7 +76,7 @@ def table(title: str, found: Profile) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    view = Table(title=escape(title), title_justify="left")
+    view = Table(title=escape(title), title_justify="left", caption_justify="left")
     view.add_column("MLP", overflow="fold")
     view.add_column("zero", justify="right")
     view.add_column(f"< {found.near:g}", justify="right")
