@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from cats.errors import BackendError, ShapeError
 from cats.functional import ACTIVATIONS
+from cats.ops import step  # noqa: F401 (defines operators)
 
 __all__ = ["BACKENDS", "backend_for", "backends", "gated_mlp"]
 
@@ -268,52 +268,6 @@ for _name in ("gated_mlp", "_gated_mlp"):
 @torch.library.register_fake("cats::gated_mlp", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _(x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty_like(x)
-
-
-# Three more operators of a decode step, which `cats.ops.cpu` has kernels for. Their definitions are
-# torch operators, which also give their gradients.
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [..., D]``, ``weight [N, D]``, ``bias [N]``: ``[..., N]``."""
-    return F.linear(x, weight, bias)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x [..., D]``, ``weight [D]``: as in Llama, rounded before the weight is multiplied."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
-
-
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x [B, heads, T, D]``, ``cos`` and ``sin`` ``[B or 1, 1, T, D]``."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def _below_autograd(name: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operator for tensors that may need a gradient: its definition where one is recorded."""
-
-    def operator(*args: Any) -> Tensor:
-        if torch.is_grad_enabled():
-            return definition(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = getattr(torch.ops.cats, name).default(*args)
-        return out
-
-    return operator
-
-
-for _name, _schema, _definition in (
-    ("linear", "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", _linear),
-    ("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm),
-    ("rotary", "(Tensor x, Tensor cos, Tensor sin) -> Tensor", _rotary),
-):
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _definition, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _below_autograd(_name, _definition), "Autograd")
-    torch.library.register_fake(f"cats::{_name}", _definition, lib=_LIBRARY)
 
 
 class _NoGradient(torch.autograd.Function):
