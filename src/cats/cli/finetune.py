@@ -687,7 +687,7 @@ class _Bar:
 
 @contextmanager
 def _bar(steps: int) -> Iterator[_Bar]:
-    with options._bar(show=_first()) as progress:
+    with options.bar(show=_first()) as progress:
         yield _Bar(progress, progress.add_task("fine-tuning", total=steps))
 
 

@@ -170,19 +170,20 @@ def describe_texts(paths: Sequence[Path] | None) -> str:
 
 def progress(batches: Sequence[Tensor], text: str, *, show: bool = True) -> Iterator[Tensor]:
     """The batches, with a bar on standard error while they are consumed."""
-    with _bar(show) as bar:
-        yield from bar.track(batches, description=text)
+    with bar(show) as shown:
+        yield from shown.track(batches, description=text)
 
 
 @contextmanager
 def counter(text: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on standard error that the yielded function moves on by one."""
-    with _bar(show=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
+    with bar(show=True) as shown:
+        task = shown.add_task(text, total=total)
+        yield lambda: shown.advance(task)
 
 
-def _bar(show: bool) -> Progress:
+def bar(show: bool) -> Progress:
+    """A bar on standard error; nothing where ``show`` is false."""
     return Progress(
         TextColumn("{task.description:>18}"),
         BarColumn(),

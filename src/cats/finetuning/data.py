@@ -64,7 +64,7 @@ class StreamedBlocks(IterableDataset[Row]):
     def __init__(
         self, tokenizer: Any, texts: Callable[[], Iterable[str]], *, length: int = 1024
     ) -> None:
-        self._tokenizer, self._texts, self._length = tokenizer, texts, length
+        self._tokenizer, self._texts, self.length = tokenizer, texts, length
 
     def __iter__(self) -> Iterator[Row]:
         end = self._tokenizer.eos_token_id
@@ -72,9 +72,9 @@ class StreamedBlocks(IterableDataset[Row]):
         for text in self._texts():
             ids += self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             ids += [] if end is None else [end]
-            while len(ids) >= self._length:
-                block = torch.tensor(ids[: self._length])
-                del ids[: self._length]
+            while len(ids) >= self.length:
+                block = torch.tensor(ids[: self.length])
+                del ids[: self.length]
                 yield {"input_ids": block, "labels": block}
 
 
@@ -269,7 +269,7 @@ def token_range(examples: Blocks | Pairs) -> tuple[int, int]:
 def longest(examples: Examples) -> int:
     """Most tokens of a row; of a stream its length."""
     if isinstance(examples, StreamedBlocks):
-        return examples._length
+        return examples.length
     if isinstance(examples, Blocks):
         return int(examples.ids.shape[1])
     return max(len(p) + len(a) for p, a in zip(examples.prompts, examples.answers, strict=True))

@@ -66,7 +66,7 @@ class FinetuneTrainer(Trainer):
         self._recalibrate = recalibrate
         self._on_point = on_point
         self._folder = folder
-        self._clock = _Clock()
+        self.clock = _Clock()
         arguments = training_arguments(model, options, folder, resuming=resuming)
         super().__init__(
             model=model,
@@ -127,7 +127,7 @@ class FinetuneTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure every held-out text, record a point, and log it."""
-        self._clock.stop()
+        self.clock.stop()
         losses, shares = {}, []
         for name, examples in self._evaluations.items():
             losses[name], share = evaluate_loss(
@@ -144,7 +144,7 @@ class FinetuneTrainer(Trainer):
             learning_rate=self._last_logged("learning_rate"),
             losses=losses,
             sparsity=sum(shares) / len(shares) if shares else None,
-            seconds_per_step=self._clock.take(self.state.global_step),
+            seconds_per_step=self.clock.take(self.state.global_step),
         )
         metrics = {f"eval_{name}_loss": loss for name, loss in losses.items()}
         if point.sparsity is not None:
@@ -155,7 +155,7 @@ class FinetuneTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self._clock.start(self.state.global_step)
+        self.clock.start(self.state.global_step)
         return metrics
 
     def _train_loss(self) -> float | None:
@@ -185,7 +185,7 @@ class FinetuneTrainer(Trainer):
         The Trainer writes file by file under the final name, and resumes from what is there:
         without the optimiser's file it would start with an empty one and say nothing.
         """
-        self._clock.stop()
+        self.clock.stop()
         folder = self._folder
         unfinished = folder / _UNFINISHED
         name = f"checkpoint-{self.state.global_step}"
@@ -215,7 +215,7 @@ class FinetuneTrainer(Trainer):
                 old.rename(unfinished / old.name)
             shutil.rmtree(unfinished)
         self.accelerator.wait_for_everyone()
-        self._clock.start(self.state.global_step)
+        self.clock.start(self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As in the Trainer, but without asking the hub, and without a pickle of the arguments."""
@@ -235,9 +235,9 @@ class FinetuneTrainer(Trainer):
 
     def recalibrate(self) -> None:
         """Set the thresholds anew for the weights as they are now."""
-        self._clock.stop()
+        self.clock.stop()
         self.set_thresholds(self._recalibrate(self.model))
-        self._clock.start(self.state.global_step)
+        self.clock.start(self.state.global_step)
 
     def set_thresholds(self, config: CatsConfig) -> None:
         """Change the thresholds of the sparse MLPs in place."""
@@ -272,7 +272,7 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.check_thresholds()
-        self._trainer._clock.start(state.global_step)
+        self._trainer.clock.start(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # the Trainer evaluates after the last step, but logs at multiples only
