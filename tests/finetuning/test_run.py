@@ -315,6 +315,16 @@ def test_model_with_adapters_is_refused(tune):
         tune("again", model=tuned)
 
 
+def test_what_is_no_language_model_is_refused(tune):
+    with pytest.raises(UnsupportedModelError, match="got Linear"):
+        tune(model=nn.Linear(2, 2))
+
+
+def test_full_finetuning_has_nothing_to_merge(tune):
+    with pytest.raises(ConfigError, match="model/"):
+        tune(options={"full": True}, merge=True)
+
+
 @pytest.mark.parametrize("place", ["run", "run/within"])
 def test_file_in_the_place_of_the_folder_is_refused(tune, tmp_path, place):
     (tmp_path / "run").write_text("dear diary")

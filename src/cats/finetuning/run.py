@@ -251,7 +251,13 @@ def _check(
     merge: bool,
 ) -> None:
     """Complain before the first step about what would go wrong later."""
+    if not hasattr(model, "config"):
+        raise UnsupportedModelError(
+            f"expected a language model of transformers, got {type(model).__name__}"
+        )
     adapters.refuse_fused(model)
+    if merge and options.full:
+        raise ConfigError("full fine-tuning has no adapters to merge: it writes model/")
     if not options.full:
         adapters.import_peft()
     if hasattr(model, "peft_config"):
