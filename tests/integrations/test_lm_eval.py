@@ -84,4 +84,13 @@ def test_help_tells_of_the_model_type(monkeypatch, capsys):
         main()
     printed = capsys.readouterr().out
     assert "--model cats" in printed
-    assert "--tasks" in printed or "usage" in printed
+    assert "usage: lm-eval" in printed  # the harness's own help
+
+
+def test_model_that_is_not_named_is_an_error(monkeypatch, capsys):
+    arguments = ["cats", "lm-eval", "--model", "cats", "--tasks", "piqa"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "pretrained=" in capsys.readouterr().err

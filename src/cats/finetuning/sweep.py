@@ -159,23 +159,32 @@ def sweep(
             )
         sparsify_(model, counted[name].config(target))
 
+    # what the folder holds already, before anything is run
+    there: dict[Run, History] = {}
+    settings: dict[Run, dict[str, Any]] = {}
     for run, chosen in chosen_of.items():
         apply_(run.method)
+        named = {**(about or {}), "run": run.name}
+        settings[run] = settings_of(model, train, chosen, evaluations, named)
         path = folder / f"{run.name}.jsonl"
-        settings = settings_of(
-            model, train, chosen, evaluations, {**(about or {}), "run": run.name}
-        )
-        if path.exists():
-            found = History.load(path)
-            if differing := differences(found.settings, settings):
-                raise ConfigError(
-                    f"{path}: holds a run with other settings ({', '.join(differing)}); "
-                    "name another folder, or delete it"
-                )
-            if found.complete:
-                yield run, found
-                continue
-        history = History(settings=settings, environment=device_environment(model, commit))
+        if not path.exists():
+            continue
+        found = History.load(path)
+        if differing := differences(found.settings, settings[run]):
+            raise ConfigError(
+                f"{path}: holds a run with other settings ({', '.join(differing)}); "
+                "name another folder, or delete it"
+            )
+        if found.complete:
+            there[run] = found
+
+    for run, chosen in chosen_of.items():
+        if run in there:
+            yield run, there[run]
+            continue
+        apply_(run.method)
+        path = folder / f"{run.name}.jsonl"
+        history = History(settings=settings[run], environment=device_environment(model, commit))
         try:
             _run(
                 model, train, run=run, options=chosen, tokenizer=tokenizer, history=history,

@@ -36,7 +36,11 @@ def register() -> None:
     class CatsLM(HFLM):  # type: ignore[misc]
         """``hf`` with thresholds."""
 
-        def __init__(self, pretrained: str, thresholds: str | None = None, **kwargs: Any) -> None:
+        def __init__(
+            self, pretrained: str | None = None, thresholds: str | None = None, **kwargs: Any
+        ) -> None:
+            if pretrained is None:
+                raise ConfigError("--model cats needs --model_args pretrained=FOLDER")
             self._thresholds = (
                 CatsConfig.load(thresholds) if thresholds else read_config(pretrained)
             )
