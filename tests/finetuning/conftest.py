@@ -65,9 +65,8 @@ def tune(make, ids, tokenizer, tmp_path):
 
         return finetune(
             model or make(method), Blocks(ids[:16]) if train is None else train,
-            tokenizer=tokenizer, output=tmp_path / name,
-            options=dataclasses.replace(OPTIONS, **(options or {})),
-            **{"evaluations": {"held out": Blocks(ids[16:])}} | kwargs,
+            output=tmp_path / name, options=dataclasses.replace(OPTIONS, **(options or {})),
+            **{"evaluations": {"held out": Blocks(ids[16:])}, "tokenizer": tokenizer} | kwargs,
         )  # fmt: skip
 
     return run

@@ -372,3 +372,10 @@ def test_adapters_sit_on_queries_values_and_the_mlp(make):
         "down_proj", "gate_proj", "q_proj", "up_proj", "v_proj",
     ]  # fmt: skip
     assert isinstance(model.model.layers[0].mlp.gate_proj, nn.Linear)
+
+
+def test_tokenizer_is_needed_for_answers_alone(tune, tmp_path):
+    tuned = tune(options={"steps": 1}, merge=True, tokenizer=None)
+    assert (tuned.folder / "merged" / "config.json").exists()
+    with pytest.raises(ConfigError, match="tokenizer"):
+        tune("answers", answers={"a task": None}, tokenizer=None)

@@ -198,7 +198,8 @@ def save_model(
     """
     with replacing(path, directory=True) as temporary:
         model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
-        tokenizer.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def finetune(
     Args:
         model: After :func:`cats.sparsify_`, or dense; not fused. It gets adapters, in place.
         train: What to learn.
-        tokenizer: Of the model; saved with it.
+        tokenizer: Of the model; saved with it. None saves none; ``answers`` need it.
         output: Folder of the run.
         options: How to train; the paper's defaults.
         evaluations: Name to held-out examples, whose log-perplexity is measured every
@@ -102,6 +102,8 @@ def finetune(
     """
     options = options or FinetuneOptions()
     evaluations, answers, folder = evaluations or {}, answers or {}, Path(output)
+    if answers and tokenizer is None:
+        raise ConfigError("answers are generated as text: give the tokenizer")
     _check(model, train, options, evaluations, answers, calibration, merge)
     thresholds = thresholds_of(model)
     settings = settings_of(model, train, options, evaluations, about or {})
