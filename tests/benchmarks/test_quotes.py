@@ -67,6 +67,26 @@ def test_times_of_tokens_are_quoted_too(tmp_path):
     assert requote(document) == text
 
 
+def test_dtypes_of_one_table_are_told_apart(tmp_path):
+    rows = [
+        Result(
+            benchmark="decode", quantity="time", unit="ms", value=4.0, low=4.0, high=4.0, samples=3,
+            settings=dict(
+                model="a model", dtype=dtype, batch=1, prompt_length=8, new_tokens=8,
+                variant="eager", limit_ms=2.0, dense_ms=4.0, sparsity=0.0,
+            ),
+            environment={"device": "a CPU"},
+        )
+        for dtype in ("float32", "bfloat16")
+    ]  # fmt: skip
+    append_results(tmp_path / "decode.jsonl", rows)
+    document = tmp_path / "README.md"
+    document.write_text("<!-- decode: decode.jsonl -->\n<!-- /decode -->\n")
+    text = requote(document)
+    assert "| a model, float32 | eager | 250.0 (0.50, 1.00x) |" in text
+    assert "| a model, bfloat16 | eager | 250.0 (0.50, 1.00x) |" in text
+
+
 def test_document_without_a_quote_is_an_error(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("nothing\n")

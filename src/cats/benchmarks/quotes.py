@@ -77,8 +77,9 @@ def _cell(panel: mlp_report.Panel, name: str, sparsity: float) -> str:
 def decode_table(found: list[decode_report.Panel]) -> str:
     """Tokens a second through the loop, one row a model and variant."""
     sparsities = sorted({sparsity for panel in found for _, sparsity in panel.times()})
+    dtypes = ", ".join(dict.fromkeys(panel.dtype for panel in found))
     lines = [
-        f"{found[0].device}, {found[0].dtype}, batch {found[0].batch}: tokens a second "
+        f"{found[0].device}, {dtypes}, batch {found[0].batch}: tokens a second "
         "(fraction of the memory limit, speed-up over the fastest dense loop)",
         "",
         "| model | | " + " | ".join(f"{sparsity:.0%}" for sparsity in sparsities) + " |",
@@ -86,6 +87,7 @@ def decode_table(found: list[decode_report.Panel]) -> str:
     ]
     for panel in found:
         times = panel.times()
+        model = panel.model if dtypes == panel.dtype else f"{panel.model}, {panel.dtype}"
         for variant in dict.fromkeys(variant for variant, _ in times):
             cells = []
             for sparsity in sparsities:
@@ -98,5 +100,5 @@ def decode_table(found: list[decode_report.Panel]) -> str:
                     f"{panel.batch * 1e3 / step.value:.1f} "
                     f"({limit / step.value:.2f}, {dense / step.value:.2f}x)"
                 )
-            lines.append(f"| {panel.model} | {variant} | " + " | ".join(cells) + " |")
+            lines.append(f"| {model} | {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
