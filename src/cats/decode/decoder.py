@@ -99,7 +99,7 @@ class Decoder:
     @property
     def engine(self) -> str:
         """Name of the engine in use."""
-        return _engine(self.model, self._engine_name).name
+        return _engine(self.model, self._engine_name)[0].name
 
     def reset(self) -> None:
         """Forget the conversation and free its memory; needed after writes through ``.data``."""
@@ -168,7 +168,7 @@ class Decoder:
             mask = torch.ones_like(ids, dtype=torch.bool)
             given = {**_PLAIN, "max_new_tokens": length - prompt_length + 1}
             prompt, _, options = self._prepare(ids[:, :prompt_length], None, given)
-            engine = _engine(self.model, self._engine_name)
+            engine, _ = _engine(self.model, self._engine_name)
             state = State(self.model, self._config, len(ids), window_of(length))
             shape = state.capacity, len(ids), self._config.vocab_size
             state.logits = torch.full(shape, torch.nan, device=state.device)
@@ -211,8 +211,8 @@ class Decoder:
             StopStrings(options.stop_strings, tokenizer, len(ids)) if options.stop_strings else None
         )
         length, count = ids.shape[1], options.max_new_tokens
-        engine = _engine(self.model, self._engine_name)
-        state, start = self._ready_state(ids, mask, length + count)
+        engine, marks = _engine(self.model, self._engine_name)
+        state, start = self._ready_state(ids, mask, length + count, marks)
         # until this call's account is complete, another one finds no prefix
         self._stored = None
         started = 1  # steps whose tokens are chosen; all but the newest are in the cache
@@ -264,9 +264,10 @@ class Decoder:
             engine.prepare(self.model, state, lengths, options)
         return first
 
-    def _ready_state(self, ids: Tensor, mask: Tensor, length: int) -> tuple[State, int]:
+    def _ready_state(
+        self, ids: Tensor, mask: Tensor, length: int, marks: Hashable
+    ) -> tuple[State, int]:
         """Buffers for ``length`` tokens a row, and how many tokens of the prompt they hold."""
-        marks = _fingerprint(self.model)
         state, stored = self._state, self._stored
         capacity = window_of(length)
         if state is None or marks != self._marks or state.batch != len(ids):
@@ -313,15 +314,16 @@ def _common_columns(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> int:
 _ENGINES: WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, Engine]]] = WeakKeyDictionary()
 
 
-def _engine(model: nn.Module, name: str) -> Engine:
-    """The engine for a model as it is now."""
+def _engine(model: nn.Module, name: str) -> tuple[Engine, Hashable]:
+    """The engine for a model as it is now, and the fingerprint of that."""
     engines = _ENGINES.setdefault(model, {})
     marks = _fingerprint(model)
     if name not in engines or engines[name][0] != marks:
         engine = make_engine(name, model)
         # an engine may lay out weights anew
         engines[name] = _fingerprint(model), engine
-    return engines[name][1]
+    marks, engine = engines[name]
+    return engine, marks
 
 
 def _fingerprint(model: nn.Module) -> Hashable:
