@@ -53,11 +53,7 @@ class Launch:
 
 
 class Chain:
-    """All launches of a token at one capacity of the cache, over buffers of its own.
-
-    Attributes:
-        logits: ``[V]``, float32, what the last launch writes.
-    """
+    """All launches of a token at one capacity of the cache, over buffers of its own."""
 
     def __init__(self, spec: ModelSpec, state: State, embedding_scale: float = 1.0) -> None:
         """
@@ -82,7 +78,7 @@ class Chain:
         self._branch, self._sums = floats(D), floats(D)
         self._qkv = floats(query_size + 2 * spec.key_heads * spec.head_size)
         self._attended = torch.zeros(query_size, dtype=spec.dtype, device=device)
-        self.logits = floats(len(spec.head.weight))
+        self._logits = floats(len(spec.head.weight))
         self._splits = _most_splits(state.capacity, self._attention_columns, self._multiprocessors)
         self._partials = floats(self._splits, spec.heads, spec.head_size + 2)
         self._counters = torch.zeros(self._attention_columns, dtype=torch.int32, device=device)
@@ -95,7 +91,7 @@ class Chain:
         }
 
     def run(self, window: int) -> Tensor:
-        """Launch it all on the current stream; returns logits ``[V]``.
+        """Launch it all on the current stream; returns logits ``[V]``, float32.
 
         Args:
             window: The newest token lies in one of the first ``window`` slots.
@@ -106,7 +102,9 @@ class Chain:
             for launch in self._layer(index, window)
         ]
         self._launch([self._embedding(), *layers, self._head()])
-        return self.logits
+        if softcap := self._spec.logit_softcap:
+            return softcap * (self._logits / softcap).tanh()
+        return self._logits
 
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
         """One layer alone, ``[D]``, float32, to float32."""
@@ -175,7 +173,7 @@ class Chain:
         spec = self._spec
         last = spec.layers[-1]
         return self._linear(
-            [spec.head], residual=self._after(last, last, spec.norm), out=self.logits
+            [spec.head], residual=self._after(last, last, spec.norm), out=self._logits
         )
 
     def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> bytes:

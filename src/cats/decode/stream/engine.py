@@ -66,8 +66,7 @@ class StreamEngine:
         for window in windows_of(state, lengths):
             key = graph_key(self.name, window, options)
             if key not in state.captured:
-                step = partial(self._logits, chain, window)
-                state.captured[key] = capture(step, state, options)
+                state.captured[key] = capture(partial(_logits, chain, window), state, options)
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
@@ -76,12 +75,6 @@ class StreamEngine:
     def reset(self) -> None:
         """Nothing: all that depends on the model belongs to a conversation."""
 
-    def _logits(self, chain: Chain, window: int) -> Tensor:
-        logits, softcap = chain.run(window), self._spec.logit_softcap
-        if softcap:
-            logits = softcap * (logits / softcap).tanh()
-        return logits[None]
-
 
 def _lay_out(spec: ModelSpec) -> None:
     """Make the weights of each neuron contiguous, in place."""
@@ -89,3 +82,7 @@ def _lay_out(spec: ModelSpec) -> None:
         down = layer.mlp.down
         if not down.t().is_contiguous():
             down.data = down.data.t().contiguous().t()
+
+
+def _logits(chain: Chain, window: int) -> Tensor:
+    return chain.run(window)[None]

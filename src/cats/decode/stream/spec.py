@@ -127,6 +127,7 @@ def read_spec(model: nn.Module) -> ModelSpec:
     base = whole.get_decoder()
     config = whole.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     _norm(base.norm)
     kinds = {(p.dtype, p.device) for p in base.parameters()}
@@ -137,19 +138,23 @@ def read_spec(model: nn.Module) -> ModelSpec:
     return ModelSpec(
         base=base,
         embedding=whole.get_input_embeddings().weight,
-        layers=[_layer(layer, config, heads, head_size, i) for i, layer in enumerate(base.layers)],
+        layers=[
+            _layer(layer, config, heads, key_heads, head_size, i)
+            for i, layer in enumerate(base.layers)
+        ],
         norm=base.norm.weight,
         head=_matrix(whole.get_output_embeddings(), "the head"),
         heads=heads,
-        key_heads=getattr(config, "num_key_value_heads", None) or heads,
+        key_heads=key_heads,
         head_size=head_size,
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0),
     )
 
 
-def _layer(layer: Any, config: Any, heads: int, head_size: int, index: int) -> LayerSpec:
+def _layer(
+    layer: Any, config: Any, heads: int, key_heads: int, head_size: int, index: int
+) -> LayerSpec:
     attention = layer.self_attn
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if sandwich:
