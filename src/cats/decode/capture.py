@@ -81,7 +81,9 @@ def _capture(
         tensor.copy_(old)
     state.generator.set_state(draws)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(state.generator)
+    if options.sampling.do_sample:
+        # fills the seed before each replay, which greedy tokens need not wait for
+        graph.register_generator_state(state.generator)
     with torch.cuda.graph(graph):
         chosen = state.advance(step(), options)
     return graph, chosen

@@ -6,7 +6,7 @@ import inspect
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,9 +23,9 @@ from cats.ops.cuda.variant import DTYPES, VECTOR_BYTES, shared_memory, variant_f
 # The structs of the sources.
 _EMBEDDING = struct.Struct("4Qif")
 _RESIDUAL = struct.Struct("5Q2f")
-_LINEAR = struct.Struct("48s10Q4i")
+_LINEAR = struct.Struct("48s12Q4i")
 _ATTENTION = struct.Struct("12Q3i4f4x")
-_MLP = struct.Struct("13Q6i48s")
+_MLP = struct.Struct("13Q6i48s2Q")
 
 _WARPS = 8
 _EMBEDDING_BLOCKS = 4
@@ -37,6 +37,8 @@ _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
 _MAX_HEAD = 256
 _SLOTS_A_SPLIT = 64
+# Of the next weights, while a launch ends: what the memory delivers in some 3 microseconds.
+_AHEAD_BYTES = 12 * 2**20
 _MAX_SPLITS = 64
 _BLOCKS_OF_ATTENTION = 2  # on a multiprocessor, so that one reads while the other computes
 _TICKET_STRIDE = 32  # a cache line
@@ -111,10 +113,7 @@ class Chain:
         self._tickets.zero_()
         self._residual.copy_(x)
         layer = self._spec.layers[index]
-        launches = self._layer(index, window, first=True)
-        # behind kernels of which nothing is known
-        launches[0] = replace(launches[0], arguments=launches[0].arguments[:-4] + bytes(4))
-        self._launch(launches)
+        self._launch(self._layer(index, window, alone=True))
         if layer.mlp_post_norm is None:
             return self._residual.clone()
         sums = self._sums
@@ -140,12 +139,20 @@ class Chain:
         )  # fmt: skip
         return Launch(function, arguments, _EMBEDDING_BLOCKS)
 
-    def _layer(self, index: int, window: int, first: bool = False) -> list[Launch]:
-        layer = self._spec.layers[index]
-        before = None if index == 0 or first else self._spec.layers[index - 1]
+    def _layer(self, index: int, window: int, alone: bool = False) -> list[Launch]:
+        layers = self._spec.layers
+        layer = layers[index]
+        before = None if index == 0 or alone else layers[index - 1]
+        behind = layers[index + 1].q if index + 1 < len(layers) else self._spec.head
         sandwich = layer.attention_post_norm is not None
         if sandwich:
-            project = self._linear([layer.o], x=self._attended, out=self._branch, copy=self._sums)
+            project = self._linear(
+                [layer.o],
+                x=self._attended,
+                out=self._branch,
+                copy=self._sums,
+                ahead=layer.mlp.gate.weight,
+            )
             into = self._normed(
                 layer, layer.mlp_norm, self._residual,
                 delta=self._branch, delta_weight=layer.attention_post_norm, total=self._middle,
@@ -157,16 +164,22 @@ class Chain:
                 add=self._residual,
                 out=self._middle,
                 copy=self._residual,
+                ahead=layer.mlp.gate.weight,
             )
             into = self._normed(layer, layer.mlp_norm, self._middle)
         return [
             self._linear(
                 [layer.q, layer.k, layer.v],
                 residual=self._after(before, layer, layer.attention_norm), out=self._qkv,
+                ahead=layer.o.weight,
+                # behind kernels of which nothing is known
+                early=not alone,
             ),
             self._attention(index, layer, window),
             project,
-            self._mlp(index, layer, into, self._sums if sandwich else self._residual),
+            self._mlp(
+                index, layer, into, self._sums if sandwich else self._residual, behind.weight
+            ),
         ]  # fmt: skip
 
     def _head(self) -> Launch:
@@ -207,6 +220,8 @@ class Chain:
         x: Tensor | None = None,
         add: Tensor | None = None,
         copy: Tensor | None = None,
+        ahead: Tensor | None = None,
+        early: bool = True,
     ) -> Launch:
         width = matrices[0].weight.shape[1]
         function = _linear_function(
@@ -215,16 +230,16 @@ class Chain:
         rows = [len(matrix.weight) for matrix in matrices]
         ends = [sum(rows[: i + 1]) for i in range(len(rows))]
         missing = 3 - len(rows)
+        blocks = min(self._multiprocessors, ends[-1])
         arguments = _LINEAR.pack(
             residual or bytes(_RESIDUAL.size),
             _address(x),
             *(_address(m.weight) for m in matrices), *[0] * missing,
             *(_address(m.bias) for m in matrices), *[0] * missing,
-            _address(add), _address(out), _address(copy),
-            *ends, *[ends[-1]] * missing,
-            1,
+            _address(add), _address(out), _address(copy), *_ahead(ahead, blocks * _WARPS),
+            *ends, *[ends[-1]] * missing, early,
         )  # fmt: skip
-        return Launch(function, arguments, min(self._multiprocessors, ends[-1]))
+        return Launch(function, arguments, blocks)
 
     @property
     def _queries(self) -> int:
@@ -258,7 +273,9 @@ class Chain:
         )  # fmt: skip
         return Launch(function, arguments, splits, columns)
 
-    def _mlp(self, index: int, layer: LayerSpec, residual: bytes, target: Tensor) -> Launch:
+    def _mlp(
+        self, index: int, layer: LayerSpec, residual: bytes, target: Tensor, ahead: Tensor
+    ) -> Launch:
         mlp = layer.mlp
         neurons, hidden = mlp.gate.weight.shape
         function, variant = _mlp_function(self._device, hidden, self._spec.dtype, mlp.activation)
@@ -268,13 +285,21 @@ class Chain:
             _address(mlp.gate.bias), _address(mlp.up.bias), 0, 0,
             _address(target), 0, _address(self._tickets[index]),
             neurons, shares.fixed_runs, shares.long_tickets, shares.short_rows, 1, 1,
-            residual,
+            residual, *_ahead(ahead, shares.blocks * variant.groups),
         )  # fmt: skip
         return Launch(function, arguments, shares.blocks)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ahead(weights: Tensor | None, workers: int) -> tuple[int, int]:
+    """``struct Ahead``: which bytes each worker of a launch asks for on behalf of a later one."""
+    if weights is None:
+        return 0, 0
+    share = min(_AHEAD_BYTES, weights.nbytes) // workers // VECTOR_BYTES * VECTOR_BYTES
+    return (weights.data_ptr(), share) if share else (0, 0)
 
 
 def _queries_a_block(queries: int) -> int:

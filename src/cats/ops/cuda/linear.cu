@@ -6,6 +6,7 @@
 // ring stays full, and asks for the first before the kernel in front has ended: weights depend on nothing.
 //
 // The loader defines DTYPE, WIDTH (columns), NORMED, WARPS, STAGES and PARTS (of a row).
+#include "ahead.cuh"
 #include "primitives.cuh"
 #include "residual.cuh"
 
@@ -21,6 +22,7 @@ struct Arguments {
     const float* add;               // [rows] or null: out = add + W x
     float* out;                     // [rows]
     float* copy;                    // [rows] or null: also gets the output, or 0 where there is no `add`
+    Ahead ahead;                    // each warp is a worker
     int ends[MATRICES];             // rows up to the end of each matrix; the last is their number
     int request_early;              // the kernel before this one writes no weights
 };
@@ -42,11 +44,16 @@ struct Warp {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int step = gridDim.x * WARPS;
     int row = warp * gridDim.x + blockIdx.x, part = 0;  // what is asked for next
+    bool asked_ahead = false;
 
     __device__ Warp(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
 
     __device__ void request(int stage) {
-        if (row >= a.ends[MATRICES - 1]) return;
+        if (row >= a.ends[MATRICES - 1]) {
+            if (!asked_ahead) a.ahead.ask(warp * gridDim.x + blockIdx.x);
+            asked_ahead = true;
+            return;
+        }
         int matrix = matrix_of(a, row), bytes = min(PART_BYTES, ROW_BYTES - part * PART_BYTES);
         const char* from =
             a.weights[matrix] + (size_t)(row - first_row(a, matrix)) * ROW_BYTES + part * PART_BYTES;
