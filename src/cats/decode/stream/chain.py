@@ -23,22 +23,23 @@ from cats.ops.cuda.variant import DTYPES, VECTOR_BYTES, shared_memory, variant_f
 # The structs of the sources.
 _EMBEDDING = struct.Struct("4Qif")
 _RESIDUAL = struct.Struct("5Q2f")
-_LINEAR = struct.Struct("48s12Q4i")
+_LINEAR = struct.Struct("48s10Q4i")
 _ATTENTION = struct.Struct("12Q3i4f4x")
-_MLP = struct.Struct("13Q6i48s2Q")
+_MLP = struct.Struct("13Q6i48s")
 
 _WARPS = 8
 _EMBEDDING_BLOCKS = 4
 # A row is cut into parts of at most so many bytes, of which each warp has several in flight.
 _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
+# On their way to one multiprocessor while the launch in front still runs: about what keeps the
+# memory busy, so that little of what that launch reads waits behind them.
+_EARLY_BYTES = 32 * 1024
 # Shared memory that a ring leaves to the block of attention beside it, and to the system.
 _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
 _MAX_HEAD = 256
 _SLOTS_A_SPLIT = 64
-# Of the next weights, while a launch ends: what the memory delivers in some 3 microseconds.
-_AHEAD_BYTES = 12 * 2**20
 _MAX_SPLITS = 64
 _BLOCKS_OF_ATTENTION = 2  # on a multiprocessor, so that one reads while the other computes
 _TICKET_STRIDE = 32  # a cache line
@@ -143,16 +144,9 @@ class Chain:
         layers = self._spec.layers
         layer = layers[index]
         before = None if index == 0 or alone else layers[index - 1]
-        behind = layers[index + 1].q if index + 1 < len(layers) else self._spec.head
         sandwich = layer.attention_post_norm is not None
         if sandwich:
-            project = self._linear(
-                [layer.o],
-                x=self._attended,
-                out=self._branch,
-                copy=self._sums,
-                ahead=layer.mlp.gate.weight,
-            )
+            project = self._linear([layer.o], x=self._attended, out=self._branch, copy=self._sums)
             into = self._normed(
                 layer, layer.mlp_norm, self._residual,
                 delta=self._branch, delta_weight=layer.attention_post_norm, total=self._middle,
@@ -164,22 +158,18 @@ class Chain:
                 add=self._residual,
                 out=self._middle,
                 copy=self._residual,
-                ahead=layer.mlp.gate.weight,
             )
             into = self._normed(layer, layer.mlp_norm, self._middle)
         return [
             self._linear(
                 [layer.q, layer.k, layer.v],
                 residual=self._after(before, layer, layer.attention_norm), out=self._qkv,
-                ahead=layer.o.weight,
                 # behind kernels of which nothing is known
                 early=not alone,
             ),
             self._attention(index, layer, window),
             project,
-            self._mlp(
-                index, layer, into, self._sums if sandwich else self._residual, behind.weight
-            ),
+            self._mlp(index, layer, into, self._sums if sandwich else self._residual),
         ]  # fmt: skip
 
     def _head(self) -> Launch:
@@ -220,7 +210,6 @@ class Chain:
         x: Tensor | None = None,
         add: Tensor | None = None,
         copy: Tensor | None = None,
-        ahead: Tensor | None = None,
         early: bool = True,
     ) -> Launch:
         width = matrices[0].weight.shape[1]
@@ -236,7 +225,7 @@ class Chain:
             _address(x),
             *(_address(m.weight) for m in matrices), *[0] * missing,
             *(_address(m.bias) for m in matrices), *[0] * missing,
-            _address(add), _address(out), _address(copy), *_ahead(ahead, blocks * _WARPS),
+            _address(add), _address(out), _address(copy),
             *ends, *[ends[-1]] * missing, early,
         )  # fmt: skip
         return Launch(function, arguments, blocks)
@@ -273,9 +262,7 @@ class Chain:
         )  # fmt: skip
         return Launch(function, arguments, splits, columns)
 
-    def _mlp(
-        self, index: int, layer: LayerSpec, residual: bytes, target: Tensor, ahead: Tensor
-    ) -> Launch:
+    def _mlp(self, index: int, layer: LayerSpec, residual: bytes, target: Tensor) -> Launch:
         mlp = layer.mlp
         neurons, hidden = mlp.gate.weight.shape
         function, variant = _mlp_function(self._device, hidden, self._spec.dtype, mlp.activation)
@@ -285,21 +272,13 @@ class Chain:
             _address(mlp.gate.bias), _address(mlp.up.bias), 0, 0,
             _address(target), 0, _address(self._tickets[index]),
             neurons, shares.fixed_runs, shares.long_tickets, shares.short_rows, 1, 1,
-            residual, *_ahead(ahead, shares.blocks * variant.groups),
+            residual,
         )  # fmt: skip
         return Launch(function, arguments, shares.blocks)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _ahead(weights: Tensor | None, workers: int) -> tuple[int, int]:
-    """``struct Ahead``: which bytes each worker of a launch asks for on behalf of a later one."""
-    if weights is None:
-        return 0, 0
-    share = min(_AHEAD_BYTES, weights.nbytes) // workers // VECTOR_BYTES * VECTOR_BYTES
-    return (weights.data_ptr(), share) if share else (0, 0)
 
 
 def _queries_a_block(queries: int) -> int:
@@ -347,11 +326,12 @@ def _linear_function(device: int, width: int, dtype: torch.dtype, *, normed: boo
     stages = min(_MAX_STAGES, room // part)
     defines = dict(
         DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
-        PARTS=parts,
+        PARTS=parts, EARLY_PARTS=max(1, _EARLY_BYTES // part),
     )  # fmt: skip
     # parts, x, barriers, slots, and what alignment may add
     shared = _WARPS * stages * (part + 8) + row + 4 * _WARPS + 256
-    return Function(device, "linear", defines, threads=32 * _WARPS, shared_bytes=shared)
+    threads = 32 * (_WARPS + 1)
+    return Function(device, "linear", defines, threads=threads, shared_bytes=shared)
 
 
 @cache
@@ -371,7 +351,8 @@ def _attention_function(
         )
     defines = dict(
         DTYPE=DTYPES[dtype], HEAD=head, ROTARY=rotary, HEADS=_queries_a_block(queries),
-        QUERIES=queries, MAX_SPLITS=_MAX_SPLITS, HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
+        QUERIES=queries, SPLIT_SLOTS=_SLOTS_A_SPLIT, MAX_SPLITS=_MAX_SPLITS,
+        HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
     )  # fmt: skip
     return Function(device, "attention", defines, threads=32 * _WARPS, shared_bytes=0)
 

@@ -1,17 +1,17 @@
 // Attention of one new token: norms of its heads, rotary embedding, write to the cache, and attention over the slots in
 // sight, split along their length.
 //
-// The grid is [splits, key heads * parts]. A block handles up to HEADS query heads that share a key head, over its share
-// of the slots. LANES lanes hold one key, 16 bytes each, so that a warp reads several slots at once, UNROLL times in
-// flight. Each such team of lanes keeps its own running maximum and sums; they are merged over the warp, the block, and,
-// by the block that arrives last, over the splits.
+// The grid is [splits, key heads * parts]; blocks that a short context does not need end at once. A block handles up to
+// HEADS query heads that share a key head, over its share of the slots. LANES lanes hold one key, 16 bytes each, so that a
+// warp reads several slots at once, UNROLL times in flight. Each such team of lanes keeps its own running maximum and
+// sums; they are merged over the warp, the block, and, by the block that arrives last, over the splits.
 //
 // The new key and value are rounded as the cache holds them, and read from shared memory: no block depends on another
 // one's write to the cache. Older ones, and where the new token goes, are the work of earlier tokens: they are read before
 // the kernel in front has ended.
 //
 // The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), HEADS and QUERIES (query heads of a key
-// head), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
+// head), SPLIT_SLOTS (fewer are not split further), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
 #include "primitives.cuh"
 
 typedef long long int64;
@@ -92,12 +92,13 @@ struct Block {
     const int first_query = key_head * QUERIES + part * HEADS;
     const int heads = min(HEADS, QUERIES - part * HEADS);
     const int newest = static_cast<int>(*a.slot), position = static_cast<int>(*a.position);
-    int begin, end;  // slots of this block
+    int splits, begin, end;  // slots of this block
     float cosines[EACH], sines[EACH];  // of this lane's columns: lane, lane + 32, ...
 
     __device__ Block(const Arguments& a, Shared& shared) : a(a), shared(shared) {
         int first = max(0, newest + 1 - a.window), count = newest + 1 - first;
-        int share = (count + gridDim.x - 1) / gridDim.x;
+        splits = min(gridDim.x, (count + SPLIT_SLOTS - 1) / SPLIT_SLOTS);
+        int share = (count + splits - 1) / splits;
         begin = first + blockIdx.x * share;
         end = min(begin + share, newest + 1);
 #pragma unroll
@@ -298,7 +299,7 @@ struct Block {
                 total += shared.total[w][h] * factor;
                 sum += shared.sums[w][h][at] * factor;
             }
-            if (gridDim.x == 1) {
+            if (splits == 1) {
                 write(h, at, sum / total);
                 continue;
             }
@@ -312,7 +313,7 @@ struct Block {
     __device__ void merge_splits() {
         __syncthreads();
         if (threadIdx.x == 0) {
-            shared.last = arrive_in_global(a.counters + blockIdx.y) == gridDim.x - 1;
+            shared.last = arrive_in_global(a.counters + blockIdx.y) == splits - 1;
             if (shared.last) a.counters[blockIdx.y] = 0;
         }
         __syncthreads();
@@ -323,7 +324,7 @@ struct Block {
             int h = i / HEAD, at = i % HEAD;
             float sum = 0.f;
 #pragma unroll 8
-            for (int s = 0; s < gridDim.x; ++s)
+            for (int s = 0; s < splits; ++s)
                 sum = fmaf(shared.factors[h][s], load_float_from_l2(partial(s, h) + at), sum);
             write(h, at, sum / shared.norms[h]);
         }
@@ -332,11 +333,11 @@ struct Block {
     // What each split of a head counts, by one warp: a lane a split.
     __device__ void weigh_splits(int h) {
         float highest = NEVER, total[1] = {0.f};
-        for (int s = lane; s < gridDim.x; s += 32) highest = fmaxf(highest, load_float_from_l2(partial(s, h) + HEAD));
+        for (int s = lane; s < splits; s += 32) highest = fmaxf(highest, load_float_from_l2(partial(s, h) + HEAD));
 #pragma unroll
         for (int distance = 16; distance; distance /= 2)
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, distance));
-        for (int s = lane; s < gridDim.x; s += 32) {
+        for (int s = lane; s < splits; s += 32) {
             float factor = Running::factor(load_float_from_l2(partial(s, h) + HEAD), highest);
             total[0] = fmaf(load_float_from_l2(partial(s, h) + HEAD + 1), factor, total[0]);
             shared.factors[h][s] = factor;
@@ -353,6 +354,7 @@ struct Block {
 extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     Block block(a, shared);
+    if (blockIdx.x >= block.splits) return;
     Fetched fetched;
     block.fetch(fetched, block.first_base());
     wait_for_previous_kernel();
@@ -360,5 +362,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_
     block.prepare_all();
     block.attend(fetched);
     block.merge_warps();
-    if (gridDim.x > 1) block.merge_splits();
+    if (block.splits > 1) block.merge_splits();
 }

@@ -25,7 +25,6 @@
 //
 // The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES, SHARED_BYTES and
 // RESIDUAL.
-#include "ahead.cuh"
 #include "primitives.cuh"
 #include "residual.cuh"
 
@@ -79,7 +78,6 @@ struct Arguments {
     int gate_is_router;
     int request_early;                 // the kernel before this one writes no weights
     Residual residual;                 // in place of x, for RESIDUAL; then `out` is null, and `sums` [D] is added to
-    Ahead ahead;                       // for RESIDUAL; each group is a worker
 };
 
 // Counters: the next run of router rows, then arrivals of blocks, one counter a warp and a team of TEAM blocks.
@@ -135,7 +133,6 @@ struct Scheduler {
     // rows [row, row_end) of the current run of router rows are not requested yet
     int row = 0, row_end = 0, runs_taken = 0;
     bool router_left = true, may_ask = false;
-    bool asked_ahead = false;
     int next_ticket = 0;  // in lane 0 alone: asked for one run ahead, because the answer takes long
 
     __device__ Scheduler(const Arguments& a, Group& shared, int group)
@@ -161,10 +158,7 @@ struct Scheduler {
                 if (fill(chunk) == STOP) return;
                 // Only after our own wait, so that the next kernel knows that all kernels before this one are complete;
                 // and only when all rows are requested, because its own requests would delay them.
-                if (router_left || dots_in_flight > 0 || queued() > 0) continue;
-                allow_next_kernel();
-                if (RESIDUAL && !asked_ahead) a.ahead.ask(first_run);
-                asked_ahead = true;
+                if (!router_left && dots_in_flight == 0 && queued() == 0) allow_next_kernel();
             }
         }
     }

@@ -18,7 +18,7 @@ from cats.ops.cuda.workspace import COUNTERS, workspace
 __all__ = ["Shares", "launch", "shares_of"]
 
 # `struct Arguments`: 13 pointers, 6 integers, and a residual stream that is not there.
-_ARGUMENTS = struct.Struct("13Q6i64x")
+_ARGUMENTS = struct.Struct("13Q6i48x")
 # Share of the router rows that blocks take by their index; the rest goes to who asks first.
 _FIXED_SHARE = 0.75
 # Where a group has fewer runs than this, all are fixed.

@@ -1,16 +1,19 @@
 // A linear layer of one token as a stream of rows: out[n] = dot(row n, x), where x is the norm of the residual stream
 // (NORMED) or a vector of the weights' type.
 //
-// The rows of up to three matrices are one list: q, k and v are one launch. Each warp takes rows by its index and owns a
-// ring of STAGES parts of rows in shared memory. It asks for a part again as soon as its lanes have read it, so that the
-// ring stays full, and asks for the first before the kernel in front has ended: weights depend on nothing.
+// The rows of up to three matrices are one list: q, k and v are one launch. Each worker warp takes rows by its index and
+// owns a ring of STAGES parts of rows in shared memory. It asks for a part again as soon as its lanes have read it, so
+// that the ring stays full.
 //
-// The loader defines DTYPE, WIDTH (columns), NORMED, WARPS, STAGES and PARTS (of a row).
-#include "ahead.cuh"
+// One warp more fills the rings for the first time, before the kernel in front has ended: weights depend on nothing. It
+// keeps few parts on their way at once, because what that kernel still reads and adds would wait behind them.
+//
+// The loader defines DTYPE, WIDTH (columns), NORMED, WARPS (workers), STAGES, PARTS (of a row) and EARLY_PARTS (on their
+// way before the input is there).
 #include "primitives.cuh"
 #include "residual.cuh"
 
-constexpr int THREADS = WARPS * 32, MATRICES = 3;
+constexpr int WORKERS = WARPS * 32, THREADS = WORKERS + 32, MATRICES = 3;
 constexpr int ROW_VECTORS = WIDTH / VECTOR, PART_VECTORS = (ROW_VECTORS + PARTS - 1) / PARTS;
 constexpr int ROW_BYTES = ROW_VECTORS * 16, PART_BYTES = PART_VECTORS * 16;
 
@@ -22,7 +25,6 @@ struct Arguments {
     const float* add;               // [rows] or null: out = add + W x
     float* out;                     // [rows]
     float* copy;                    // [rows] or null: also gets the output, or 0 where there is no `add`
-    Ahead ahead;                    // each warp is a worker
     int ends[MATRICES];             // rows up to the end of each matrix; the last is their number
     int request_early;              // the kernel before this one writes no weights
 };
@@ -30,7 +32,7 @@ struct Arguments {
 struct __align__(128) Shared {
     char parts[WARPS][STAGES][PART_BYTES];
     uint4 x[ROW_VECTORS];
-    uint64 full[WARPS][STAGES];
+    uint64 full[WARPS][STAGES], input_there;
     float slots[WARPS];
 };
 
@@ -38,31 +40,42 @@ __device__ __forceinline__ int matrix_of(const Arguments& a, int row) { return (
 
 __device__ __forceinline__ int first_row(const Arguments& a, int matrix) { return matrix ? a.ends[matrix - 1] : 0; }
 
+// A worker's parts of rows are numbered from 0; number n has its place in stage n % STAGES.
 struct Warp {
     const Arguments& a;
     Shared& shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int step = gridDim.x * WARPS;
-    int row = warp * gridDim.x + blockIdx.x, part = 0;  // what is asked for next
-    bool asked_ahead = false;
+    const int rows = a.ends[MATRICES - 1], step = gridDim.x * WARPS;
 
     __device__ Warp(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
 
-    __device__ void request(int stage) {
-        if (row >= a.ends[MATRICES - 1]) {
-            if (!asked_ahead) a.ahead.ask(warp * gridDim.x + blockIdx.x);
-            asked_ahead = true;
-            return;
-        }
+    __device__ int row_of(int worker, int n) { return worker * gridDim.x + blockIdx.x + n / PARTS * step; }
+
+    __device__ void request(int worker, int n, int stage) {
+        int row = row_of(worker, n), part = n % PARTS;
+        if (row >= rows) return;
         int matrix = matrix_of(a, row), bytes = min(PART_BYTES, ROW_BYTES - part * PART_BYTES);
         const char* from =
             a.weights[matrix] + (size_t)(row - first_row(a, matrix)) * ROW_BYTES + part * PART_BYTES;
-        uint64* full = &shared.full[warp][stage];
+        uint64* full = &shared.full[worker][stage];
         if (lane == 0) expect_bytes(full, bytes);
         __syncwarp();
-        copy_bytes(shared.parts[warp][stage], from, bytes, full);
+        copy_bytes(shared.parts[worker][stage], from, bytes, full);
         warp_arrive(full);
-        if (++part == PARTS) part = 0, row += step;
+    }
+
+    __device__ void fill_rings() {
+        if (!a.request_early) wait_for_previous_kernel();
+        for (int i = 0; i < WARPS * STAGES; ++i) {
+            if (a.request_early && i >= EARLY_PARTS) wait_for_part(i - EARLY_PARTS);
+            request(i % WARPS, i / WARPS, i / WARPS);
+        }
+    }
+
+    // Until the part is there, or the input is.
+    __device__ void wait_for_part(int i) {
+        if (row_of(i % WARPS, i / WARPS) >= rows) return;
+        while (!barrier_test(&shared.full[i % WARPS][i / WARPS], 0) && !barrier_test(&shared.input_there, 0)) {}
     }
 
     __device__ float dot(int stage, int part) {
@@ -86,16 +99,16 @@ struct Warp {
 
     __device__ void run() {
         float sum = 0.f;
-        int of_part = 0, stage = 0, parity = 0;
-        for (int n = warp * gridDim.x + blockIdx.x; n < a.ends[MATRICES - 1];) {
+        int stage = 0, parity = 0;
+        for (int n = 0, row; (row = row_of(warp, n)) < rows; ++n) {
             barrier_wait(&shared.full[warp][stage], parity);
-            sum += dot(stage, of_part);
+            sum += dot(stage, n % PARTS);
             __syncwarp();
-            request(stage);
+            request(warp, n + STAGES, stage);
             if (++stage == STAGES) stage = 0, parity ^= 1;
-            if (++of_part < PARTS) continue;
-            write(n, sum);
-            sum = 0.f, of_part = 0, n += step;
+            if (n % PARTS < PARTS - 1) continue;
+            write(row, sum);
+            sum = 0.f;
         }
     }
 
@@ -119,19 +132,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear(const __grid_con
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Warp warp(a, shared);
-    if (warp.lane < STAGES) {
+    if (warp.warp < WARPS && warp.lane < STAGES)
         barrier_init(&shared.full[warp.warp][warp.lane], ARRIVALS_OF_WARP + COPY_ARRIVALS);
-        barrier_init_visible();
+    if (threadIdx.x == WORKERS) barrier_init(&shared.input_there, WARPS * ARRIVALS_OF_WARP);
+    barrier_init_visible();
+    __syncthreads();
+    if (warp.warp == WARPS) {
+        warp.fill_rings();
+        return;
     }
-    __syncwarp();
-    if (!a.request_early) wait_for_previous_kernel();
-#pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) warp.request(stage);
-
-    Columns<WIDTH, THREADS> columns{static_cast<int>(threadIdx.x)};
+    Columns<WIDTH, WORKERS> columns{static_cast<int>(threadIdx.x)};
 #if NORMED
     float x[columns.OWNED];
-    load_normed(a.residual, columns, Team{shared.slots, warp.warp, WARPS, 0}, a.request_early, blockIdx.x == 0, x);
+    Team team{shared.slots, warp.warp, WARPS, 1};
+    load_normed(a.residual, columns, team, a.request_early, blockIdx.x == 0, x);
 #pragma unroll
     for (int v = 0; v < columns.COUNT; ++v)
         if (columns.owns(v)) shared.x[columns.first(v) / VECTOR] = pack(&x[v * VECTOR]);
@@ -145,6 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear(const __grid_con
 #endif
     // after our own wait, so that the next kernel knows that all kernels before this one are complete
     allow_next_kernel();
-    __syncthreads();
+    __syncwarp();
+    warp_arrive(&shared.input_there);
+    barrier_wait(&shared.input_there, 0);
     warp.run();
 }

@@ -48,20 +48,25 @@ __device__ __forceinline__ void warp_arrive(uint64* barrier) {
     if (EVERY_LANE_ARRIVES || threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
+// Whether the phase of this parity is complete.
+__device__ __forceinline__ bool barrier_test(uint64* barrier, uint32 parity) {
+    uint32 complete;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(complete) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return complete;
+}
+
 // Waits until the phase of this parity is complete.
 __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
-    uint32 address = shared_address(barrier), complete = 0;
-    while (!complete) {
 #if HAS_BULK_COPY
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(complete) : "r"(address), "r"(parity) : "memory");
+    // sleeps in between
+    uint32 address = shared_address(barrier), complete = 0;
+    while (!complete)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(complete) : "r"(address), "r"(parity) : "memory");
 #else
-        asm volatile(
-            "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(complete) : "r"(address), "r"(parity) : "memory");
+    while (!barrier_test(barrier, parity)) {}
 #endif
-    }
 }
 
 // Waits for the worker threads of a block, without its schedulers.
