@@ -32,9 +32,10 @@ _EMBEDDING_BLOCKS = 4
 # A row is cut into parts of at most so many bytes, of which each warp has several in flight.
 _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
-# On their way to one multiprocessor while the launch in front still runs: about what keeps the
-# memory busy, so that little of what that launch reads waits behind them.
+# On their way to one multiprocessor while attention still runs: about what keeps the memory busy,
+# so that little of what attention reads waits behind them. Less than so much in all is no burden.
 _EARLY_BYTES = 32 * 1024
+_BURDEN_BYTES = 16 * 2**20
 # Shared memory that a ring leaves to the block of attention beside it, and to the system.
 _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
@@ -213,10 +214,12 @@ class Chain:
         early: bool = True,
     ) -> Launch:
         width = matrices[0].weight.shape[1]
-        function = _linear_function(
-            self._device, width, self._spec.dtype, normed=residual is not None
-        )
         rows = [len(matrix.weight) for matrix in matrices]
+        normed = residual is not None
+        paced = not normed and sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
+        function = _linear_function(
+            self._device, width, self._spec.dtype, normed=normed, paced=paced
+        )
         ends = [sum(rows[: i + 1]) for i in range(len(rows))]
         missing = 3 - len(rows)
         blocks = min(self._multiprocessors, ends[-1])
@@ -311,7 +314,9 @@ def _embedding_function(device: int, width: int, dtype: torch.dtype) -> Function
 
 
 @cache
-def _linear_function(device: int, width: int, dtype: torch.dtype, *, normed: bool) -> Function:
+def _linear_function(
+    device: int, width: int, dtype: torch.dtype, *, normed: bool, paced: bool
+) -> Function:
     row = width * dtype.itemsize
     if row % VECTOR_BYTES:
         raise UnsupportedModelError(
@@ -326,7 +331,7 @@ def _linear_function(device: int, width: int, dtype: torch.dtype, *, normed: boo
     stages = min(_MAX_STAGES, room // part)
     defines = dict(
         DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
-        PARTS=parts, EARLY_PARTS=max(1, _EARLY_BYTES // part),
+        PARTS=parts, EARLY_PARTS=max(1, _EARLY_BYTES // part) if paced else _WARPS * stages,
     )  # fmt: skip
     # parts, x, barriers, slots, and what alignment may add
     shared = _WARPS * stages * (part + 8) + row + 4 * _WARPS + 256
