@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from cats.errors import FormatError, StorageError
 from cats.storage import check_version, replacing
 
-__all__ = ["History", "Point", "is_history"]
+__all__ = ["History", "Point", "best_runs", "is_history", "recovered"]
 
 _VERSION = 1
 
@@ -116,6 +117,49 @@ def is_history(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(block, dict) and block.get("kind") == "finetuning"
+
+
+def best_runs(histories: Mapping[str, History]) -> dict[str, History]:
+    """Of runs that differ in their learning rate alone, the one with the lowest last loss.
+
+    The first evaluated text decides.
+    """
+    best: dict[str, tuple[float, str, History]] = {}
+    for name, history in histories.items():
+        if not history.points or not history.points[-1].losses:
+            continue
+        key = _all_but_the_learning_rate(history)
+        loss = next(iter(history.points[-1].losses.values()))
+        if key not in best or loss < best[key][0]:
+            best[key] = (loss, name, history)
+    return {name: history for _, name, history in best.values()}
+
+
+def _all_but_the_learning_rate(history: History) -> str:
+    settings = {name: value for name, value in history.settings.items() if name != "run"}
+    settings["options"] = {**settings["options"], "learning_rate": None}
+    return json.dumps(settings, sort_keys=True)
+
+
+def recovered(history: History, others: Iterable[History], text: str) -> float | None:
+    """Share of a sparse model's loss on a text that fine-tuning takes back.
+
+    The loss is what the untuned sparse model has more than the lower of the untuned dense model and
+    the best dense run; None for a dense run, or where none is there to compare with.
+    """
+    dense = [
+        point.losses[text]
+        for other in others
+        if other.settings["method"] == "dense"
+        for point in other.points
+        if text in point.losses
+    ]
+    if history.settings["method"] == "dense" or not dense or not history.points:
+        return None
+    first, last = history.points[0].losses.get(text), history.points[-1].losses.get(text)
+    if first is None or last is None or first <= min(dense):
+        return None
+    return (first - last) / (first - min(dense))
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

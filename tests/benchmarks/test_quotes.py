@@ -2,6 +2,7 @@ import pytest
 
 from cats.benchmarks.quotes import requote
 from cats.errors import DataError
+from cats.history import History, Point
 from cats.results import Result, append_results
 
 
@@ -90,5 +91,35 @@ def test_dtypes_of_one_table_are_told_apart(tmp_path):
 def test_document_without_a_quote_is_an_error(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("nothing\n")
-    with pytest.raises(DataError, match="mlp: PATH"):
+    with pytest.raises(DataError, match="KIND: PATH"):
         requote(path)
+
+
+def test_histories_of_a_folder_are_quoted(tmp_path):
+    for name, method, losses in (
+        ("dense-lr1", "dense", (3.0, 2.5)),
+        ("cats-50", "cats", (4.0, 3.0)),
+    ):
+        points = [
+            Point(step=step, tokens=100 * step, losses={"c4": loss}, sparsity=0.5)
+            for step, loss in zip((0, 9), losses, strict=True)
+        ]
+        settings = {"method": method, "model": "a model", "dtype": "bfloat16"}
+        History(
+            settings=settings, environment={"device": "a GPU"}, points=points, complete=True
+        ).save(tmp_path / "runs" / f"{name}.jsonl")
+    History(settings=settings, points=points).save(tmp_path / "runs" / "stopped.jsonl")
+    document = tmp_path / "README.md"
+    document.write_text("<!-- finetune: runs -->\n<!-- /finetune -->\n")
+    text = requote(document)
+    # of 1.5 more than the best dense run, 1.0 came back
+    assert "| cats-50 | 9 | 900 | 4.0000 > 3.0000 (67%) | 50.0% |" in text
+    assert "| dense-lr1 | 9 | 900 | 3.0000 > 2.5000 | 50.0% |" in text
+    assert "stopped" not in text
+
+
+def test_folder_without_a_complete_history_is_named(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("<!-- finetune: runs -->\n<!-- /finetune -->\n")
+    with pytest.raises(DataError, match="complete history"):
+        requote(document)

@@ -1,8 +1,8 @@
 import pytest
 
 from cats.errors import DataError
-from cats.history import History, Point
-from cats.report.curves import best_runs, curves_figure, recovered
+from cats.history import History, Point, best_runs, recovered
+from cats.report.curves import curves_figure
 
 
 def make(method, losses, target=None, distillation=0.0, learning_rate=0.1, data="c4"):
@@ -45,3 +45,14 @@ def test_figure_names_runs_and_texts():
     assert "0.5</text>" not in svg, "steps are whole"
     with pytest.raises(DataError, match="no evaluation"):
         curves_figure({"x": History(settings={})}, "curves")
+
+
+def test_run_that_starts_far_above_leaves_the_others_room(monkeypatch):
+    import cats.report.curves as curves
+
+    shown = []
+    monkeypatch.setattr(curves, "_svg", lambda figure, name: shown.append(figure) or "")
+    curves_figure({"cats": make("cats", [3.5, 3.2]), "relu": make("relu", [9.0, 3.6])}, "curves")
+    low, high = shown[0].axes[0].get_ylim()
+    assert low < 3.2
+    assert 3.6 < high < 4

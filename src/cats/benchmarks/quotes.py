@@ -1,18 +1,23 @@
 """Tables in documents that are made from results files, so that no number is typed by hand.
 
 A document holds ``<!-- mlp: PATH -->`` and ``<!-- /mlp -->``, each on a line of its own; what lies
-between is the table of that file. ``decode`` in the place of ``mlp`` quotes times of whole tokens.
+between is the table of that file. ``decode`` in the place of ``mlp`` quotes times of whole tokens,
+``finetune`` the histories in a folder.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from cats.benchmarks import decode_report, mlp_report
 from cats.benchmarks.mlp import DENSE
 from cats.errors import DataError
+from cats.history import History, recovered
 from cats.results import read_results
 
-_QUOTE = re.compile(r"(?<=^<!-- )(mlp|decode)(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M)
+_QUOTE = re.compile(
+    r"(?<=^<!-- )(mlp|decode|finetune)(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M
+)
 
 
 def requote(document: Path) -> str:
@@ -24,17 +29,20 @@ def requote(document: Path) -> str:
     """
 
     def quoted(match: re.Match[str]) -> str:
-        results = read_results(document.parent / match[3])
-        table = (
-            mlp_table(mlp_report.panels(results))
-            if match[1] == "mlp"
-            else decode_table(decode_report.panels(results))
-        )
+        path = document.parent / match[3]
+        if match[1] == "finetune":
+            table = finetune_table({p.stem: History.load(p) for p in sorted(path.glob("*.jsonl"))})
+        elif match[1] == "mlp":
+            table = mlp_table(mlp_report.panels(read_results(path)))
+        else:
+            table = decode_table(decode_report.panels(read_results(path)))
         return "".join(match.group(1, 2, 3, 4)) + table
 
     text, quotes = _QUOTE.subn(quoted, document.read_text(encoding="utf-8"))
     if not quotes:
-        raise DataError(f"{document}: has no line <!-- mlp: PATH --> or <!-- decode: PATH -->")
+        raise DataError(
+            f"{document}: has no line <!-- KIND: PATH -->, where KIND is mlp, decode or finetune"
+        )
     return text
 
 
@@ -101,4 +109,37 @@ def decode_table(found: list[decode_report.Panel]) -> str:
                     f"({limit / step.value:.2f}, {dense / step.value:.2f}x)"
                 )
             lines.append(f"| {model} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def finetune_table(found: Mapping[str, History]) -> str:
+    """Log-perplexity before and after fine-tuning, one row a run.
+
+    Raises:
+        DataError: If there is no run that came to its end.
+    """
+    runs = {name: history for name, history in found.items() if history.complete}
+    if not runs:
+        raise DataError("there is no complete history of a fine-tuning to quote")
+    texts = list(dict.fromkeys(n for h in runs.values() for p in h.points for n in p.losses))
+    tasks = list(dict.fromkeys(n for h in runs.values() for p in h.points for n in p.accuracy))
+    first = next(iter(runs.values()))
+    columns = [*texts, *(f"{task}, right" for task in tasks), "dropped"]
+    lines = [
+        f"{first.environment['device']}, {first.settings['model']}, {first.settings['dtype']}: "
+        "log-perplexity before and after (share of the loss against dense that is recovered)",
+        "",
+        "| run | steps | tokens | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
+    ]
+    for name, history in runs.items():
+        start, end = history.points[0], history.points[-1]
+        cells = [str(end.step), f"{end.tokens:,}"]
+        for text in texts:
+            share = recovered(history, runs.values(), text)
+            cell = f"{start.losses[text]:.4f} > {end.losses[text]:.4f}"
+            cells.append(cell + ("" if share is None else f" ({share:.0%})"))
+        cells += [f"{end.accuracy[task]:.1%}" if task in end.accuracy else "" for task in tasks]
+        cells.append("" if end.sparsity is None else f"{end.sparsity:.1%}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -445,8 +445,8 @@ def curves(
     Example: [b]cats bench curves results/finetune -o curves.svg[/b]
     """
     from cats.errors import ConfigError
-    from cats.history import History
-    from cats.report.curves import best_runs, curves_figure
+    from cats.history import History, best_runs
+    from cats.report.curves import curves_figure
     from cats.storage import replacing
 
     options.check_output(output)
@@ -729,7 +729,7 @@ def sweep_table(title: str, found: dict[str, History]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from cats.report.curves import recovered
+    from cats.history import recovered
 
     names = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.losses))
     tasks = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.accuracy))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from cats.errors import DataError
 from cats.history import History
@@ -42,48 +41,18 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
             # whole steps, and the losses themselves rather than what they have more than another
             axis.locator_params(axis="x", integer=True)
             axis.ticklabel_format(useOffset=False)
+            axis.set_ylim(*_range(histories, text))
     _legend(axes[0, 0])
     return _svg(figure, name)
 
 
-def best_runs(histories: Mapping[str, History]) -> dict[str, History]:
-    """Of runs that differ in their learning rate alone, the one with the lowest last loss.
-
-    The first evaluated text decides.
-    """
-    best: dict[str, tuple[float, str, History]] = {}
-    for name, history in histories.items():
-        if not history.points or not history.points[-1].losses:
-            continue
-        key = _all_but_the_learning_rate(history)
-        loss = next(iter(history.points[-1].losses.values()))
-        if key not in best or loss < best[key][0]:
-            best[key] = (loss, name, history)
-    return {name: history for _, name, history in best.values()}
-
-
-def _all_but_the_learning_rate(history: History) -> str:
-    settings = {name: value for name, value in history.settings.items() if name != "run"}
-    settings["options"] = {**settings["options"], "learning_rate": None}
-    return json.dumps(settings, sort_keys=True)
-
-
-def recovered(history: History, others: Iterable[History], text: str) -> float | None:
-    """Share of a sparse model's loss on a text that fine-tuning takes back.
-
-    The loss is what the untuned sparse model has more than the lower of the untuned dense model and
-    the best dense run; None for a dense run, or where none is there to compare with.
-    """
-    dense = [
-        point.losses[text]
-        for other in others
-        if other.settings["method"] == "dense"
-        for point in other.points
-        if text in point.losses
-    ]
-    if history.settings["method"] == "dense" or not dense or not history.points:
-        return None
-    first, last = history.points[0].losses.get(text), history.points[-1].losses.get(text)
-    if first is None or last is None or first <= min(dense):
-        return None
-    return (first - last) / (first - min(dense))
+def _range(histories: Mapping[str, History], text: str) -> tuple[float | None, float | None]:
+    """Ends of the axis: a run may start above it, and then leaves the others room to differ."""
+    losses = [[p.losses[text] for p in h.points if text in p.losses] for h in histories.values()]
+    all_of = [loss for run in losses for loss in run]
+    later = [loss for run in losses for loss in run[1:]]
+    room = max(later, default=0.0) - min(all_of, default=0.0)
+    if room <= 0:
+        return None, None
+    top = min(all_of) + 1.6 * room
+    return (min(all_of) - 0.1 * room, top) if max(all_of) > top else (None, None)
