@@ -62,7 +62,8 @@ decode() {
 quality() {
     data=$1
     recipe="reproduce --model smollm2 -o $out/reproduce --text $data/text/c4_en.txt.gz --samples 110 --length 1024
-        --sparsity 0.3,0.5,0.7,0.9 --data-dir $data --limit 3300 --dtype bfloat16 --batch-size 64 --no-speed"
+        --sparsity 0.3,0.5,0.7,0.9 --data-dir $data --limit 3300 --dtype bfloat16 --batch-size 64 --no-speed
+        --methods cats,relu,input"
     for tasks in hellaswag boolq arc_easy piqa,winogrande sciq,arc_challenge,openbookqa; do
         step answers-$tasks.log 500 $python -m cats $recipe --tasks $tasks &
     done

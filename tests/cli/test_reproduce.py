@@ -72,3 +72,14 @@ def test_a_wrong_target_is_an_error_before_the_model_is_loaded(command, tmp_path
     code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", "--sparsity", "50")
     assert code == 1
     assert "target_sparsity" in err
+
+
+def test_methods_may_be_named(reproduce, command, tmp_path):
+    code, _, err = reproduce("--methods", "cats,input", "--tasks", "sciq", "--no-speed")
+    assert code == 0, err
+    tasks = read_results(tmp_path / "run" / "tasks.jsonl")
+    named = list(dict.fromkeys(result.settings["variant"] for result in tasks))
+    assert named == ["dense", "cats-50", "input-33.3"]
+    code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", "--methods", "dejavu")
+    assert code == 1
+    assert "--methods" in err

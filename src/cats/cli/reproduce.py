@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cats.evaluation.variants import Variant
     from cats.results import Result
 
+_METHODS = ("cats", "relu", "input", "teal")
 _REFINED_WEB = "tiiuae/falcon-refinedweb"
 _BATCH = 4
 _HELD_OUT_BLOCKS = 20
@@ -34,6 +35,10 @@ def reproduce(
         str, typer.Option(help="A folder, a Hugging Face id, or [b]smollm2[/b].")
     ] = "mistralai/Mistral-7B-v0.1",
     sparsity: Annotated[str, typer.Option(help="Targets of CATS, by commas.")] = "0.5,0.7,0.9",
+    methods: Annotated[
+        str,
+        typer.Option(help="What is compared with the dense model, by commas.", show_default="all"),
+    ] = ",".join(_METHODS),
     text: Annotated[
         Path | None,
         typer.Option(help="Calibration text.", show_default="RefinedWeb, from the hub"),
@@ -70,7 +75,7 @@ def reproduce(
     from cats.cli.evaluate import parse_batch_size
     from cats.evaluation.tasks import task_names
 
-    targets = _targets(sparsity)
+    targets, chosen = _targets(sparsity), _chosen(methods)
     names = task_names(tasks)
     batch = parse_batch_size(batch_size)
     options.check_output(output / "report.html")
@@ -82,7 +87,7 @@ def reproduce(
         source=_REFINED_WEB if text is None else text.name,
     )  # fmt: skip
     blocks, held_out = recipe.split(text)
-    variants = list(recipe.variants(blocks))
+    variants = list(recipe.variants(blocks, chosen))
     texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
         eval_text or [], eval_tokens
     )
@@ -95,6 +100,15 @@ def reproduce(
         recipe.mlp_times()
         recipe.token_times(held_out)
     recipe.report()
+
+
+def _chosen(text: str) -> list[str]:
+    from cats.errors import ConfigError
+
+    chosen = [part.strip() for part in text.split(",")]
+    if unknown := [name for name in chosen if name not in _METHODS]:
+        raise ConfigError(f"--methods: expected some of {', '.join(_METHODS)}, got {unknown[0]!r}")
+    return chosen
 
 
 def _targets(text: str) -> list[float]:
@@ -187,23 +201,29 @@ class Recipe:
             for path in paths
         }
 
-    def variants(self, blocks: Tensor) -> Iterator[Variant]:
+    def variants(self, blocks: Tensor, methods: Sequence[str]) -> Iterator[Variant]:
         """Dense, CATS at every target, ReLU, and input thresholding at the bytes of each target."""
         from cats.evaluation.inputs import InputCounts
         from cats.evaluation.variants import Dense, Sparse
 
         yield Dense()
-        counted = self._statistics("cats", blocks)
-        for target in self.targets:
-            yield Sparse(counted.config(target))
-        yield Sparse(self._statistics("relu", blocks).config())
+        if "cats" in methods:
+            counted = self._statistics("cats", blocks)
+            for target in self.targets:
+                yield Sparse(counted.config(target))
+        if "relu" in methods:
+            yield Sparse(self._statistics("relu", blocks).config())
+        if not {"input", "teal"} & set(methods):
+            return
         batches = options.progress(blocks.split(_BATCH), "counting inputs")
         inputs = InputCounts.collect(self.model, batches)
         for target in self.targets:
             # gate is read whole: of three matrices, two leave the share unread
             equal_bytes = 2 / 3 * target
-            yield inputs.uniform(equal_bytes)
-            yield inputs.teal(equal_bytes)
+            if "input" in methods:
+                yield inputs.uniform(equal_bytes)
+            if "teal" in methods:
+                yield inputs.teal(equal_bytes)
 
     def _statistics(self, method: str, blocks: Tensor) -> Statistics:
         from cats.calibration import Statistics, collect
