@@ -50,6 +50,32 @@ def logits(model, ids, **kwargs):
         return model(input_ids=ids, **kwargs).logits
 
 
+def assert_same_tokens(model, actual, wanted, mask=None, *, tie=1e-4):
+    """The same tokens ``[B, T]``, but behind a token that the model prefers by less than ``tie``.
+
+    Args:
+        model: Gives the logits; run here over ``wanted``.
+        actual: What is tested.
+        wanted: What transformers generated.
+        mask: Of the prompt, ``[B, P]``, where it has padding.
+        tie: Rounding may decide about logits that are closer than that.
+    """
+    if torch.equal(actual, wanted):
+        return
+    assert actual.shape == wanted.shape
+    full = torch.ones_like(wanted)
+    if mask is not None:
+        full[:, : mask.shape[1]] = mask
+    positions = (full.cumsum(1) - 1).clamp(min=0)
+    chosen = logits(model, wanted, attention_mask=full, position_ids=positions)
+    for row, differ in enumerate(actual != wanted):
+        if differ.any():
+            at = int(differ.nonzero()[0])
+            scores = chosen[row, at - 1]
+            gap = float(scores.max() - scores[actual[row, at]])
+            assert gap < tie, f"row {row} parts at {at}, where another token leads by {gap:.2e}"
+
+
 def make_tokenizer():
     """One token a byte, and the end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -14,7 +14,7 @@ from transformers import (
 import cats
 from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
 from tests import models
-from tests.models import FAMILIES, logits, make_tokenizer
+from tests.models import FAMILIES, assert_same_tokens, logits, make_tokenizer
 
 # The same tests on a GPU, where `auto` is another engine.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,14 +58,15 @@ def padded(rows=3, length=9):
 def test_tokens_are_those_of_transformers_for_every_family(config):
     model, ids = fused(config), make_ids(1, 7)
     actual = cats.generate(model, ids, max_new_tokens=200, **GREEDY)
-    assert torch.equal(actual, reference(model, ids, max_new_tokens=200, **GREEDY))
+    assert_same_tokens(model, actual, reference(model, ids, max_new_tokens=200, **GREEDY))
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
 def test_padded_batch_gives_the_tokens_of_transformers(config):
     model, (ids, mask) = fused(config), padded()
     options = dict(attention_mask=mask, max_new_tokens=60, **GREEDY)
-    assert torch.equal(cats.generate(model, ids, **options), reference(model, ids, **options))
+    actual = cats.generate(model, ids, **options)
+    assert_same_tokens(model, actual, reference(model, ids, **options), mask)
 
 
 @pytest.mark.parametrize("config", [MistralConfig, Gemma2Config, Gemma3TextConfig])
@@ -73,7 +74,7 @@ def test_padded_batch_gives_the_tokens_of_transformers(config):
 def test_tokens_past_the_sliding_window_are_those_of_transformers(config, window):
     model, ids = make_model(config, sliding_window=window), make_ids(1, 12)
     actual = cats.generate(model, ids, max_new_tokens=150, **GREEDY)
-    assert torch.equal(actual, reference(model, ids, max_new_tokens=150, **GREEDY))
+    assert_same_tokens(model, actual, reference(model, ids, max_new_tokens=150, **GREEDY))
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -82,7 +83,8 @@ def test_tokens_past_the_first_window_of_slots_are_those_of_transformers(llama, 
     if not padding:
         mask = torch.ones_like(mask)
     options = dict(attention_mask=mask, max_new_tokens=120, **GREEDY)
-    assert torch.equal(cats.generate(llama, ids, **options), reference(llama, ids, **options))
+    actual = cats.generate(llama, ids, **options)
+    assert_same_tokens(llama, actual, reference(llama, ids, **options), mask)
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -91,7 +93,7 @@ def test_compiled_engine_gives_the_tokens_of_transformers(padding):
     ids, mask = padded(2) if padding else padded(1)
     options = dict(attention_mask=mask, max_new_tokens=40, **GREEDY)
     actual = cats.generate(model, ids, engine="compiled", **options)
-    assert torch.equal(actual, reference(model, ids, **options))
+    assert_same_tokens(model, actual, reference(model, ids, **options), mask)
 
 
 def test_rows_end_at_eos_and_are_filled_up_as_by_transformers(llama):

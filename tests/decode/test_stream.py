@@ -14,7 +14,7 @@ from transformers import (
 import cats
 from cats.decode.stream.spec import read_spec
 from cats.errors import BackendError, UnsupportedModelError
-from tests.models import FAMILIES, make_ids, make_model
+from tests.models import FAMILIES, assert_same_tokens, make_ids, make_model
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 HAS_NVRTC = importlib.util.find_spec("cuda") is not None
@@ -130,10 +130,7 @@ def assert_tokens_of_transformers(model, ids, count):
         logits = model(wanted).logits[0]
     found = decoder.logits(wanted, prompt_length=ids.shape[1])[0]
     torch.testing.assert_close(found, logits[ids.shape[1] :], rtol=1e-3, atol=2e-3)
-    differ = (actual != wanted)[0].nonzero()
-    if len(differ):
-        first = int(differ[0])
-        assert logits[first - 1].max() - logits[first - 1, actual[0, first]] < 1e-3
+    assert_same_tokens(model, actual, wanted, tie=1e-3)
 
 
 @needs_gpu
