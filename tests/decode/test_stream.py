@@ -12,6 +12,7 @@ from transformers import (
 )
 
 import cats
+from cats.decode.forward import prefill
 from cats.decode.stream.spec import read_spec
 from cats.errors import BackendError, UnsupportedModelError
 from tests.models import FAMILIES, assert_same_tokens, make_ids, make_model
@@ -75,6 +76,7 @@ def test_kernels_compile_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel
 
     assert compile_kernel("embedding.cu", dict(DTYPE=dtype, WIDTH=64), capability)
+    assert compile_kernel("choose.cu", dict(DTYPE=2), capability)
     for normed in (0, 1):
         for width, parts in ((40, 1), (4096, 2)):
             defines = dict(
@@ -184,6 +186,40 @@ def test_scaled_rotary_gives_the_tokens_of_transformers():
     )  # fmt: skip
     model, ids = gpu_model(rope_parameters=scaled), make_ids(1, 12).cuda()
     assert_tokens_of_transformers(model, ids, 300)
+
+
+@needs_gpu
+@pytest.mark.parametrize("vocabulary", [257, 70_001])
+def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
+    from cats.decode.state import State
+    from cats.decode.stream.chain import Chain
+
+    model = gpu_model(sparsity=0, vocab_size=vocabulary)
+    state = State(model, model.config, 1, 256)
+    with torch.inference_mode():
+        prefill(model, state, make_ids(1, 1).cuda(), 0)
+        chain = Chain(read_spec(model), state)
+        rows = [torch.randn(vocabulary), torch.full((vocabulary,), -torch.inf)]
+        rows += [torch.zeros(vocabulary), torch.randn(vocabulary)]
+        rows[2][[100, 200, vocabulary - 1]] = 1.0
+        rows[3][[50, 250]] = torch.nan
+        for number, logits in enumerate(rows):
+            chain._logits.copy_(logits)
+            chain._launch([chain._choice(0)])
+            wanted = [int(logits.argmax()), 0, 100, 50][number]
+            assert int(state.tokens) == int(chain._chosen) == wanted
+            assert int(state.slot) == int(state.positions) == number + 1
+
+
+@needs_gpu
+def test_row_ends_at_any_of_the_tokens_that_end_it():
+    model, ids = gpu_model(), make_ids(1, 9).cuda()
+    options = dict(engine="stream", max_new_tokens=30, do_sample=False, pad_token_id=7)
+    free = cats.generate(model, ids, eos_token_id=None, **options)[0, 9:].tolist()
+    end = free[10]
+    never = next(token for token in range(257) if token not in free)
+    ended = cats.generate(model, ids, eos_token_id=[never, end], **options)[0, 9:]
+    assert ended.tolist() == free[: free.index(end) + 1]
 
 
 @needs_gpu

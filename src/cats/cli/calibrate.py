@@ -25,7 +25,10 @@ def calibrate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="NAME.safetensors: thresholds alone. Folder: whole checkpoint."
+            "--output",
+            "-o",
+            help="NAME.safetensors: thresholds alone. A name without a suffix: folder for a whole "
+            "checkpoint.",
         ),
     ] = None,
     sparsity: Annotated[
@@ -74,9 +77,14 @@ def calibrate(
     limit = _parse_percent(max_loss)
     target = _target(method, sparsity, limit)
     options.check_tokens(tokens, block)
-    options.check_output(output, folder=output is not None and output.suffix != ".safetensors")
+    options.check_tokens(eval_tokens, block, "--eval-tokens")
+    if output is not None:
+        options.check_output(output, folder=_is_folder(output))
+    options.check_output(statistics)
     rank, world = _start_processes()
-    loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
+    loaded, tokenizer = options.load(
+        model, dtype=dtype, device=options.process_device(device), dense=True
+    )
     _check_patterns(loaded, exclude or [])
     blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
     counted = _collect(loaded, blocks, batch_size, method, exclude or [], statistics, rank, world)
@@ -139,6 +147,23 @@ def _target(method: str, sparsity: float | None, limit: float | None) -> float |
     return target
 
 
+def _is_folder(output: Path) -> bool:
+    """Whether a whole checkpoint is asked for, and not a thresholds file.
+
+    Raises:
+        ConfigError: If the name is that of another kind of file.
+    """
+    from cats.errors import ConfigError
+
+    # what follows the dot of Qwen2.5-7B or Llama-3.2-1B is no suffix
+    if output.suffix[1:2].isalpha() and output.suffix != ".safetensors" and not output.is_dir():
+        raise ConfigError(
+            f"{output}: neither a thresholds file nor a folder: give NAME.safetensors for the "
+            f"thresholds alone, or a name without {output.suffix} for a whole checkpoint"
+        )
+    return output.suffix != ".safetensors"
+
+
 def _check_patterns(model: Any, patterns: list[str]) -> None:
     from fnmatch import fnmatchcase
 
@@ -165,16 +190,6 @@ def _start_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _device(device: str) -> str:
-    import torch
-
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device == "auto" and local_rank is not None and torch.cuda.is_available():
-        torch.cuda.set_device(int(local_rank))
-        return f"cuda:{local_rank}"
-    return device
-
-
 def split(
     tokenizer: Any,
     text: list[Path] | None,
@@ -192,7 +207,7 @@ def split(
 
     blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block)
     blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
-    wanted = max(1, eval_tokens // block)
+    wanted = eval_tokens // block
     if eval_text is not None:
         held_out = token_blocks(tokenizer, read_text(eval_text), length=block)[:wanted]
     else:
@@ -203,7 +218,7 @@ def split(
             f"the text fills one block of {block} tokens, and one is held out: give more text, "
             "a smaller --block, or --eval-text"
         )
-    return blocks[: max(1, tokens // block)], held_out
+    return blocks[: tokens // block], held_out
 
 
 def _collect(
@@ -318,7 +333,7 @@ def _apply_and_measure(
 def _save(model: Any, tokenizer: Any, config: Any, output: Path) -> None:
     from cats.storage import replacing
 
-    if output.suffix == ".safetensors":
+    if not _is_folder(output):
         config.save(output)
         return
     with replacing(output, directory=True) as temporary:

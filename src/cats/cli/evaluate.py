@@ -66,6 +66,7 @@ def evaluate(
     """
     batch = parse_batch_size(batch_size)
     _check_options(tasks, text, tokens, limit, data_dir, output)
+    options.check_output(output and output / "results.jsonl")
     options.check_tokens(tokens, block)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     if tasks is not None:

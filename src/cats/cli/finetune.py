@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from cats.finetuning import PairFormat, Pairs
+    from cats.finetuning import FinetuneOptions, Pairs
     from cats.finetuning.data import Blocks, Examples
+    from cats.finetuning.sweep import Run
     from cats.history import History, Point
 
 # Sections of the help.
 _DATA, _EVALUATION, _TRAINING, _ADAPTERS = "Data", "Evaluation", "Training", "Adapters"
+# Why some methods go without an option.
+_OWN_TEACHER = "a dense model would be its own teacher"
+_NO_TARGET = "only cats has a target sparsity to calibrate for"
 
 Text = Annotated[
     list[str] | None,
@@ -80,10 +85,22 @@ Accuracy = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[
-    int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_EVALUATION)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Longest answer, with --accuracy.",
+        show_default="256",
+        rich_help_panel=_EVALUATION,
+    ),
 ]
 AnswerBatchSize = Annotated[
-    int, typer.Option(min=1, help="Answers generated at once.", rich_help_panel=_EVALUATION)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Answers generated at once, with --accuracy.",
+        show_default="64",
+        rich_help_panel=_EVALUATION,
+    ),
 ]
 EvalTokens = Annotated[
     int,
@@ -99,6 +116,9 @@ CalibrationText = Annotated[
 ]
 CalibrationTokens = Annotated[
     int, typer.Option(min=1, help="Calibrate on at most so many.", rich_help_panel=_DATA)
+]
+Block = Annotated[
+    int, typer.Option(min=2, help="Tokens a block, or of a pair.", rich_help_panel=_DATA)
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.", rich_help_panel=_TRAINING)]
 Epochs = Annotated[
@@ -157,14 +177,12 @@ def finetune(
     eval_text: EvalText = None,
     eval_pairs: EvalPairs = None,
     accuracy: Accuracy = False,
-    max_new_tokens: MaxNewTokens = 256,
-    answer_batch_size: AnswerBatchSize = 64,
+    max_new_tokens: MaxNewTokens = None,
+    answer_batch_size: AnswerBatchSize = None,
     eval_tokens: EvalTokens = 100_000,
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 100_000,
-    block: Annotated[
-        int, typer.Option(min=2, help="Tokens a block, or of a pair.", rich_help_panel=_DATA)
-    ] = 1024,
+    block: Block = 1024,
     steps: Steps = 500,
     epochs: Epochs = None,
     batch_size: BatchSize = 8,
@@ -183,14 +201,22 @@ def finetune(
     ] = 0.01,
     warmup_steps: Warmup = 0,
     rank: Annotated[
-        int, typer.Option(min=1, help="Of the adapters.", rich_help_panel=_ADAPTERS)
-    ] = 64,
+        int | None,
+        typer.Option(min=1, help="Of the adapters.", show_default="64", rich_help_panel=_ADAPTERS),
+    ] = None,
     alpha: Annotated[
-        int, typer.Option(min=1, help="Their scale is alpha / rank.", rich_help_panel=_ADAPTERS)
-    ] = 16,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Their scale is alpha / rank.",
+            show_default="16",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     dropout: Annotated[
-        float, typer.Option(help="On their input.", rich_help_panel=_ADAPTERS)
-    ] = 0.1,
+        float | None,
+        typer.Option(help="On their input.", show_default="0.1", rich_help_panel=_ADAPTERS),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -251,20 +277,33 @@ def finetune(
     Several GPUs: [b]torchrun --nproc-per-node 8 $(which cats) finetune ...[/b]
     """
     from cats.errors import ConfigError
-    from cats.finetuning import FinetuneOptions, PairFormat
+    from cats.finetuning import FinetuneOptions
     from cats.finetuning.run import finetune as run
 
     rows = _Data(
-        text=text, pairs=pairs, eval_text=eval_text, eval_pairs=eval_pairs,
-        form=PairFormat(prompt=_unescape(prompt), answer=_unescape(answer), labels=_names(labels)),
-        calibration_text=calibration_text, calibration_tokens=calibration_tokens,
-        eval_tokens=eval_tokens, block=block, seed=seed,
+        text=text, pairs=pairs, prompt=prompt, answer=answer, labels=labels, eval_text=eval_text,
+        eval_pairs=eval_pairs, calibration_text=calibration_text,
+        calibration_tokens=calibration_tokens, eval_tokens=eval_tokens, block=block, seed=seed,
     )  # fmt: skip
-    _check(thresholds, method, sparsity, accuracy, eval_pairs, epochs)
+    _check_method(thresholds, method, sparsity, distillation, recalibrate)
+    lora = _given(rank=rank, alpha=alpha, dropout=dropout, target=target)
+    if full and lora:
+        raise ConfigError(f"--full trains no adapters: leave it out, or {_named_options(lora)}")
+    chosen = FinetuneOptions(
+        steps=steps, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate,
+        weight_decay=weight_decay, warmup_steps=warmup_steps, targets=tuple(lora.pop("target", ())),
+        full=full, distillation=distillation, recalibrate=recalibrate,
+        gradient_checkpointing=gradient_checkpointing, bfloat16=bfloat16,
+        evaluate_every=eval_every, evaluation_batch_size=eval_batch_size, save_every=save_every,
+        keep=keep, seed=seed, report_to=tuple(report_to or ()), **lora,
+        **_answer_options(accuracy, eval_pairs, max_new_tokens, answer_batch_size),
+    )  # fmt: skip
+    _check_epochs(epochs)
     options.check_output(output / "history.jsonl")
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=_device(device), dense=method is not None
-    )
+        model, thresholds=thresholds, dtype=dtype, device=options.process_device(device),
+        dense=method is not None,
+    )  # fmt: skip
     sparse = hasattr(loaded.config, "cats")
     if sparse and sparsity is not None and thresholds is None:
         raise ConfigError(f"{model} has thresholds: calibrate it anew with --method cats")
@@ -277,17 +316,8 @@ def finetune(
         raise ConfigError("--calibration-text has no use: thresholds are there, and stay")
     if not sparse:
         _sparsify(loaded, method or "cats", 0.5 if sparsity is None else sparsity, calibration)
-    chosen = FinetuneOptions(
-        steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
-        accumulate=accumulate, learning_rate=learning_rate, weight_decay=weight_decay,
-        warmup_steps=warmup_steps, rank=rank, alpha=alpha, dropout=dropout,
-        targets=tuple(target or ()), full=full, distillation=distillation,
-        recalibrate=recalibrate, gradient_checkpointing=gradient_checkpointing,
-        bfloat16=bfloat16, evaluate_every=eval_every, evaluation_batch_size=eval_batch_size,
-        max_new_tokens=max_new_tokens,
-        answer_batch_size=answer_batch_size, save_every=save_every, keep=keep, seed=seed,
-        report_to=tuple(report_to or ()),
-    )  # fmt: skip
+    if epochs is not None:
+        chosen = dataclasses.replace(chosen, steps=_steps(epochs, train, chosen))
     with _bar(chosen.steps) as bar:
         tuned = run(
             loaded, train, tokenizer=tokenizer, output=output, options=chosen,
@@ -295,7 +325,7 @@ def finetune(
             calibration=calibration, merge=merge, about={"model": model, **rows.about()},
             on_point=bar.show, on_step=bar.step,
         )  # fmt: skip
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not _first():
         return
     if as_json:
         options.print_json(_json(tuned.history))
@@ -351,14 +381,12 @@ def sweep(
     eval_text: EvalText = None,
     eval_pairs: EvalPairs = None,
     accuracy: Accuracy = False,
-    max_new_tokens: MaxNewTokens = 256,
-    answer_batch_size: AnswerBatchSize = 64,
+    max_new_tokens: MaxNewTokens = None,
+    answer_batch_size: AnswerBatchSize = None,
     eval_tokens: EvalTokens = 100_000,
     calibration_text: CalibrationText = None,
     calibration_tokens: CalibrationTokens = 100_000,
-    block: Annotated[
-        int, typer.Option(min=2, help="Tokens a block, or of a pair.", rich_help_panel=_DATA)
-    ] = 1024,
+    block: Block = 1024,
     steps: Steps = 200,
     epochs: Epochs = None,
     batch_size: BatchSize = 16,
@@ -380,31 +408,33 @@ def sweep(
     the same rows in the same order; weights are not kept.
     """
     from cats.errors import TrainingError
-    from cats.finetuning import FinetuneOptions, PairFormat
+    from cats.finetuning import FinetuneOptions
     from cats.finetuning import sweep as sweeps
 
     runs = sweeps.grid(
         method or ["dense", "cats-50", "cats-70", "relu"], learning_rate or [1e-5],
         distillation or [0.0], recalibrate or [0],
     )  # fmt: skip
+    _check_grid(runs, distillation, recalibrate)
     rows = _Data(
-        text=text, pairs=pairs, eval_text=eval_text, eval_pairs=eval_pairs,
-        form=PairFormat(prompt=_unescape(prompt), answer=_unescape(answer), labels=_names(labels)),
-        calibration_text=calibration_text, calibration_tokens=calibration_tokens,
-        eval_tokens=eval_tokens, block=block, seed=seed,
+        text=text, pairs=pairs, prompt=prompt, answer=answer, labels=labels, eval_text=eval_text,
+        eval_pairs=eval_pairs, calibration_text=calibration_text,
+        calibration_tokens=calibration_tokens, eval_tokens=eval_tokens, block=block, seed=seed,
     )  # fmt: skip
-    _check(None, None, None, accuracy, eval_pairs, epochs)
+    chosen = FinetuneOptions(
+        steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=warmup_steps,
+        evaluate_every=eval_every, evaluation_batch_size=eval_batch_size, seed=seed,
+        **_answer_options(accuracy, eval_pairs, max_new_tokens, answer_batch_size),
+    )  # fmt: skip
+    _check_epochs(epochs)
     options.check_output(output / "history.jsonl")
-    loaded, tokenizer = options.load(model, dtype=dtype, device=_device(device), dense=True)
+    device = options.process_device(device)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     with options.err.status("reading data ..."):
         train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
         calibration = rows.calibration(tokenizer, train)
-    chosen = FinetuneOptions(
-        steps=_steps(steps, epochs, train, batch_size * accumulate), batch_size=batch_size,
-        accumulate=accumulate, warmup_steps=warmup_steps, evaluate_every=eval_every,
-        evaluation_batch_size=eval_batch_size, max_new_tokens=max_new_tokens,
-        answer_batch_size=answer_batch_size, seed=seed,
-    )  # fmt: skip
+    if epochs is not None:
+        chosen = dataclasses.replace(chosen, steps=_steps(epochs, train, chosen))
     found: dict[str, History] = {}
     with _bar(chosen.steps) as bar:
 
@@ -482,7 +512,9 @@ class _Data:
         pairs: list[str] | None,
         eval_text: list[str] | None,
         eval_pairs: list[str] | None,
-        form: PairFormat,
+        prompt: str,
+        answer: str,
+        labels: str | None,
         calibration_text: list[str] | None,
         calibration_tokens: int,
         eval_tokens: int,
@@ -490,15 +522,24 @@ class _Data:
         seed: int,
     ) -> None:
         from cats.errors import ConfigError
+        from cats.finetuning import PairFormat
 
         if text and pairs:
             raise ConfigError("give --text or --pairs, not both")
-        if form != type(form)() and not (pairs or eval_pairs):
+        form = PairFormat(
+            prompt=prompt.replace("\\n", "\n"),
+            answer=answer.replace("\\n", "\n"),
+            labels=tuple(labels.split(",")) if labels else (),
+        )
+        if form != PairFormat() and not (pairs or eval_pairs):
             raise ConfigError("--prompt, --answer and --labels are for --pairs and --eval-pairs")
         self._text, self._pairs, self._form = text, pairs, form
         self._eval_text, self._eval_pairs = _named(eval_text), _named(eval_pairs)
         if both := self._eval_text.keys() & self._eval_pairs.keys():
             raise ConfigError(f"two evaluations are called {', '.join(both)}")
+        if eval_text:
+            options.check_tokens(eval_tokens, block, "--eval-tokens")
+        options.check_tokens(calibration_tokens, block, "--calibration-tokens")
         self._calibration_text, self._calibration_tokens = calibration_text, calibration_tokens
         self._eval_tokens, self._block, self._seed = eval_tokens, block, seed
 
@@ -525,7 +566,7 @@ class _Data:
         """Held-out examples by name."""
         from cats.finetuning import Blocks
 
-        limit = max(1, self._eval_tokens // self._block)
+        limit = self._eval_tokens // self._block
         found: dict[str, Blocks | Pairs] = {
             name: Blocks.of_texts(tokenizer, _texts([text]), length=self._block, limit=limit)
             for name, text in self._eval_text.items()
@@ -542,7 +583,7 @@ class _Data:
         from cats.finetuning.data import pack
         from cats.finetuning.sources import REFINEDWEB
 
-        limit = max(1, self._calibration_tokens // self._block)
+        limit = self._calibration_tokens // self._block
         if self._calibration_text or not isinstance(train, Blocks | Pairs):
             names = self._calibration_text or self._text or [REFINEDWEB]
             return Blocks.of_texts(tokenizer, _texts(names), length=self._block, limit=limit).ids
@@ -579,21 +620,12 @@ def _named(values: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n")
-
-
-def _names(labels: str | None) -> tuple[str, ...]:
-    return tuple(labels.split(",")) if labels else ()
-
-
-def _check(
+def _check_method(
     thresholds: Path | None,
     method: str | None,
     sparsity: float | None,
-    accuracy: bool,
-    eval_pairs: list[str] | None,
-    epochs: float | None,
+    distillation: float,
+    recalibrate: int,
 ) -> None:
     from cats.errors import ConfigError
 
@@ -605,32 +637,78 @@ def _check(
         raise ConfigError("the thresholds have their target: give --thresholds or --sparsity")
     if sparsity is not None and method not in (None, "cats"):
         raise ConfigError(f"--method {method} has no --sparsity")
-    if epochs is not None and not 0 < epochs < float("inf"):
-        raise ConfigError(f"--epochs must be positive, got {epochs}")
+    if distillation and method == "dense":
+        raise ConfigError(
+            f"--distillation {distillation:g} with --method dense: {_OWN_TEACHER}; leave out one"
+        )
+    if recalibrate and method in ("dense", "relu"):
+        raise ConfigError(
+            f"--recalibrate {recalibrate} with --method {method}: {_NO_TARGET}; leave out one"
+        )
+
+
+def _check_grid(
+    runs: list[Run], distillation: list[float] | None, recalibrate: list[int] | None
+) -> None:
+    """Say which methods go without an option, and complain where all of them do."""
+    from cats.errors import ConfigError
+
+    methods = dict.fromkeys(run.method for run in runs)
+    for option, values, takers, reason in (
+        ("--distillation", distillation, {r.method for r in runs if r.distillation}, _OWN_TEACHER),
+        ("--recalibrate", recalibrate, {r.method for r in runs if r.recalibrate}, _NO_TARGET),
+    ):
+        without = ", ".join(method for method in methods if method not in takers)
+        if not values or not any(values) or not without:
+            continue
+        if all(values) and not takers:
+            raise ConfigError(f"{option} has no use for {without}: {reason}; leave it out")
+        options.err.print(f"{without}: without {option}, {reason}", highlight=False)
+
+
+def _answer_options(
+    accuracy: bool,
+    eval_pairs: list[str] | None,
+    max_new_tokens: int | None,
+    answer_batch_size: int | None,
+) -> dict[str, int]:
+    """What was given of the options of --accuracy."""
+    from cats.errors import ConfigError
+
+    given = _given(max_new_tokens=max_new_tokens, answer_batch_size=answer_batch_size)
+    if given and not accuracy:
+        raise ConfigError(
+            f"without --accuracy no answers are generated: give it, or leave out "
+            f"{_named_options(given)}"
+        )
     if accuracy and not eval_pairs:
         raise ConfigError("--accuracy needs --eval-pairs")
+    return given
 
 
-def _device(device: str) -> str:
-    """One GPU a process under a launcher."""
-    import torch
-
-    local_rank = os.environ.get("LOCAL_RANK")
-    if device == "auto" and local_rank is not None and torch.cuda.is_available():
-        torch.cuda.set_device(int(local_rank))
-        return f"cuda:{local_rank}"
-    return device
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that were given: those without a value were not."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _steps(steps: int, epochs: float | None, train: Examples, rows_a_step: int) -> int:
+def _named_options(given: dict[str, Any]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in given)
+
+
+def _check_epochs(epochs: float | None) -> None:
+    from cats.errors import ConfigError
+
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise ConfigError(f"--epochs must be positive, got {epochs}")
+
+
+def _steps(epochs: float, train: Examples, chosen: FinetuneOptions) -> int:
     from cats.errors import ConfigError
     from cats.finetuning import StreamedBlocks
 
-    if epochs is None:
-        return steps
     if isinstance(train, StreamedBlocks):
         raise ConfigError("a stream has no --epochs: give --steps")
-    rows_a_step *= int(os.environ.get("WORLD_SIZE", "1"))
+    rows_a_step = chosen.batch_size * chosen.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     return max(1, round(epochs * (len(train) // rows_a_step)))
 
 
@@ -761,6 +839,4 @@ def _number(value: float | None) -> str:
 
 
 def _json(history: History) -> dict[str, Any]:
-    import dataclasses
-
     return dataclasses.asdict(history)

@@ -42,7 +42,7 @@ def info(
     for title, rows in report.items():
         table = Table(title=escape(title), title_justify="left", show_header=False)
         for name, value in rows.items():
-            table.add_row(name, escape(_word(value)))
+            table.add_row(escape(name), escape(_word(value)))
         options.out.print(table)
 
 
@@ -77,7 +77,8 @@ def _describe(model: str) -> dict[str, dict[str, Any]]:
     from cats.storage import load_tensors
 
     name = Path(model).name
-    if model.endswith(".safetensors"):
+    # statistics may have any name; no model is a file
+    if model.endswith(".safetensors") or (Path(model).is_file() and not model.endswith(".jsonl")):
         _, block = load_tensors(model)
         if block.get("kind") == "statistics":
             return _describe_statistics(model)

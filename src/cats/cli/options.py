@@ -123,6 +123,17 @@ def torch_device(name: str) -> torch.device:
     return found
 
 
+def process_device(name: str) -> str:
+    """The device behind ``--device`` for this process: under a launcher, each takes its own GPU."""
+    import torch
+
+    local_rank = os.environ.get("LOCAL_RANK")
+    if name == "auto" and local_rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(local_rank))
+        return f"cuda:{local_rank}"
+    return name
+
+
 def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> None:
     """Complain about fewer tokens than one block has."""
     from cats.errors import ConfigError

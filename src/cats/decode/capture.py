@@ -42,22 +42,19 @@ def graph_key(engine: str, window: int, options: Options) -> Hashable:
     return engine, window, replace(options, seed=None, max_new_tokens=1, stop_strings=())
 
 
-def capture(
-    step: Callable[[], Tensor], state: State, options: Options
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A CUDA graph of a step and the choice of its token, and the buffer of the chosen, ``[B]``.
+def capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of a step, and the buffer of the chosen tokens, ``[B]``.
 
     Args:
-        step: Runs the newest tokens; returns logits ``[B, V]``.
+        step: Runs the newest tokens, chooses the next ones and moves on; returns these, ``[B]``.
         state: The conversation whose buffers it reads and writes.
-        options: What decides about the token.
 
     Raises:
         BackendError: If the GPU's memory does not suffice.
     """
     try:
         with torch.cuda.device(state.device):
-            return _capture(step, state, options)
+            return _capture(step, state)
     except torch.cuda.OutOfMemoryError as error:
         state.captured.clear()
         raise BackendError(
@@ -66,26 +63,24 @@ def capture(
         ) from error
 
 
-def _capture(
-    step: Callable[[], Tensor], state: State, options: Options
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     before = [t.clone() for t in state.moving()]
     draws = state.generator.get_state()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # allocates what libraries keep, which a capture must not do
-        state.advance(step(), options)
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     for tensor, old in zip(state.moving(), before, strict=True):
         tensor.copy_(old)
     state.generator.set_state(draws)
     graph = torch.cuda.CUDAGraph()
-    if options.sampling.do_sample:
+    if state.noise is not None:
         # fills the seed before each replay, which greedy tokens need not wait for
         graph.register_generator_state(state.generator)
     with torch.cuda.graph(graph):
-        chosen = state.advance(step(), options)
+        chosen = step()
     return graph, chosen
 
 

@@ -139,7 +139,7 @@ class CompiledEngine:
                 self._steps[key] = _compiled(model, state, window)
             graph, step = graph_key(self.name, window, options), self._steps[key]
             if state.device.type == "cuda" and graph not in state.captured:
-                state.captured[graph] = capture(partial(_run, step, state), state, options)
+                state.captured[graph] = capture(partial(_run, step, state, options), state)
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
@@ -272,8 +272,8 @@ def _compiled(model: nn.Module, state: State, window: int) -> StepFunction:
     return graph
 
 
-def _run(step: StepFunction, state: State) -> Tensor:
-    return step(*step_inputs(state))
+def _run(step: StepFunction, state: State, options: Options) -> Tensor:
+    return state.advance(step(*step_inputs(state)), options)
 
 
 def _compile(graph: fx.GraphModule) -> Callable[..., Any]:

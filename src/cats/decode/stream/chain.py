@@ -26,9 +26,11 @@ _RESIDUAL = struct.Struct("5Q2f")
 _LINEAR = struct.Struct("48s10Q4i")
 _ATTENTION = struct.Struct("12Q3i4f4x")
 _MLP = struct.Struct("13Q6i48s")
+_CHOICE = struct.Struct("10Qq2if4x")
 
 _WARPS = 8
 _EMBEDDING_BLOCKS = 4
+_CHOICE_BLOCKS = 64
 # A row is cut into parts of at most so many bytes, of which each warp has several in flight.
 _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
@@ -89,6 +91,9 @@ class Chain:
         self._tickets = torch.zeros(
             len(spec.layers), _TICKET_STRIDE, dtype=torch.int32, device=device
         )
+        self._best = floats(2, _CHOICE_BLOCKS)
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(1, dtype=torch.int64, device=device)
         self._rotary = {
             kind: _rotary_table(spec, kind, state.capacity)
             for kind in {layer.rotary for layer in spec.layers}
@@ -100,15 +105,20 @@ class Chain:
         Args:
             window: The newest token lies in one of the first ``window`` slots.
         """
-        layers = [
-            launch
-            for index in range(len(self._spec.layers))
-            for launch in self._layer(index, window)
-        ]
-        self._launch([self._embedding(), *layers, self._head()])
+        self._launch(self._token(window))
         if softcap := self._spec.logit_softcap:
             return softcap * (self._logits / softcap).tanh()
         return self._logits
+
+    def run_greedily(self, window: int, padding: int) -> Tensor:
+        """Launch it all, take the likeliest token and move on; returns the token, ``[1]``.
+
+        Args:
+            window: The newest token lies in one of the first ``window`` slots.
+            padding: The token of a row that has ended.
+        """
+        self._launch([*self._token(window), self._choice(padding)])
+        return self._chosen
 
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
         """One layer alone, ``[D]``, float32, to float32."""
@@ -131,6 +141,14 @@ class Chain:
                 launch.arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
                 dependent=number > 0,
             )  # fmt: skip
+
+    def _token(self, window: int) -> list[Launch]:
+        layers = range(len(self._spec.layers))
+        return [
+            self._embedding(),
+            *(launch for index in layers for launch in self._layer(index, window)),
+            self._head(),
+        ]
 
     def _embedding(self) -> Launch:
         spec = self._spec
@@ -179,6 +197,20 @@ class Chain:
         return self._linear(
             [spec.head], residual=self._after(last, last, spec.norm), out=self._logits
         )
+
+    def _choice(self, padding: int) -> Launch:
+        state, (values, indices) = self._state, self._best
+        arguments = _CHOICE.pack(
+            *map(
+                _address,
+                (
+                    self._logits, values, indices, self._arrived, state.tokens, state.positions,
+                    state.slot, state.finished, state.eos, self._chosen,
+                ),
+            ),
+            padding, len(self._logits), len(state.eos), self._spec.logit_softcap or 0.0,
+        )  # fmt: skip
+        return Launch(_choice_function(self._device), arguments, _CHOICE_BLOCKS)
 
     def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> bytes:
         """The residual stream behind a layer, normed."""
@@ -311,6 +343,12 @@ def _rotary_table(spec: ModelSpec, kind: str, capacity: int) -> tuple[Tensor, Te
 def _embedding_function(device: int, width: int, dtype: torch.dtype) -> Function:
     defines = dict(DTYPE=DTYPES[dtype], WIDTH=width)
     return Function(device, "embedding", defines, threads=32 * _WARPS, shared_bytes=0)
+
+
+@cache
+def _choice_function(device: int) -> Function:
+    defines = dict(DTYPE=DTYPES[torch.float32])
+    return Function(device, "choose", defines, threads=32 * _WARPS, shared_bytes=0)
 
 
 @cache

@@ -66,7 +66,7 @@ class StreamEngine:
         for window in windows_of(state, lengths):
             key = graph_key(self.name, window, options)
             if key not in state.captured:
-                state.captured[key] = capture(partial(_logits, chain, window), state, options)
+                state.captured[key] = capture(partial(_step, chain, window, state, options), state)
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
@@ -84,5 +84,9 @@ def _lay_out(spec: ModelSpec) -> None:
             down.data = down.data.t().contiguous().t()
 
 
-def _logits(chain: Chain, window: int) -> Tensor:
-    return chain.run(window)[None]
+def _step(chain: Chain, window: int, state: State, options: Options) -> Tensor:
+    """Run the newest token and choose the next one; returns it, ``[1]``."""
+    sampling = options.sampling
+    if sampling.do_sample or sampling.repetition_penalty != 1 or state.logits is not None:
+        return state.advance(chain.run(window)[None], options)
+    return chain.run_greedily(window, options.pad_token_id)
