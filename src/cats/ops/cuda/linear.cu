@@ -98,33 +98,41 @@ struct Warp {
     }
 
     __device__ void run() {
-        float sum = 0.f;
+        float sum = 0.f, added = 0.f;
         int stage = 0, parity = 0;
         for (int n = 0, row; (row = row_of(warp, n)) < rows; ++n) {
+            // of 32 rows ahead, a row a lane: a read for each row when it is written would be waited for each time
+            if (n % (32 * PARTS) == 0) added = added_to(row_of(warp, n + lane * PARTS));
             barrier_wait(&shared.full[warp][stage], parity);
             sum += dot(stage, n % PARTS);
             __syncwarp();
             request(warp, n + STAGES, stage);
             if (++stage == STAGES) stage = 0, parity ^= 1;
             if (n % PARTS < PARTS - 1) continue;
-            write(row, sum);
+            write(row, sum, __shfl_sync(~0u, added, n / PARTS % 32));
             sum = 0.f;
         }
     }
 
-    __device__ void write(int n, float sum) {
-        float values[1] = {sum};
-        float value = warp_sums(values);
-        if (lane) return;
-        int matrix = matrix_of(a, n);
+    // What a row gets besides its product.
+    __device__ float added_to(int row) {
+        if (row >= rows) return 0.f;
+        float value = a.add ? load_float_from_l2(a.add + row) : 0.f;
+        int matrix = matrix_of(a, row);
         if (const char* biases = a.biases[matrix]) {
             float bias[2];
-            unpack_word(load_element_from_l2(biases + (size_t)(n - first_row(a, matrix)) * ELEMENT_BYTES), bias);
+            unpack_word(load_element_from_l2(biases + (size_t)(row - first_row(a, matrix)) * ELEMENT_BYTES), bias);
             value += bias[0];
         }
-        if (a.add) value += load_float_from_l2(a.add + n);
-        a.out[n] = value;
-        if (a.copy) a.copy[n] = a.add ? value : 0.f;
+        return value;
+    }
+
+    __device__ void write(int row, float sum, float added) {
+        float values[1] = {sum};
+        float value = warp_sums(values) + added;
+        if (lane) return;
+        a.out[row] = value;
+        if (a.copy) a.copy[row] = a.add ? value : 0.f;
     }
 };
 
