@@ -97,12 +97,14 @@ BAD = {
     "target 1": ("calibrate", "MODEL", "--sparsity", "1"),
     "max loss": ("calibrate", "MODEL", "--max-loss", "much"),
     "method": ("calibrate", "MODEL", "--text", "TEXT", "--block", "32", "--method", "magic"),
-    "too short": ("calibrate", "MODEL", "--text", "TEXT", "--block", "100000"),
+    "too short": (
+        "calibrate", "MODEL", "--text", "TEXT", "--block", "100000", "--eval-tokens", "100000",
+    ),
     "device": ("evaluate", "MODEL", "--device", "toaster"),
     "thresholds": ("evaluate", "MODEL", "--thresholds", "absent.safetensors"),
     "info": ("info", "absent.safetensors"),
     "empty prompt": ("generate", "MODEL", ""),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
@@ -115,6 +117,39 @@ def test_bad_input_ends_in_one_line(command, checkpoint, text, arguments):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "Traceback" not in err
+
+
+EARLY = {
+    "text file for thresholds": (("calibrate", "-o", "t.txt"), "NAME.safetensors"),
+    "upper case": (("calibrate", "-o", "T.SAFETENSORS"), "NAME.safetensors"),
+    "suffix of a checkpoint": (("calibrate", "-o", "cats.bin"), "a name without .bin"),
+    "folder for statistics": (("calibrate", "--statistics", "."), "is a folder"),
+    "relu and a target": (("calibrate", "--method", "relu", "--sparsity", 0.5), "no sparsity"),
+    "part of a block": (("calibrate", "--tokens", 100), "--tokens 100 is less than one block"),
+    "part held out": (("calibrate", "--eval-tokens", 100), "--eval-tokens 100 is less than"),
+    "profile as folder": (("profile", "-o", "."), "is a folder"),
+    "file for answers": (("evaluate", "--tasks", "piqa", "-o", __file__), "no folder to write"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY.values(), ids=EARLY)
+def test_option_that_would_be_misread_is_refused_before_the_model_is_loaded(
+    command, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(arguments[0], "no/such-model", *arguments[1:])
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sparse", "Qwen2.5-7B", "there.d"])
+def test_name_without_a_suffix_is_a_whole_checkpoint(command, checkpoint, text, tmp_path, name):
+    (tmp_path / "there.d").mkdir()
+    code, _, err = command("calibrate", checkpoint, "--text", text, *SMALL, "-o", tmp_path / name)
+    assert code == 0, err
+    assert cats.from_pretrained(tmp_path / name).config.cats["method"] == "cats"
 
 
 def test_max_loss_picks_the_largest_sparsity_within_the_limit(

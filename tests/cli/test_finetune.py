@@ -112,6 +112,22 @@ def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, 
     assert "name a file .svg" in err
 
 
+def test_sweep_says_which_methods_go_without_an_option(command, checkpoint, text, tmp_path):
+    code, _, err = command(
+        "bench", "finetune", checkpoint, "-o", tmp_path / "sweep", "--text", text, *SMALL,
+        "--method", "dense", "--method", "cats-50", "--distillation", 0.5, "--recalibrate", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    said = [line for line in err.splitlines() if "without" in line]
+    assert said == [
+        "dense: without --distillation, a dense model would be its own teacher",
+        "dense: without --recalibrate, only cats has a target sparsity to calibrate for",
+    ]
+    assert {path.stem for path in (tmp_path / "sweep").iterdir()} == {
+        "dense-lr0.01", "cats-50-lr0.01-distill0.5-recalibrate1",
+    }  # fmt: skip
+
+
 def test_runs_of_two_folders_keep_their_names_apart():
     files = [Path(f"{folder}/{name}.jsonl") for folder in "ab" for name in ("dense", folder)]
     assert [*_run_names(files)] == ["a/dense", "a", "b/dense", "b"]
@@ -135,6 +151,8 @@ BAD = {
     "text without use": (("--method", "dense", "--calibration-text", "TEXT"), "no use"),
     "broken part": (("--eval-text", "a=TEXT[5%]"), "a part such as"),
     "file for a folder": (("--output", "TEXT"), "no folder to write in"),
+    "unused tokens": (("--eval-text", "a=TEXT", "--eval-tokens", 8), "--eval-tokens 8 is less"),
+    "unused calibration": (("--calibration-tokens", 8), "--calibration-tokens 8 is less"),
 }
 
 
@@ -150,3 +168,40 @@ def test_bad_input_ends_in_one_line(command, checkpoint, text, pairs, tmp_path, 
     assert len(lines) == 1
     assert message in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+EARLY = {
+    "full and a rank": (("finetune", "--full", "--rank", 64), "leave it out, or --rank"),
+    "full and adapters": (
+        ("finetune", "--full", "--alpha", 8, "--dropout", 0.0, "--target", "q_proj"),
+        "leave it out, or --alpha, --dropout, --target",
+    ),
+    "answers that are not generated": (("finetune", "--max-new-tokens", 9), "--max-new-tokens"),
+    "answers at once": (("finetune", "--answer-batch-size", 9), "leave out --answer-batch-size"),
+    "answers of a sweep": (("bench", "finetune", "--max-new-tokens", 9), "without --accuracy"),
+    "dense teacher": (("finetune", "--method", "dense", "--distillation", 0.5), "own teacher"),
+    "dense thresholds": (("finetune", "--method", "dense", "--recalibrate", 5), "only cats has"),
+    "relu thresholds": (("finetune", "--method", "relu", "--recalibrate", 5), "only cats has"),
+    "dense teachers": (
+        ("bench", "finetune", "--method", "dense", "--distillation", 0.5),
+        "--distillation has no use for dense",
+    ),
+    "thresholds of none": (
+        ("bench", "finetune", "--method", "dense", "--method", "relu", "--recalibrate", 5),
+        "--recalibrate has no use for dense, relu",
+    ),
+    "impossible": (("finetune", "--lr", -1), "learning_rate must be positive"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY.values(), ids=EARLY)
+def test_option_that_would_be_ignored_is_refused_before_the_model_is_loaded(
+    command, tmp_path, arguments, message
+):
+    names = arguments.index("finetune") + 1
+    code, _, err = command(
+        *arguments[:names], "no/such-model", "-o", tmp_path / "run", *arguments[names:]
+    )
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err

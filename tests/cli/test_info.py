@@ -33,16 +33,35 @@ def test_model_that_the_loop_cannot_decode_says_why(command_json, tmp_path):
 
 
 def test_thresholds_and_statistics_are_described_in_words(command, checkpoint, text, tmp_path):
-    thresholds, statistics = tmp_path / "t.safetensors", tmp_path / "s.safetensors"
+    thresholds, statistics = tmp_path / "t.safetensors", tmp_path / "counts"
     command(
         "calibrate", checkpoint, "--text", text, *SMALL, "-o", thresholds,
         "--statistics", statistics,
     )  # fmt: skip
-    for file, words in ((thresholds, "dropped in calibration"), (statistics, "40 neurons, silu")):
+    for file, words in (
+        (thresholds, "dropped in calibration"),
+        (statistics, "40 neurons, silu"),
+        (statistics, "calibration_tokens"),
+    ):
         code, out, err = command("info", file)
         assert code == 0, err
         assert words in out
         assert "{" not in out
+
+
+def test_statistics_of_collect_are_described_whatever_their_name(command_json, tmp_path):
+    model, ids = models.make_model(), models.make_ids()
+    cats.collect(model, [ids], method="relu").save(tmp_path / "counts.bin")
+    report = command_json("info", tmp_path / "counts.bin")
+    assert report["counts.bin"]["method"] == "relu"
+    assert report["counts.bin"]["calibration_tokens"] == ids.numel()
+    assert len(report["MLPs"]) == len(cats.mlp.find_gated_mlps(model))
+
+
+def test_file_of_something_else_is_no_model(command, text):
+    code, _, err = command("info", text)
+    assert code == 1
+    assert "not a whole safetensors file" in err
 
 
 @pytest.mark.parametrize("method", ["cats", "dense"])

@@ -12,6 +12,8 @@ from cats.cli import options
 if TYPE_CHECKING:
     from cats.results import Result
 
+# Tokens a block of text.
+_BLOCK = 512
 # Rows of a batch whose activations are drawn: unions over up to eight tokens are measured.
 _PROFILED = 8
 # How often each loop answers, in turns with the others: the load of a machine changes meanwhile.
@@ -48,6 +50,8 @@ def demo(
     from cats.config import check_target
 
     check_target(sparsity)
+    options.check_tokens(tokens, _BLOCK)
+    options.check_tokens(eval_tokens, _BLOCK, "--eval-tokens")
     if output is not None:
         options.check_output(output / "report.html")
         _check_plots()
@@ -104,7 +108,7 @@ def _run(
     from cats.metrics import perplexity, perplexity_and_sparsity
 
     blocks, held_out = (
-        part.split(4) for part in split(tokenizer, text, None, 512, tokens, eval_tokens, seed)
+        part.split(4) for part in split(tokenizer, text, None, _BLOCK, tokens, eval_tokens, seed)
     )
     config = calibrate(model, options.progress(blocks, "calibrating"), target_sparsity=sparsity)
     profiles = {}

@@ -671,7 +671,7 @@ def _answer_options(
     eval_pairs: list[str] | None,
     max_new_tokens: int | None,
     answer_batch_size: int | None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """What was given of the options of --accuracy."""
     from cats.errors import ConfigError
 

@@ -84,49 +84,53 @@ __device__ __forceinline__ void expect_bytes(uint64* barrier, uint32 bytes) {
 #endif
 }
 
-// How many arrivals a call of copy_rows adds at the barrier.
+// How many arrivals a copy adds at the barrier.
 constexpr int COPY_ARRIVALS = HAS_BULK_COPY ? 0 : 32;
 
-// Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16. Weights are read
-// once a token: what else is in the L2 cache is more likely to be read again.
+#if HAS_BULK_COPY
+// By one lane. Weights are read once a token: what else is in the L2 cache is more likely to be read again.
+__device__ __forceinline__ void bulk_copy(char* target, const char* source, uint32 bytes, uint64* barrier) {
+    asm volatile(
+        "{ .reg .b64 policy;"
+        "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+        "  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;"
+        "}" ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+#else
+// By all lanes, 16 bytes each at a time.
+__device__ __forceinline__ void async_copy(uint32 target, const char* source, int bytes) {
+    for (int byte = threadIdx.x % 32 * 16; byte < bytes; byte += 32 * 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + byte), "l"(source + byte) : "memory");
+}
+
+// Arrives once the copies of this lane are complete.
+__device__ __forceinline__ void arrive_behind_copies(uint64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+#endif
+
+// Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16.
 template <int BYTES>
 __device__ __forceinline__ void copy_rows(char* target, const char* source, int count, uint64* barrier) {
-    int lane = threadIdx.x % 32;
 #if HAS_BULK_COPY
-    if (lane < count)
-        asm volatile(
-            "{ .reg .b64 policy;"
-            "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
-            "  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3],"
-            "  policy; }" ::"r"(shared_address(target)), "l"(source), "r"(BYTES), "r"(shared_address(barrier))
-            : "memory");
+    if (threadIdx.x % 32 < count) bulk_copy(target, source, BYTES, barrier);
 #else
     for (int row = 0; row < count; ++row) {
-        uint32 to = __shfl_sync(~0u, shared_address(target), row);
         uint64 from = __shfl_sync(~0u, reinterpret_cast<uint64>(source), row);
-        for (int byte = lane * 16; byte < BYTES; byte += 32 * 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + byte), "l"(from + byte) : "memory");
+        async_copy(__shfl_sync(~0u, shared_address(target), row), reinterpret_cast<const char*>(from), BYTES);
     }
-    // arrives once the copies of this lane are complete
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+    arrive_behind_copies(barrier);
 #endif
 }
 
 // Copies `bytes`, a multiple of 16, from one place; the arguments are the same in all lanes.
 __device__ __forceinline__ void copy_bytes(char* target, const char* source, int bytes, uint64* barrier) {
 #if HAS_BULK_COPY
-    if (threadIdx.x % 32 == 0)
-        asm volatile(
-            "{ .reg .b64 policy;"
-            "  createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
-            "  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3],"
-            "  policy; }" ::"r"(shared_address(target)), "l"(source), "r"(bytes), "r"(shared_address(barrier))
-            : "memory");
+    if (threadIdx.x % 32 == 0) bulk_copy(target, source, bytes, barrier);
 #else
-    for (int byte = threadIdx.x % 32 * 16; byte < bytes; byte += 32 * 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target) + byte), "l"(source + byte)
-                     : "memory");
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+    async_copy(shared_address(target), source, bytes);
+    arrive_behind_copies(barrier);
 #endif
 }
 
