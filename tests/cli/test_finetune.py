@@ -151,8 +151,8 @@ BAD = {
     "text without use": (("--method", "dense", "--calibration-text", "TEXT"), "no use"),
     "broken part": (("--eval-text", "a=TEXT[5%]"), "a part such as"),
     "file for a folder": (("--output", "TEXT"), "no folder to write in"),
-    "unused tokens": (("--eval-text", "a=TEXT", "--eval-tokens", 8), "--eval-tokens 8 is less"),
-    "unused calibration": (("--calibration-tokens", 8), "--calibration-tokens 8 is less"),
+    "part of a block": (("--eval-text", "a=TEXT", "--eval-tokens", 8), "--eval-tokens 8 is less"),
+    "part of a block to calibrate": (("--calibration-tokens", 8), "--calibration-tokens 8 is less"),
 }
 
 

@@ -24,7 +24,7 @@ class FinetuneOptions:
         dropout: On the input of the adapters.
         targets: Names of the layers with adapters, such as ``("q_proj", "v_proj")``. Empty: queries
             and values, and every linear layer of the gated MLPs.
-        full: Train all weights, in float32, instead of adapters.
+        full: Train all weights, in float32, instead of adapters, whose options then have no use.
         distillation: Share of the divergence from the dense model in the loss, in [0, 1]; the rest
             is the ordinary loss. The dense model is the same weights without thresholds and
             adapters.
