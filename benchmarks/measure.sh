@@ -55,6 +55,10 @@ decode() {
         bench decode-mistral-7b-$prompt.jsonl 150 \
             "decode mistral-7b --dtype bfloat16 --engine stream --no-generate --sparsity 0,0.5 --prompt-length $prompt"
     done
+    for batch in 2 4 8; do
+        bench decode-llama-3.2-1b-batch-$batch.jsonl 150 \
+            "decode llama-3.2-1b --dtype bfloat16 --engine auto --no-generate --sparsity 0,0.5 --batch $batch"
+    done
     bench decode-mistral-7b-static.jsonl 200 "decode mistral-7b --dtype bfloat16 --engine stream --static --sparsity 0"
 }
 

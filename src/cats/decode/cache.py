@@ -43,9 +43,7 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         keys, values = self.keys, self.values
-        if self.owner.window < keys.shape[2]:
-            keys = keys[:, :, : self.owner.window]
-            values = values[:, :, : self.owner.window]
+        # into the buffers themselves: what a traced step changes are then its inputs, not views of them
         if self.owner.slot is not None:
             keys.index_copy_(2, self.owner.slot, key_states)
             values.index_copy_(2, self.owner.slot, value_states)
@@ -55,6 +53,8 @@ class SlotLayer(CacheLayerMixin):
             end = start + key_states.shape[2]
             keys[:, :, start:end] = key_states
             values[:, :, start:end] = value_states
+        if self.owner.window < keys.shape[2]:
+            return keys[:, :, : self.owner.window], values[:, :, : self.owner.window]
         return keys, values
 
     def grow(self) -> None:
