@@ -43,7 +43,7 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         keys, values = self.keys, self.values
-        # into the buffers themselves: what a traced step changes are then its inputs, not views of them
+        # into the buffers themselves: a traced step then changes its inputs, not views of them
         if self.owner.slot is not None:
             keys.index_copy_(2, self.owner.slot, key_states)
             values.index_copy_(2, self.owner.slot, value_states)
