@@ -123,3 +123,51 @@ def test_folder_without_a_complete_history_is_named(tmp_path):
     document.write_text("<!-- finetune: runs -->\n<!-- /finetune -->\n")
     with pytest.raises(DataError, match="complete history"):
         requote(document)
+
+
+def quality(variant, **changes):
+    method, _, target = variant.partition("-")
+    settings = dict(
+        model="a model", dtype="bfloat16", variant=variant, method=method,
+        target_sparsity=float(target) / 100 if target else None, calibration_text="c4.txt.gz",
+        calibration_samples=8, calibration_length=64, calibration_seed=0,
+    )  # fmt: skip
+    values = dict(value=0.5, low=0.4, high=0.6, samples=1000, environment={"device": "a GPU"})
+    values |= {
+        key: changes.pop(key) for key in ("benchmark", "quantity", "value") if key in changes
+    }
+    return Result(unit="", settings=settings | changes, **values)
+
+
+def test_quality_of_every_variant_is_quoted(tmp_path):
+    shares = {"cats-50": 0.67, "dense": 1.0, "cats-30": 0.8}
+    texts = [
+        quality(variant, benchmark="perplexity", quantity="perplexity", value=20 / share,
+                text="wiki.txt.gz", mlp_share=share)
+        for variant, share in shares.items()
+    ]  # fmt: skip
+    tasks = [
+        quality(variant, benchmark="tasks", quantity="acc", task=task, split="test",
+                value=0.5 + 0.1 * share, difference=0.1 * share - 0.1, difference_stderr=0.012)
+        for variant, share in shares.items()
+        for task in ("piqa", "mean")
+    ]  # fmt: skip
+    append_results(tmp_path / "run" / "perplexity" / "all.jsonl", texts)
+    append_results(tmp_path / "run" / "tasks.jsonl", tasks)
+    document = tmp_path / "README.md"
+    document.write_text("<!-- quality: run -->\n<!-- /quality -->\n")
+    lines = requote(document).splitlines()
+    assert [line for line in lines if line.startswith("| dense")] == [
+        "| dense | 100.0% | 20.00 | 60.00% |  |"
+    ]
+    assert "| cats-50 | 67.0% | 29.85 | 56.70% | -3.30 ± 1.20 |" in lines
+    assert "| task (split, questions) | dense | cats-30 | cats-50 |" in lines
+    row = "| piqa (test, 1,000) | 60.0% | 58.0% (-2.00 ± 1.20) | 56.7% (-3.30 ± 1.20) |"
+    assert row in lines
+
+
+def test_folder_without_the_dense_model_is_named(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("<!-- quality: run -->\n<!-- /quality -->\n")
+    with pytest.raises(DataError, match="dense model"):
+        requote(document)

@@ -2,7 +2,7 @@
 
 A document holds ``<!-- mlp: PATH -->`` and ``<!-- /mlp -->``, each on a line of its own; what lies
 between is the table of that file. ``decode`` in the place of ``mlp`` quotes times of whole tokens,
-``finetune`` the histories in a folder.
+``finetune`` the histories in a folder, ``quality`` the folder of ``cats reproduce``.
 """
 
 import re
@@ -11,12 +11,13 @@ from pathlib import Path
 
 from cats.benchmarks import decode_report, mlp_report
 from cats.benchmarks.mlp import DENSE
+from cats.benchmarks.quality_report import quality_table, read_quality
 from cats.errors import DataError
 from cats.history import History, recovered
 from cats.results import read_results
 
 _QUOTE = re.compile(
-    r"(?<=^<!-- )(mlp|decode|finetune)(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M
+    r"(?<=^<!-- )(mlp|decode|finetune|quality)(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M
 )
 
 
@@ -32,6 +33,8 @@ def requote(document: Path) -> str:
         path = document.parent / match[3]
         if match[1] == "finetune":
             table = finetune_table({p.stem: History.load(p) for p in sorted(path.glob("*.jsonl"))})
+        elif match[1] == "quality":
+            table = quality_table(read_quality(path))
         elif match[1] == "mlp":
             table = mlp_table(mlp_report.panels(read_results(path)))
         else:
@@ -41,7 +44,8 @@ def requote(document: Path) -> str:
     text, quotes = _QUOTE.subn(quoted, document.read_text(encoding="utf-8"))
     if not quotes:
         raise DataError(
-            f"{document}: has no line <!-- KIND: PATH -->, where KIND is mlp, decode or finetune"
+            f"{document}: has no line <!-- KIND: PATH -->, where KIND is mlp, decode, finetune "
+            "or quality"
         )
     return text
 
