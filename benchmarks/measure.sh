@@ -11,6 +11,7 @@ out=$1; shift
 mkdir -p "$out"
 python=${PYTHON:-python3}
 commit=${COMMIT:-$(git rev-parse HEAD)}
+export CATS_COMMIT=$commit
 
 step() { # NAME SECONDS COMMAND...: the command writes $work, or prints what belongs there
     name=$1 seconds=$2; shift 2

@@ -75,3 +75,12 @@ def test_files_that_cannot_be_used_are_storage_errors(tmp_path):
         read_results(tmp_path / "absent.jsonl")
     with pytest.raises(StorageError, match="cannot be written"):
         append_results(tmp_path, [make_result()])
+
+
+def test_sources_outside_a_checkout_may_be_named(monkeypatch):
+    results._commit.cache_clear()
+    monkeypatch.setenv("CATS_COMMIT", "abc123")
+    try:
+        assert results.environment("cpu")["commit"] == "abc123"
+    finally:
+        results._commit.cache_clear()

@@ -167,7 +167,12 @@ def _device_name(device: str) -> str:
 
 @cache
 def _commit() -> str | None:
-    """Commit of the source tree, with ``-dirty`` where it was changed; None outside a checkout."""
+    """Commit of the source tree, with ``-dirty`` where it was changed; None outside a checkout.
+
+    ``CATS_COMMIT`` names it where the sources were copied from a checkout.
+    """
+    if named := os.environ.get("CATS_COMMIT"):
+        return named
     root = Path(__file__).parent
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
