@@ -329,7 +329,7 @@ struct Worker {
         // the rings are free by now
         float* sums = reinterpret_cast<float*>(shared.rows);
         each_four(false, [&](int at, float* v) { store_four(sums + at, v); });
-        workers_barrier(GROUPS * WORKERS);
+        named_barrier(1, GROUPS * WORKERS);
         for (int other = 0; other < GROUPS; ++other) {
             if (other == group) continue;
             const float* sums = reinterpret_cast<const float*>(groups[other].rows);

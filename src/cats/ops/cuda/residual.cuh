@@ -31,9 +31,7 @@ struct Team {
         wait();
         return value;
     }
-    __device__ void wait() const {
-        asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(warps * 32) : "memory");
-    }
+    __device__ void wait() const { named_barrier(barrier, warps * 32); }
 };
 
 // The vectors of VECTOR columns that one thread of a team owns, of a vector of SIZE columns: thread, thread + TEAM, ...
