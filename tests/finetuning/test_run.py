@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import cats
@@ -354,9 +355,28 @@ def test_bad_input_is_refused_before_the_first_step(tune, train, options, messag
         tune(train=None if train is None else train(), options=options, on_step=fail)
 
 
-def test_relu_has_nothing_to_recalibrate(tune, ids):
+@pytest.mark.parametrize("method", ["relu", "dense"])
+def test_model_without_a_target_has_nothing_to_recalibrate(tune, ids, tmp_path, method):
     with pytest.raises(ConfigError, match="target sparsity"):
-        tune(method="relu", options={"recalibrate": 2}, calibration=ids)
+        tune(method=method, options={"recalibrate": 2}, calibration=ids)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dense_model_is_not_its_own_teacher(tune, tmp_path):
+    with pytest.raises(ConfigError, match="its own teacher"):
+        tune(method="dense", options={"distillation": 0.5})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", [{"distillation": 0.5}, {"recalibrate": 2}])
+def test_sparse_checkpoint_that_plain_transformers_loaded_is_dense(
+    tune, make, ids, tmp_path, option
+):
+    make().save_pretrained(tmp_path / "sparse")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert model.config.cats["target_sparsity"] == 0.5
+    with pytest.raises(ConfigError, match=r"needs .*cats\.sparsify_"):
+        tune(model=model, options=option, calibration=ids)
 
 
 def test_folder_with_other_files_is_refused(tune, tmp_path):

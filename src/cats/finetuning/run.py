@@ -276,9 +276,19 @@ def _check(
                 f"cannot report to {name!r}: install its package; "
                 f"installed trackers: {', '.join(available) or 'none'}"
             )
+    # what is applied decides: plain transformers loads a sparse checkpoint dense, block and all
+    sparse = any(isinstance(module, CatsActivation) for module in model.modules())
+    if options.distillation and not sparse:
+        raise ConfigError(
+            "distillation needs a sparse model: this dense one would be its own teacher; apply "
+            "thresholds with cats.sparsify_, or leave out distillation"
+        )
     if options.recalibrate:
-        if getattr(model.config, "cats", {}).get("target_sparsity") is None:
-            raise ConfigError("recalibrate needs a model with a target sparsity, as CATS has")
+        if not sparse or getattr(model.config, "cats", {}).get("target_sparsity") is None:
+            raise ConfigError(
+                "recalibrate needs thresholds with a target sparsity, as those of CATS: apply them "
+                "with cats.sparsify_, or leave out recalibrate"
+            )
         if calibration is None:
             raise ConfigError("recalibrate needs calibration: token ids [N, T]")
     if _under_fsdp() and (answers or merge or options.recalibrate):
