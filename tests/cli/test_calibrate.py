@@ -78,6 +78,21 @@ def test_brackets_in_names_are_no_markup(command, checkpoint, text, tmp_path):
     assert "b].safetensors" in out.replace("\n", "")
 
 
+def test_default_number_of_tokens_is_at_least_one_block(command_json, checkpoint, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("It is a truth universally acknowledged. " * 600)
+    report = command_json("calibrate", checkpoint, "--text", path, "--block", 10_001)
+    assert report["held_out_tokens"] == report["calibration_tokens"] == 10_001
+
+
+@pytest.mark.parametrize("arguments", [("calibrate", "MODEL", "--text"), ("profile", "MODEL")])
+def test_default_number_of_tokens_is_never_refused(command, checkpoint, text, arguments):
+    places = {"MODEL": checkpoint}
+    code, _, err = command(*(places.get(a, a) for a in arguments), text, "--block", 200_000)
+    assert code == 1
+    assert "the text has 2400 tokens, too few for one block of 200000" in err
+
+
 BAD = {
     "relu and a target": ("calibrate", "MODEL", "--method", "relu", "--sparsity", "0.5"),
     "a target and a loss": ("calibrate", "MODEL", "--sparsity", "0.5", "--max-loss", "2%"),
@@ -97,9 +112,7 @@ BAD = {
     "target 1": ("calibrate", "MODEL", "--sparsity", "1"),
     "max loss": ("calibrate", "MODEL", "--max-loss", "much"),
     "method": ("calibrate", "MODEL", "--text", "TEXT", "--block", "32", "--method", "magic"),
-    "too short": (
-        "calibrate", "MODEL", "--text", "TEXT", "--block", "100000", "--eval-tokens", "100000",
-    ),
+    "too short": ("calibrate", "MODEL", "--text", "TEXT", "--block", "100001"),
     "device": ("evaluate", "MODEL", "--device", "toaster"),
     "thresholds": ("evaluate", "MODEL", "--thresholds", "absent.safetensors"),
     "info": ("info", "absent.safetensors"),

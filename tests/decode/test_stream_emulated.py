@@ -1,0 +1,175 @@
+"""The chain of the stream engine on a CPU, by an emulator of CUDA."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+
+import cats
+from cats.decode.forward import prefill
+from cats.decode.state import State
+from cats.decode.stream.spec import read_spec
+from cats.errors import UnsupportedModelError
+from tests.models import FAMILIES, make_ids, make_model
+from tests.ops.emulator import REASON, EmulatedFunction
+
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.skipif(
+        importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
+    ),
+]
+
+
+@pytest.fixture
+def chain_module(monkeypatch):
+    """The chain on an imaginary GPU of two multiprocessors."""
+    from cats.decode.stream import chain
+
+    functions = [f for f in vars(chain).values() if hasattr(f, "cache_clear")]
+    monkeypatch.setattr(chain, "Function", EmulatedFunction)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: SimpleNamespace(
+            multi_processor_count=2, shared_memory_per_block_optin=100 * 1024
+        ),
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    for function in functions:
+        function.cache_clear()
+    yield chain
+    for function in functions:
+        function.cache_clear()
+
+
+def sparse_model(config, sparsity=0.5, **changes):
+    model = make_model(config, **changes)
+    if sparsity:
+        cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=sparsity))
+    for layer in read_spec(model).layers:
+        layer.mlp.down.data = layer.mlp.down.data.t().contiguous().t()
+    return model
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+def test_every_layer_and_a_token_are_those_of_the_model(chain_module, config):
+    from cats.decode.stream.probe import probe
+
+    model = sparse_model(config)
+    probe(model, read_spec(model))
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.9])
+def test_dense_and_very_sparse_layers_are_those_of_the_model(chain_module, sparsity):
+    from cats.decode.stream.probe import probe
+
+    model = sparse_model(LlamaConfig, sparsity)
+    probe(model, read_spec(model))
+
+
+def test_other_formula_is_refused(chain_module):
+    from cats.decode.stream.probe import probe
+
+    model = sparse_model(LlamaConfig)
+    spec = read_spec(model)
+    model.model.layers[1].self_attn.scaling *= 1.1
+    with pytest.raises(UnsupportedModelError, match="layer 1"):
+        probe(model, spec)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (3, 1, 256)])
+def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_heads, head_dim):
+    from cats.decode.stream.probe import probe
+
+    model = sparse_model(
+        LlamaConfig, hidden_size=16 * heads, num_attention_heads=heads,
+        num_key_value_heads=key_heads, head_dim=head_dim,
+    )  # fmt: skip
+    probe(model, read_spec(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_layers_are_those_of_the_model(chain_module, dtype):
+    from cats.decode.stream.probe import probe
+
+    model = sparse_model(LlamaConfig, hidden_size=64, intermediate_size=160).to(dtype)
+    probe(model, read_spec(model))
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Gemma2Config])
+def test_greedy_tokens_are_those_of_transformers(chain_module, config):
+    model, ids = sparse_model(config), make_ids(1, 9)
+    # a window that the tokens leave behind, where the family has one
+    model.config.sliding_window = 12
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+    )
+    spec = read_spec(model)
+    state = State(model, model.config, 1, 256)
+    with torch.inference_mode():
+        prefill(model, state, ids[:, :-1], 0)
+        state.tokens.copy_(ids[:, -1:])
+        state.positions.fill_(8)
+        state.slot.fill_(8)
+        embedded = model.model.embed_tokens(ids[0, 0])
+        scale = 4.0 if config is Gemma2Config else 1.0  # the root of the hidden size
+        assert embedded.numel() == 16
+        chain = chain_module.Chain(spec, state, scale)
+        found = [int(chain.run_greedily(256, 0)) for _ in range(12)]
+    assert found == wanted[0, 9:].tolist()
+    assert int(state.slot) == int(state.positions) == 20
+
+
+@pytest.mark.parametrize("vocabulary", [257, 20_001])
+def test_greedy_choice_is_the_first_of_the_largest(chain_module, vocabulary):
+    model = sparse_model(LlamaConfig, 0, vocab_size=vocabulary)
+    state = State(model, model.config, 1, 256)
+    rows = [torch.randn(vocabulary), torch.full((vocabulary,), -torch.inf)]
+    rows += [torch.zeros(vocabulary), torch.randn(vocabulary)]
+    rows[2][[100, 200, vocabulary - 1]] = 1.0
+    rows[3][[50, 250]] = torch.nan
+    with torch.inference_mode():
+        prefill(model, state, make_ids(1, 1), 0)
+        state.eos = torch.tensor([3, 50])
+        chain = chain_module.Chain(read_spec(model), state)
+        for number, (row, wanted) in enumerate(
+            zip(rows, [int(rows[0].argmax()), 0, 100, 50], strict=True)
+        ):
+            chain._logits.copy_(row)
+            chain._launch([chain._choice(7)])
+            assert int(state.tokens) == int(chain._chosen) == wanted
+            assert int(state.slot) == int(state.positions) == number + 1
+            assert bool(state.finished) == (number == 3)
+        chain._launch([chain._choice(7)])
+        assert int(state.tokens) == int(chain._chosen) == 7  # the row has ended
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("width", "rows", "early_parts"), [(16, 3, 1), (40, 300, 2), (6000, 70, 3), (6000, 70, 99)]
+)
+def test_linear_layer_of_long_rows_is_cut_into_parts(chain_module, dtype, width, rows, early_parts):
+    chain_module._linear_function.cache_clear()
+    weight, x = torch.randn(rows, width).to(dtype) / width**0.5, torch.randn(width).to(dtype)
+    bias, add = torch.randn(rows).to(dtype), torch.randn(rows)
+    out, copy = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
+    function = chain_module._linear_function(0, width, dtype, normed=False, paced=False)
+    defines = dict(function.defines) | {"EARLY_PARTS": early_parts}
+    function = EmulatedFunction(
+        0, "linear", defines, threads=function.threads, shared_bytes=function.shared_bytes
+    )
+    half = rows // 2  # two matrices that lie apart
+    second, second_bias = weight[half:].clone(), bias[half:].clone()
+    arguments = chain_module._LINEAR.pack(
+        bytes(48), x.data_ptr(), weight.data_ptr(), second.data_ptr(), 0,
+        bias.data_ptr(), second_bias.data_ptr(), 0, add.data_ptr(), out.data_ptr(), copy.data_ptr(),
+        half, rows, rows, 1,
+    )  # fmt: skip
+    function.launch(arguments, blocks=2, stream=0, dependent=True)
+    wanted = weight.double() @ x.double() + bias.double() + add.double()
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(copy, out)

@@ -1,0 +1,81 @@
+"""Run our CUDA kernels on a CPU: the same sources, with other functions for what is written in PTX.
+
+It shows indices, sums, handshakes and ends of loops, without a GPU. It does not show races, missing
+fences or speed.
+"""
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+REASON = (
+    None
+    if COMPILER and platform.machine() == "x86_64" and platform.system() == "Linux"
+    else "the emulator of CUDA needs g++ on x86-64 Linux"
+)
+_SHARED = "extern __shared__ __align__(128) char memory[];"
+_ENTRY = """
+extern "C" const char* emulate(const void* arguments, unsigned blocks, unsigned columns,
+                               unsigned threads, unsigned shared_bytes) {{
+    Arguments a;
+    std::memcpy(&a, arguments, sizeof a);
+    return run_grid(blocks, columns, threads, shared_bytes, [&] {{ {name}(a); }});
+}}
+extern "C" unsigned long size_of_arguments() {{ return sizeof(Arguments); }}
+"""
+
+
+class EmulatedFunction:
+    """In the place of :class:`cats.ops.cuda.function.Function`; launches run at once."""
+
+    handle = 0
+
+    def __init__(self, device, name, defines, *, threads, shared_bytes):
+        self._name, self.defines = name, defines
+        self.threads, self.shared_bytes = threads, shared_bytes
+        self._library = _compile(name, tuple(sorted(defines.items())))
+
+    def launch(self, arguments, *, blocks, stream, dependent, columns=1):
+        assert len(arguments) == self._library.size_of_arguments()
+        error = self._library.emulate(arguments, blocks, columns, self.threads, self.shared_bytes)
+        if error:
+            raise AssertionError(f"{self._name}: {error.decode()}")
+
+
+@cache
+def _compile(name, defines):
+    source = resources.files("cats.ops.cuda")
+    texts = {
+        file.name: file.read_text().replace(_SHARED, "char* memory = dynamic_shared;")
+        for file in source.iterdir()
+        if file.name.endswith((".cu", ".cuh"))
+    }
+    texts |= {file.name: file.read_text() for file in HERE.glob("*.*h")}
+    texts["main.cpp"] = f'#include "builtins.h"\n#include "{name}.cu"\n' + _ENTRY.format(name=name)
+    key = hashlib.sha256(repr((texts, defines)).encode()).hexdigest()[:20]
+    library = Path(tempfile.gettempdir()) / f"cats-emulator-{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in texts.items():
+                (Path(folder) / file).write_text(text)
+            macros = [f"-D{macro}={value}" for macro, value in defines]
+            made = Path(folder) / "kernel.so"
+            command = [
+                COMPILER, "-std=c++17", "-O1", "-mf16c", "-w", "-shared", "-fPIC", *macros,
+                "-x", "c++", str(Path(folder) / "main.cpp"), "-o", str(made),
+            ]  # fmt: skip
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr[:3000]
+            shutil.move(made, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulate.restype = ctypes.c_char_p
+    loaded.size_of_arguments.restype = ctypes.c_ulong
+    return loaded
