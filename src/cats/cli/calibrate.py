@@ -49,8 +49,13 @@ def calibrate(
             help="Held-out text. Default: a fifth of the blocks, kept out of calibration."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibrate on at most so many.")] = 100_000,
-    eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens, at most.")] = 10_000,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calibrate on at most so many.", show_default="100000"),
+    ] = None,
+    eval_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Held-out tokens, at most.", show_default="10000")
+    ] = None,
     block: options.Block = 512,
     batch_size: options.BatchSize = 4,
     seed: options.Seed = 0,
@@ -76,8 +81,8 @@ def calibrate(
     """
     limit = _parse_percent(max_loss)
     target = _target(method, sparsity, limit)
-    options.check_tokens(tokens, block)
-    options.check_tokens(eval_tokens, block, "--eval-tokens")
+    tokens = options.tokens_or_default(tokens, 100_000, block)
+    eval_tokens = options.tokens_or_default(eval_tokens, 10_000, block, "--eval-tokens")
     if output is not None:
         options.check_output(output, folder=_is_folder(output))
     options.check_output(statistics)

@@ -144,6 +144,14 @@ def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> No
         )
 
 
+def tokens_or_default(
+    tokens: int | None, default: int, block: int, option: str = "--tokens"
+) -> int:
+    """The given number of tokens, checked; without one the default, which is at least a block."""
+    check_tokens(tokens, block, option)
+    return max(default, block) if tokens is None else tokens
+
+
 def check_output(path: Path | None, *, folder: bool = False) -> None:
     """Complain about a place that cannot be written before the long work, not after it."""
     from cats.errors import StorageError

@@ -25,7 +25,10 @@ def profile(
         typer.Argument(help="UTF-8 text file, .gz too.", show_default="the sample that ships"),
     ] = None,
     thresholds: options.Thresholds = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Look at no more than so many.")] = 20_000,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Look at no more than so many.", show_default="20000"),
+    ] = None,
     block: options.Block = 128,
     near: Annotated[
         float, typer.Option(min=0, help="Magnitude below which an activation is near zero.")
@@ -49,7 +52,7 @@ def profile(
     from cats.evaluation import profile as profiles
 
     options.check_output(output)
-    options.check_tokens(tokens, block)
+    tokens = options.tokens_or_default(tokens, 20_000, block)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     texts = options.texts_or_sample([text] if text else None)
     blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block)
