@@ -19,6 +19,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("It is a truth universally acknowledged. " * 60)

@@ -1,26 +1,18 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import cats
-from cats.cli.finetune import _run_names
 from cats.finetuning import load_adapter
 from tests import models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = (
     "--block", 32, "--eval-tokens", 128, "--calibration-tokens", 256, "--batch-size", 4,
     "--steps", 2, "--eval-every", 1, "--lr", 1e-2,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -90,48 +82,13 @@ def test_pairs_are_learnt_and_answers_counted(command_json, checkpoint, pairs, t
     assert 0 <= report["points"][-1]["accuracy"]["sums"] <= 1
 
 
-def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, text, tmp_path):
-    folder = tmp_path / "sweep"
-    common = (
-        "bench", "finetune", checkpoint, "-o", folder, "--text", text,
-        "--eval-text", f"same={text}", *SMALL, "--method", "dense", "--method", "cats-50",
-        "--distillation", 0, "--distillation", 0.5,
-    )  # fmt: skip
-    names = {"dense-lr0.01", "cats-50-lr0.01", "cats-50-lr0.01-distill0.5"}
-    assert command_json(*common).keys() == names
-    assert {path.stem for path in folder.iterdir()} == names
-    code, out, err = command(*common)
-    assert code == 0, err
-    assert "recovered" in out
-    assert "step 1" not in err, "nothing was run again"
-    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.svg")
-    assert code == 0, err
-    assert (tmp_path / "c.svg").read_text().startswith("<svg")
-    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.png")
-    assert code == 1
-    assert "name a file .svg" in err
-
-
-def test_sweep_says_which_methods_go_without_an_option(command, checkpoint, text, tmp_path):
+def test_default_number_of_tokens_is_never_refused(command, checkpoint, text, tmp_path):
     code, _, err = command(
-        "bench", "finetune", checkpoint, "-o", tmp_path / "sweep", "--text", text, *SMALL,
-        "--method", "dense", "--method", "cats-50", "--distillation", 0.5, "--recalibrate", 1,
+        "finetune", checkpoint, "-o", tmp_path / "run", "--text", text,
+        "--eval-text", f"same={text}", "--block", 200_000,
     )  # fmt: skip
-    assert code == 0, err
-    said = [line for line in err.splitlines() if "without" in line]
-    assert said == [
-        "dense: without --distillation, a dense model would be its own teacher",
-        "dense: without --recalibrate, only cats has a target sparsity to calibrate for",
-    ]
-    assert {path.stem for path in (tmp_path / "sweep").iterdir()} == {
-        "dense-lr0.01", "cats-50-lr0.01-distill0.5-recalibrate1",
-    }  # fmt: skip
-
-
-def test_runs_of_two_folders_keep_their_names_apart():
-    files = [Path(f"{folder}/{name}.jsonl") for folder in "ab" for name in ("dense", folder)]
-    assert [*_run_names(files)] == ["a/dense", "a", "b/dense", "b"]
-    assert [*_run_names([Path("one/history.jsonl")] * 2)] == ["one"]
+    assert code == 1
+    assert "too few for one block of 200000" in err
 
 
 BAD = {
@@ -171,26 +128,17 @@ def test_bad_input_ends_in_one_line(command, checkpoint, text, pairs, tmp_path, 
 
 
 EARLY = {
-    "full and a rank": (("finetune", "--full", "--rank", 64), "leave it out, or --rank"),
+    "full and a rank": (("--full", "--rank", 64), "leave it out, or --rank"),
     "full and adapters": (
-        ("finetune", "--full", "--alpha", 8, "--dropout", 0.0, "--target", "q_proj"),
+        ("--full", "--alpha", 8, "--dropout", 0.0, "--target", "q_proj"),
         "leave it out, or --alpha, --dropout, --target",
     ),
-    "answers that are not generated": (("finetune", "--max-new-tokens", 9), "--max-new-tokens"),
-    "answers at once": (("finetune", "--answer-batch-size", 9), "leave out --answer-batch-size"),
-    "answers of a sweep": (("bench", "finetune", "--max-new-tokens", 9), "without --accuracy"),
-    "dense teacher": (("finetune", "--method", "dense", "--distillation", 0.5), "own teacher"),
-    "dense thresholds": (("finetune", "--method", "dense", "--recalibrate", 5), "only cats has"),
-    "relu thresholds": (("finetune", "--method", "relu", "--recalibrate", 5), "only cats has"),
-    "dense teachers": (
-        ("bench", "finetune", "--method", "dense", "--distillation", 0.5),
-        "--distillation has no use for dense",
-    ),
-    "thresholds of none": (
-        ("bench", "finetune", "--method", "dense", "--method", "relu", "--recalibrate", 5),
-        "--recalibrate has no use for dense, relu",
-    ),
-    "impossible": (("finetune", "--lr", -1), "learning_rate must be positive"),
+    "answers that are not generated": (("--max-new-tokens", 9), "--max-new-tokens"),
+    "answers at once": (("--answer-batch-size", 9), "leave out --answer-batch-size"),
+    "dense teacher": (("--method", "dense", "--distillation", 0.5), "own teacher"),
+    "dense thresholds": (("--method", "dense", "--recalibrate", 5), "only cats has"),
+    "relu thresholds": (("--method", "relu", "--recalibrate", 5), "only cats has"),
+    "impossible": (("--lr", -1), "learning_rate must be positive"),
 }
 
 
@@ -198,10 +146,7 @@ EARLY = {
 def test_option_that_would_be_ignored_is_refused_before_the_model_is_loaded(
     command, tmp_path, arguments, message
 ):
-    names = arguments.index("finetune") + 1
-    code, _, err = command(
-        *arguments[:names], "no/such-model", "-o", tmp_path / "run", *arguments[names:]
-    )
+    code, _, err = command("finetune", "no/such-model", "-o", tmp_path / "run", *arguments)
     assert code == 1
     assert err.startswith("error: ")
     assert message in err

@@ -6,6 +6,8 @@ import typer
 
 from cats.cli import (
     bench,
+    bench_curves,
+    bench_finetune,
     calibrate,
     demo,
     evaluate,
@@ -37,8 +39,8 @@ app.command()(report.report)
 app.command()(reproduce.reproduce)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
-bench.app.command("finetune")(finetune.sweep)
-bench.app.command("curves")(finetune.curves)
+bench.app.command()(bench_finetune.finetune)
+bench.app.command()(bench_curves.curves)
 app.add_typer(bench.app, name="bench")
 
 

@@ -28,6 +28,11 @@ def layer_table(thresholds: dict[str, float], realized: dict[str, float]) -> Tab
     return table
 
 
+def cell(value: float | None, form: str) -> str:
+    """A number in a format such as ``".1%"``; empty where there is none."""
+    return "" if value is None else format(value, form)
+
+
 def loss(dense: float, sparse: float) -> str:
     """How much a perplexity rises, in words."""
     return f"{sparse / dense - 1:+.1%}"

@@ -1,0 +1,195 @@
+"""``cats bench finetune``: many runs of fine-tuning side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cats.cli import finetune_options as shared
+from cats.cli import options
+from cats.cli.finetune_bar import StepBar
+from cats.cli.finetune_data import Data, pairs_of
+from cats.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cats.finetuning.sweep import Run
+    from cats.history import History, Point
+
+
+def finetune(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the histories, one file a run.")
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="dense, relu, or cats-50 for 50 %; repeatable.",
+            show_default="dense, cats-50, cats-70, relu",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        list[float] | None,
+        shared.training_option("--learning-rate", "--lr", help="Repeatable.", show_default="1e-5"),
+    ] = None,
+    distillation: Annotated[
+        list[float] | None,
+        shared.training_option(
+            help="Share of distillation, of sparse runs; repeatable.", show_default="0"
+        ),
+    ] = None,
+    recalibrate: Annotated[
+        list[int] | None,
+        shared.training_option(
+            help="Steps between calibrations, of CATS; repeatable.", show_default="0"
+        ),
+    ] = None,
+    text: shared.Text = None,
+    pairs: shared.PairSources = None,
+    prompt: shared.Prompt = "{question}",
+    answer: shared.Answer = "{answer}",
+    labels: shared.Labels = None,
+    eval_text: shared.EvalText = None,
+    eval_pairs: shared.EvalPairs = None,
+    accuracy: shared.Accuracy = False,
+    max_new_tokens: shared.MaxNewTokens = None,
+    answer_batch_size: shared.AnswerBatchSize = None,
+    eval_tokens: shared.EvalTokens = None,
+    calibration_text: shared.CalibrationText = None,
+    calibration_tokens: shared.CalibrationTokens = None,
+    block: shared.Block = 1024,
+    steps: shared.Steps = 200,
+    epochs: shared.Epochs = None,
+    batch_size: shared.BatchSize = 16,
+    accumulate: shared.Accumulate = 1,
+    warmup_steps: shared.Warmup = 0,
+    eval_every: shared.EvalEvery = 50,
+    eval_batch_size: shared.EvalBatchSize = 16,
+    seed: options.Seed = 0,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune with every method, learning rate and share of distillation, and compare.
+
+    Example: [b]cats bench finetune smollm2 --lr 1e-5 --lr 1e-4 --text a.txt -o DIR[/b]
+
+    What [b]-o[/b] holds already is not run again. Each run starts from the same weights and sees
+    the same rows in the same order; weights are not kept.
+    """
+    from cats.finetuning import FinetuneOptions
+    from cats.finetuning.sweep import grid, sweep
+
+    runs = grid(
+        method or ["dense", "cats-50", "cats-70", "relu"], learning_rate or [1e-5],
+        distillation or [0.0], recalibrate or [0],
+    )  # fmt: skip
+    _check_grid(runs, distillation, recalibrate)
+    rows = Data(
+        text=text, pairs=pairs, prompt=prompt, answer=answer, labels=labels, eval_text=eval_text,
+        eval_pairs=eval_pairs, calibration_text=calibration_text,
+        calibration_tokens=calibration_tokens, eval_tokens=eval_tokens, block=block, seed=seed,
+    )  # fmt: skip
+    chosen = FinetuneOptions(
+        steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=warmup_steps,
+        evaluate_every=eval_every, evaluation_batch_size=eval_batch_size, seed=seed,
+        **shared.answer_options(accuracy, eval_pairs, max_new_tokens, answer_batch_size),
+    )  # fmt: skip
+    shared.check_epochs(epochs)
+    options.check_output(output / "history.jsonl")
+    device = options.process_device(device)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    with options.err.status("reading data ..."):
+        train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
+        calibration = rows.calibration(tokenizer, train)
+    chosen = shared.with_epochs(chosen, epochs, train)
+    found: dict[str, History] = {}
+    with StepBar(chosen.steps) as bar:
+
+        def on_point(run: Run, point: Point) -> None:
+            bar.name = run.name
+            bar.show(point)
+
+        for run, result in sweep(
+            loaded, train, runs=runs, tokenizer=tokenizer, folder=output, options=chosen,
+            calibration=calibration, evaluations=evaluations,
+            answers=pairs_of(evaluations) if accuracy else {},
+            about={"model": model, **rows.about()}, commit=commit,
+            on_point=on_point, on_step=lambda run, step: bar.step(step),
+        ):  # fmt: skip
+            if isinstance(result, TrainingError):
+                options.err.print(f"{run.name}: {result}", style="red", markup=False)
+            else:
+                found[run.name] = result
+    if as_json:
+        options.print_json({name: dataclasses.asdict(history) for name, history in found.items()})
+    elif found:
+        options.out.print(_table(f"{model}, {chosen.steps} steps", found))
+    if not found:
+        raise typer.Exit(1)
+
+
+def _check_grid(
+    runs: list[Run], distillation: list[float] | None, recalibrate: list[int] | None
+) -> None:
+    """Say which methods go without an option, and complain where all of them do."""
+    methods = dict.fromkeys(run.method for run in runs)
+    for option, values, takers, reason in (
+        (
+            "--distillation",
+            distillation,
+            {r.method for r in runs if r.distillation},
+            shared.OWN_TEACHER,
+        ),
+        ("--recalibrate", recalibrate, {r.method for r in runs if r.recalibrate}, shared.NO_TARGET),
+    ):
+        without = ", ".join(method for method in methods if method not in takers)
+        if not values or not any(values) or not without:
+            continue
+        if all(values) and not takers:
+            raise ConfigError(f"{option} has no use for {without}: {reason}; leave it out")
+        options.err.print(f"{without}: without {option}, {reason}", highlight=False)
+
+
+def _table(title: str, found: dict[str, History]) -> Table:
+    """One row a run, with the share of the sparse model's loss that it recovers.
+
+    The loss is counted against the lower of the untuned dense model and the best dense run.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from cats.cli.tables import cell
+    from cats.history import recovered
+
+    names = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.losses))
+    tasks = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.accuracy))
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in names:
+        table.add_column(escape(name), justify="right")
+    for task in tasks:
+        table.add_column(f"{escape(task)}\nright", justify="right")
+    table.add_column("dropped", justify="right")
+    table.add_column("s a step", justify="right")
+    for run, history in found.items():
+        first, last = history.points[0], history.points[-1]
+        losses = []
+        for name in names:
+            share = recovered(history, found.values(), name)
+            before, after = (cell(p.losses.get(name), ".4f") for p in (first, last))
+            losses.append(f"{before} > {after}" + ("" if share is None else f" ({share:.0%})"))
+        table.add_row(
+            escape(run), *losses, *(cell(last.accuracy.get(task), ".1%") for task in tasks),
+            cell(last.sparsity, ".1%"), cell(last.seconds_per_step, ".3f"),
+        )  # fmt: skip
+    table.caption = "log-perplexity before > after (recovered share of the loss against dense)"
+    return table

@@ -1,0 +1,66 @@
+import pytest
+
+from tests.cli.test_finetune import SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, text, tmp_path):
+    folder = tmp_path / "sweep"
+    common = (
+        "bench", "finetune", checkpoint, "-o", folder, "--text", text,
+        "--eval-text", f"same={text}", *SMALL, "--method", "dense", "--method", "cats-50",
+        "--distillation", 0, "--distillation", 0.5,
+    )  # fmt: skip
+    names = {"dense-lr0.01", "cats-50-lr0.01", "cats-50-lr0.01-distill0.5"}
+    assert command_json(*common).keys() == names
+    assert {path.stem for path in folder.iterdir()} == names
+    code, out, err = command(*common)
+    assert code == 0, err
+    assert "recovered" in out
+    assert "step 1" not in err, "nothing was run again"
+    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.svg")
+    assert code == 0, err
+    assert (tmp_path / "c.svg").read_text().startswith("<svg")
+    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.png")
+    assert code == 1
+    assert "name a file .svg" in err
+
+
+def test_sweep_says_which_methods_go_without_an_option(command, checkpoint, text, tmp_path):
+    code, _, err = command(
+        "bench", "finetune", checkpoint, "-o", tmp_path / "sweep", "--text", text, *SMALL,
+        "--method", "dense", "--method", "cats-50", "--distillation", 0.5, "--recalibrate", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    said = [line for line in err.splitlines() if "without" in line]
+    assert said == [
+        "dense: without --distillation, a dense model would be its own teacher",
+        "dense: without --recalibrate, only cats has a target sparsity to calibrate for",
+    ]
+    assert {path.stem for path in (tmp_path / "sweep").iterdir()} == {
+        "dense-lr0.01", "cats-50-lr0.01-distill0.5-recalibrate1",
+    }  # fmt: skip
+
+
+EARLY = {
+    "answers of a sweep": (("--max-new-tokens", 9), "without --accuracy"),
+    "dense teachers": (
+        ("--method", "dense", "--distillation", 0.5),
+        "--distillation has no use for dense",
+    ),
+    "thresholds of none": (
+        ("--method", "dense", "--method", "relu", "--recalibrate", 5),
+        "--recalibrate has no use for dense, relu",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), EARLY.values(), ids=EARLY)
+def test_option_that_would_be_ignored_is_refused_before_the_model_is_loaded(
+    command, tmp_path, arguments, message
+):
+    code, _, err = command("bench", "finetune", "no/such-model", "-o", tmp_path, *arguments)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert message in err
