@@ -84,13 +84,16 @@ finetune() {
         --batch-size 8 --steps 200 --eval-every 50 -o $out/finetune/general --commit $commit"
     task="bench finetune smollm2 --pairs $data/gsm8k/train.parquet --eval-pairs gsm8k=$data/gsm8k/test.parquet
         --accuracy --answer-batch-size 660 --calibration-text $c4[:50%] --block 640 --dtype bfloat16 --batch-size 32
-        --epochs 2 --eval-every 100 --lr 3e-4 -o $out/finetune/gsm8k --commit $commit"
+        --epochs 1 --eval-every 100 --lr 3e-4 -o $out/finetune/gsm8k --commit $commit"
     rates="--lr 1e-5 --lr 3e-4 --lr 1e-3"
     for method in dense cats-50 cats-70 relu; do
         step finetune-$method.log 500 $python -m cats $general $rates --method $method \
             --distillation 0 --distillation 0.5 &
     done
-    step finetune-gsm8k.log 500 $python -m cats $task --method dense --method cats-50 --method cats-70 &
+    wait
+    for method in dense cats-50 cats-70; do
+        step finetune-gsm8k-$method.log 500 $python -m cats $task --method $method &
+    done
     wait
     step finetune-recalibrate.log 200 $python -m cats $general --lr 3e-4 --recalibrate 50 --method cats-50
 }

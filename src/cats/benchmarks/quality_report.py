@@ -51,14 +51,15 @@ def quality_table(found: list[Result]) -> str:
         "",
     ]
     columns = ["MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]
-    columns += [f"mean of {len(tasks)} tasks", "difference"] if tasks else []
+    has_mean = any(task == _MEAN for _, task in accuracy)  # there is none of one task
+    columns += [f"mean of {len(tasks)} tasks", "difference"] if has_mean else []
     lines += _head("variant", columns)
     for variant in variants:
         of_texts = [perplexity.get((variant, text)) for text in texts]
         share = next((r.settings["mlp_share"] for r in of_texts if r is not None), None)
         cells = ["" if share is None else f"{float(share):.1%}"]
         cells += ["" if r is None else f"{r.value:.2f}" for r in of_texts]
-        if tasks:
+        if has_mean:
             mean = accuracy.get((variant, _MEAN))
             cells += ["", ""] if mean is None else [f"{mean.value:.2%}", _difference(mean)]
         lines.append(_row(variant, cells))
