@@ -368,15 +368,13 @@ def test_dense_model_is_not_its_own_teacher(tune, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", [{"distillation": 0.5}, {"recalibrate": 2}])
-def test_sparse_checkpoint_that_plain_transformers_loaded_is_dense(
-    tune, make, ids, tmp_path, option
-):
+def test_sparse_checkpoint_that_plain_transformers_loaded_is_refused(tune, make, tmp_path):
     make().save_pretrained(tmp_path / "sparse")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     assert model.config.cats["target_sparsity"] == 0.5
-    with pytest.raises(ConfigError, match=r"needs .*cats\.sparsify_"):
-        tune(model=model, options=option, calibration=ids)
+    with pytest.raises(ConfigError, match=r"cats\.from_pretrained"):
+        tune(model=model)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folder_with_other_files_is_refused(tune, tmp_path):

@@ -276,15 +276,20 @@ def _check(
                 f"cannot report to {name!r}: install its package; "
                 f"installed trackers: {', '.join(available) or 'none'}"
             )
-    # what is applied decides: plain transformers loads a sparse checkpoint dense, block and all
+    # plain transformers loads a sparse checkpoint dense, block and all
     sparse = any(isinstance(module, CatsActivation) for module in model.modules())
+    if getattr(model.config, "cats", None) and not sparse:
+        raise ConfigError(
+            "the checkpoint is sparse, but its thresholds are not applied, so that it would be "
+            "trained as a dense model: load it with cats.from_pretrained"
+        )
     if options.distillation and not sparse:
         raise ConfigError(
             "distillation needs a sparse model: this dense one would be its own teacher; apply "
             "thresholds with cats.sparsify_, or leave out distillation"
         )
     if options.recalibrate:
-        if not sparse or getattr(model.config, "cats", {}).get("target_sparsity") is None:
+        if not sparse or model.config.cats["target_sparsity"] is None:
             raise ConfigError(
                 "recalibrate needs thresholds with a target sparsity, as those of CATS: apply them "
                 "with cats.sparsify_, or leave out recalibrate"
