@@ -5,13 +5,11 @@
 #   sh benchmarks/measure.sh OUT quality finetune DATA                  also SmolLM2 and data (README.md says which)
 #
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
-# PYTHON names the interpreter, PYTEST more options for the tests, COMMIT the commit where the sources are no checkout.
+# PYTHON names the interpreter, PYTEST more options for the tests, CATS_COMMIT the commit where the sources are no checkout.
 set -u
 out=$1; shift
 mkdir -p "$out"
 python=${PYTHON:-python3}
-commit=${COMMIT:-$(git rev-parse HEAD)}
-export CATS_COMMIT=$commit
 
 step() { # NAME SECONDS COMMAND...: the command writes $work, or prints what belongs there
     name=$1 seconds=$2; shift 2
@@ -26,7 +24,7 @@ step() { # NAME SECONDS COMMAND...: the command writes $work, or prints what bel
         tail -3 "$out/$name.failed"
     fi
 }
-bench() { step "$1" "$2" $python -m cats bench $3 -o "$out/$1.work" --commit "$commit"; }
+bench() { step "$1" "$2" $python -m cats bench $3 -o "$out/$1.work"; }
 
 tests() { step tests.log 600 $python -m pytest -q ${PYTEST:-} tests/ops tests/test_fusion.py tests/decode; }
 
@@ -81,10 +79,10 @@ finetune() {
     c4=$data/text/c4_en.txt.gz
     general="bench finetune smollm2 --text $c4[:50%] --text $data/text/wikipedia_en.txt.gz --calibration-text $c4[:50%]
         --eval-text c4=$c4[50%:] --eval-text wikitext2=$data/text/wikitext2_raw_test.txt.gz --dtype bfloat16
-        --batch-size 8 --steps 200 --eval-every 50 -o $out/finetune/general --commit $commit"
+        --batch-size 8 --steps 200 --eval-every 50 -o $out/finetune/general"
     task="bench finetune smollm2 --pairs $data/gsm8k/train.parquet --eval-pairs gsm8k=$data/gsm8k/test.parquet
         --accuracy --answer-batch-size 660 --calibration-text $c4[:50%] --block 640 --dtype bfloat16 --batch-size 32
-        --epochs 1 --eval-every 100 --lr 3e-4 -o $out/finetune/gsm8k --commit $commit"
+        --epochs 1 --eval-every 100 --lr 3e-4 -o $out/finetune/gsm8k"
     rates="--lr 1e-5 --lr 3e-4 --lr 1e-3"
     for method in dense cats-50 cats-70 relu; do
         step finetune-$method.log 500 $python -m cats $general $rates --method $method \

@@ -13,7 +13,7 @@ from typing import Any
 from cats.errors import FormatError, StorageError
 from cats.storage import check_version, replacing
 
-__all__ = ["History", "Point", "best_runs", "is_history", "recovered"]
+__all__ = ["History", "Point", "best_runs", "is_history", "names_of", "recovered"]
 
 _VERSION = 1
 
@@ -117,6 +117,14 @@ def is_history(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(block, dict) and block.get("kind") == "finetuning"
+
+
+def names_of(histories: Iterable[History]) -> tuple[list[str], list[str]]:
+    """The evaluated texts of some runs, and the tasks whose answers were counted."""
+    points = [point for history in histories for point in history.points]
+    texts = dict.fromkeys(name for point in points for name in point.losses)
+    tasks = dict.fromkeys(name for point in points for name in point.accuracy)
+    return list(texts), list(tasks)
 
 
 def best_runs(histories: Mapping[str, History]) -> dict[str, History]:

@@ -53,7 +53,7 @@ def quality_table(found: list[Result]) -> str:
     columns = ["MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]
     has_mean = any(task == _MEAN for _, task in accuracy)  # there is none of one task
     columns += [f"mean of {len(tasks)} tasks", "difference"] if has_mean else []
-    lines += _head("variant", columns)
+    lines += head("variant", columns)
     for variant in variants:
         of_texts = [perplexity.get((variant, text)) for text in texts]
         share = next((r.settings["mlp_share"] for r in of_texts if r is not None), None)
@@ -62,14 +62,14 @@ def quality_table(found: list[Result]) -> str:
         if has_mean:
             mean = accuracy.get((variant, _MEAN))
             cells += ["", ""] if mean is None else [f"{mean.value:.2%}", _difference(mean)]
-        lines.append(_row(variant, cells))
+        lines.append(row(variant, cells))
     if tasks:
-        lines += ["", *_head("task (split, questions)", variants)]
+        lines += ["", *head("task (split, questions)", variants)]
         for task in tasks:
             dense = accuracy[variants[0], task]
             label = f"{task} ({dense.settings['split']}, {dense.samples:,})"
             scores = [accuracy.get((variant, task)) for variant in variants]
-            lines.append(_row(label, [_score(score) for score in scores]))
+            lines.append(row(label, [_score(score) for score in scores]))
     return "\n".join(lines) + "\n"
 
 
@@ -106,9 +106,11 @@ def _difference(result: Result) -> str:
     return f"{100 * difference:+.2f}" + ("" if error is None else f" ± {100 * float(error):.2f}")
 
 
-def _head(first: str, columns: list[str]) -> list[str]:
-    return [_row(first, columns), "| --- |" + " ---: |" * len(columns)]
+def head(first: str, columns: list[str]) -> list[str]:
+    """The two lines above rows of numbers that have a name each, in Markdown."""
+    return [row(first, columns), "| --- |" + " ---: |" * len(columns)]
 
 
-def _row(first: str, cells: Iterable[str]) -> str:
+def row(first: str, cells: Iterable[str]) -> str:
+    """One line of such a table."""
     return f"| {first} | " + " | ".join(cells) + " |"

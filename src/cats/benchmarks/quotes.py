@@ -6,18 +6,27 @@ between is the table of that file. ``decode`` in the place of ``mlp`` quotes tim
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cats.benchmarks import decode_report, mlp_report
 from cats.benchmarks.mlp import DENSE
-from cats.benchmarks.quality_report import quality_table, read_quality
+from cats.benchmarks.quality_report import head, quality_table, read_quality, row
 from cats.errors import DataError
-from cats.history import History, recovered
+from cats.history import History, names_of, recovered
 from cats.results import read_results
 
+# What each kind of quote makes of the path behind it.
+_TABLES: dict[str, Callable[[Path], str]] = {
+    "mlp": lambda path: mlp_table(mlp_report.panels(read_results(path))),
+    "decode": lambda path: decode_table(decode_report.panels(read_results(path))),
+    "finetune": lambda path: finetune_table(
+        {file.stem: History.load(file) for file in sorted(path.glob("*.jsonl"))}
+    ),
+    "quality": lambda path: quality_table(read_quality(path)),
+}
 _QUOTE = re.compile(
-    r"(?<=^<!-- )(mlp|decode|finetune|quality)(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M
+    rf"(?<=^<!-- )({'|'.join(_TABLES)})(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M
 )
 
 
@@ -30,22 +39,13 @@ def requote(document: Path) -> str:
     """
 
     def quoted(match: re.Match[str]) -> str:
-        path = document.parent / match[3]
-        if match[1] == "finetune":
-            table = finetune_table({p.stem: History.load(p) for p in sorted(path.glob("*.jsonl"))})
-        elif match[1] == "quality":
-            table = quality_table(read_quality(path))
-        elif match[1] == "mlp":
-            table = mlp_table(mlp_report.panels(read_results(path)))
-        else:
-            table = decode_table(decode_report.panels(read_results(path)))
-        return "".join(match.group(1, 2, 3, 4)) + table
+        return "".join(match.group(1, 2, 3, 4)) + _TABLES[match[1]](document.parent / match[3])
 
     text, quotes = _QUOTE.subn(quoted, document.read_text(encoding="utf-8"))
     if not quotes:
         raise DataError(
-            f"{document}: has no line <!-- KIND: PATH -->, where KIND is mlp, decode, finetune "
-            "or quality"
+            f"{document}: has no line <!-- KIND: PATH -->, where KIND is one of "
+            f"{', '.join(_TABLES)}"
         )
     return text
 
@@ -125,16 +125,14 @@ def finetune_table(found: Mapping[str, History]) -> str:
     runs = {name: history for name, history in found.items() if history.complete}
     if not runs:
         raise DataError("there is no complete history of a fine-tuning to quote")
-    texts = list(dict.fromkeys(n for h in runs.values() for p in h.points for n in p.losses))
-    tasks = list(dict.fromkeys(n for h in runs.values() for p in h.points for n in p.accuracy))
+    texts, tasks = names_of(runs.values())
     first = next(iter(runs.values()))
-    columns = [*texts, *(f"{task}, right" for task in tasks), "dropped"]
+    columns = ["steps", "tokens", *texts, *(f"{task}, right" for task in tasks), "dropped"]
     lines = [
         f"{first.environment['device']}, {first.settings['model']}, {first.settings['dtype']}: "
         "log-perplexity before and after (share of the loss against dense that is recovered)",
         "",
-        "| run | steps | tokens | " + " | ".join(columns) + " |",
-        "| --- |" + " ---: |" * (len(columns) + 2),
+        *head("run", columns),
     ]
     for name, history in runs.items():
         start, end = history.points[0], history.points[-1]
@@ -145,5 +143,5 @@ def finetune_table(found: Mapping[str, History]) -> str:
             cells.append(cell + ("" if share is None else f" ({share:.0%})"))
         cells += [f"{end.accuracy[task]:.1%}" if task in end.accuracy else "" for task in tasks]
         cells.append("" if end.sparsity is None else f"{end.sparsity:.1%}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(row(name, cells))
     return "\n".join(lines) + "\n"

@@ -168,10 +168,9 @@ def _table(title: str, found: dict[str, History]) -> Table:
     from rich.table import Table
 
     from cats.cli.tables import cell
-    from cats.history import recovered
+    from cats.history import names_of, recovered
 
-    names = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.losses))
-    tasks = list(dict.fromkeys(n for h in found.values() for p in h.points for n in p.accuracy))
+    names, tasks = names_of(found.values())
     table = Table(title=escape(title), title_justify="left", caption_justify="left")
     table.add_column("run", overflow="fold")
     for name in names:

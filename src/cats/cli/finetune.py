@@ -226,9 +226,10 @@ def _table(title: str, history: History) -> Table:
     from rich.table import Table
 
     from cats.cli.tables import cell
+    from cats.history import names_of
 
     table = Table(title=escape(title), title_justify="left", caption_justify="left")
-    names = list(dict.fromkeys(name for p in history.points for name in p.losses))
+    names, _ = names_of([history])
     for column in ("step", "tokens", "train", *names, "dropped", "s a step"):
         table.add_column(escape(column), justify="right")
     for point in history.points:

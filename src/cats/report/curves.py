@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cats.errors import DataError
-from cats.history import History
+from cats.history import History, names_of
 from cats.report.figures import _COLOURS, _figure, _legend, _svg
 
 
@@ -21,7 +21,7 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
     Raises:
         DataError: If no run has a point.
     """
-    texts = list(dict.fromkeys(t for h in histories.values() for p in h.points for t in p.losses))
+    texts, _ = names_of(histories.values())
     if not texts:
         raise DataError("the histories hold no evaluation to draw")
     label_of = {"step": "steps", "tokens": "tokens"}

@@ -208,7 +208,7 @@ class Chain:
                     state.slot, state.finished, state.eos, self._chosen,
                 ),
             ),
-            padding, len(self._logits), len(state.eos), self._spec.logit_softcap or 0.0,
+            padding, len(self._logits), len(state.eos), self._spec.logit_softcap,
         )  # fmt: skip
         return Launch(_choice_function(self._device), arguments, _CHOICE_BLOCKS)
 
