@@ -47,22 +47,29 @@ def test_quoting_again_changes_nothing(document):
     assert requote(document) == text
 
 
-def test_times_of_tokens_are_quoted_too(tmp_path):
+def token_time(value, device="a GPU", **settings):
     settings = dict(
-        model="a model", dtype="bfloat16", batch=1, prompt_length=8, new_tokens=8, variant="stream",
-        limit_ms=2.0, dense_ms=4.0,
+        model="a model", batch=1, prompt_length=8, new_tokens=8, limit_ms=2.0, dense_ms=4.0,
+    ) | settings  # fmt: skip
+    return Result(
+        benchmark="decode", quantity="time", unit="ms", value=value, low=value, high=value,
+        samples=3, settings=settings, environment={"device": device},
     )  # fmt: skip
-    rows = [
-        Result(
-            benchmark="decode", quantity="time", unit="ms", value=value, low=value, high=value,
-            samples=3, settings=settings | {"sparsity": sparsity}, environment={"device": "a GPU"},
-        )
-        for sparsity, value in ((0.0, 4.0), (0.5, 2.5))
-    ]  # fmt: skip
-    append_results(tmp_path / "decode.jsonl", rows)
-    document = tmp_path / "README.md"
+
+
+def quoted_tokens(folder, rows):
+    append_results(folder / "decode.jsonl", rows)
+    document = folder / "README.md"
     document.write_text("<!-- decode: decode.jsonl -->\n<!-- /decode -->\n")
-    text = requote(document)
+    return document, requote(document)
+
+
+def test_times_of_tokens_are_quoted_too(tmp_path):
+    rows = [
+        token_time(value, dtype="bfloat16", variant="stream", sparsity=sparsity)
+        for sparsity, value in ((0.0, 4.0), (0.5, 2.5))
+    ]
+    document, text = quoted_tokens(tmp_path, rows)
     assert "| a model | stream | 250.0 (0.50, 1.00x) | 400.0 (0.80, 1.60x) |" in text
     document.write_text(text)
     assert requote(document) == text
@@ -70,20 +77,10 @@ def test_times_of_tokens_are_quoted_too(tmp_path):
 
 def test_dtypes_of_one_table_are_told_apart(tmp_path):
     rows = [
-        Result(
-            benchmark="decode", quantity="time", unit="ms", value=4.0, low=4.0, high=4.0, samples=3,
-            settings=dict(
-                model="a model", dtype=dtype, batch=1, prompt_length=8, new_tokens=8,
-                variant="eager", limit_ms=2.0, dense_ms=4.0, sparsity=0.0,
-            ),
-            environment={"device": "a CPU"},
-        )
+        token_time(4.0, "a CPU", dtype=dtype, variant="eager", sparsity=0.0)
         for dtype in ("float32", "bfloat16")
-    ]  # fmt: skip
-    append_results(tmp_path / "decode.jsonl", rows)
-    document = tmp_path / "README.md"
-    document.write_text("<!-- decode: decode.jsonl -->\n<!-- /decode -->\n")
-    text = requote(document)
+    ]
+    _, text = quoted_tokens(tmp_path, rows)
     assert "| a model, float32 | eager | 250.0 (0.50, 1.00x) |" in text
     assert "| a model, bfloat16 | eager | 250.0 (0.50, 1.00x) |" in text
 

@@ -188,6 +188,26 @@ def test_scaled_rotary_gives_the_tokens_of_transformers():
     assert_tokens_of_transformers(model, ids, 300)
 
 
+CHOICES = ("random", "none possible", "equals", "NaN")
+
+
+def choice(kind, vocabulary):
+    """Logits ``[V]``, and the token that a greedy choice takes."""
+    logits = torch.randn(vocabulary)
+    wanted = int(logits.argmax())
+    if kind == "none possible":
+        logits.fill_(-torch.inf)
+        wanted = 0
+    elif kind == "equals":
+        logits.fill_(0)
+        logits[[100, 200, vocabulary - 1]] = 1.0
+        wanted = 100
+    elif kind == "NaN":
+        logits[[50, 250]] = torch.nan
+        wanted = 50
+    return logits, wanted
+
+
 @needs_gpu
 @pytest.mark.parametrize("vocabulary", [257, 70_001])
 def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
@@ -199,14 +219,10 @@ def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
     with torch.inference_mode():
         prefill(model, state, make_ids(1, 1).cuda(), 0)
         chain = Chain(read_spec(model), state)
-        rows = [torch.randn(vocabulary), torch.full((vocabulary,), -torch.inf)]
-        rows += [torch.zeros(vocabulary), torch.randn(vocabulary)]
-        rows[2][[100, 200, vocabulary - 1]] = 1.0
-        rows[3][[50, 250]] = torch.nan
-        for number, logits in enumerate(rows):
+        for number, kind in enumerate(CHOICES):
+            logits, wanted = choice(kind, vocabulary)
             chain._logits.copy_(logits)
             chain._launch([chain._choice(0)])
-            wanted = [int(logits.argmax()), 0, 100, 50][number]
             assert int(state.tokens) == int(chain._chosen) == wanted
             assert int(state.slot) == int(state.positions) == number + 1
 

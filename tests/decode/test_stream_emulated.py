@@ -1,6 +1,5 @@
 """The chain of the stream engine on a CPU, by an emulator of CUDA."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +11,11 @@ from cats.decode.forward import prefill
 from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import UnsupportedModelError
+from tests.decode.test_stream import CHOICES, choice
 from tests.models import FAMILIES, make_ids, make_model
-from tests.ops.emulator import REASON, EmulatedFunction
+from tests.ops.emulator import EmulatedFunction, imagine_gpu, needs_emulator
 
-pytestmark = [
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.skipif(
-        importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
-    ),
-]
+pytestmark = needs_emulator
 
 
 @pytest.fixture
@@ -30,13 +25,7 @@ def chain_module(monkeypatch):
 
     functions = [f for f in vars(chain).values() if hasattr(f, "cache_clear")]
     monkeypatch.setattr(chain, "Function", EmulatedFunction)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda _: SimpleNamespace(
-            multi_processor_count=2, shared_memory_per_block_optin=100 * 1024
-        ),
-    )
+    imagine_gpu(monkeypatch, multiprocessors=2, shared_bytes=100 * 1024)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
     for function in functions:
         function.cache_clear()
@@ -49,30 +38,32 @@ def sparse_model(config, sparsity=0.5, **changes):
     model = make_model(config, **changes)
     if sparsity:
         cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=sparsity))
-    for layer in read_spec(model).layers:
-        layer.mlp.down.data = layer.mlp.down.data.t().contiguous().t()
+    from cats.decode.stream.engine import _lay_out
+
+    _lay_out(read_spec(model))
     return model
+
+
+def probe(model, spec=None):
+    """Complains where a layer or a token differs from the model's."""
+    from cats.decode.stream.probe import probe
+
+    probe(model, spec or read_spec(model))
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
 def test_every_layer_and_a_token_are_those_of_the_model(chain_module, config):
-    from cats.decode.stream.probe import probe
-
     model = sparse_model(config)
-    probe(model, read_spec(model))
+    probe(model)
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.9])
 def test_dense_and_very_sparse_layers_are_those_of_the_model(chain_module, sparsity):
-    from cats.decode.stream.probe import probe
-
     model = sparse_model(LlamaConfig, sparsity)
-    probe(model, read_spec(model))
+    probe(model)
 
 
 def test_other_formula_is_refused(chain_module):
-    from cats.decode.stream.probe import probe
-
     model = sparse_model(LlamaConfig)
     spec = read_spec(model)
     model.model.layers[1].self_attn.scaling *= 1.1
@@ -82,21 +73,17 @@ def test_other_formula_is_refused(chain_module):
 
 @pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (3, 1, 256)])
 def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_heads, head_dim):
-    from cats.decode.stream.probe import probe
-
     model = sparse_model(
         LlamaConfig, hidden_size=16 * heads, num_attention_heads=heads,
         num_key_value_heads=key_heads, head_dim=head_dim,
     )  # fmt: skip
-    probe(model, read_spec(model))
+    probe(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_layers_are_those_of_the_model(chain_module, dtype):
-    from cats.decode.stream.probe import probe
-
     model = sparse_model(LlamaConfig, hidden_size=64, intermediate_size=160).to(dtype)
-    probe(model, read_spec(model))
+    probe(model)
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Gemma2Config])
@@ -128,17 +115,12 @@ def test_greedy_tokens_are_those_of_transformers(chain_module, config):
 def test_greedy_choice_is_the_first_of_the_largest(chain_module, vocabulary):
     model = sparse_model(LlamaConfig, 0, vocab_size=vocabulary)
     state = State(model, model.config, 1, 256)
-    rows = [torch.randn(vocabulary), torch.full((vocabulary,), -torch.inf)]
-    rows += [torch.zeros(vocabulary), torch.randn(vocabulary)]
-    rows[2][[100, 200, vocabulary - 1]] = 1.0
-    rows[3][[50, 250]] = torch.nan
     with torch.inference_mode():
         prefill(model, state, make_ids(1, 1), 0)
         state.eos = torch.tensor([3, 50])
         chain = chain_module.Chain(read_spec(model), state)
-        for number, (row, wanted) in enumerate(
-            zip(rows, [int(rows[0].argmax()), 0, 100, 50], strict=True)
-        ):
+        for number, kind in enumerate(CHOICES):
+            row, wanted = choice(kind, vocabulary)
             chain._logits.copy_(row)
             chain._launch([chain._choice(7)])
             assert int(state.tokens) == int(chain._chosen) == wanted

@@ -1,20 +1,12 @@
 """The MLP's CUDA kernel on a CPU, by an emulator: indices, sums and handshakes, without a GPU."""
 
-import importlib.util
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from tests.ops.cases import DTYPES, TOLERANCE, make_inputs, reference_in_double
-from tests.ops.emulator import REASON, EmulatedFunction
+from tests.ops.emulator import EmulatedFunction, imagine_gpu, needs_emulator
 
-pytestmark = [
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.skipif(
-        importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
-    ),
-]
+pytestmark = needs_emulator
 
 
 @pytest.fixture
@@ -23,10 +15,9 @@ def launch(monkeypatch):
     from cats.ops.cuda import kernel
 
     memory = torch.zeros(64 * 1024, dtype=torch.int32)
-    properties = SimpleNamespace(multi_processor_count=3, shared_memory_per_block_optin=64 * 1024)
     monkeypatch.setattr(kernel, "Function", EmulatedFunction)
     monkeypatch.setattr(kernel, "workspace", lambda *_: memory.data_ptr())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    imagine_gpu(monkeypatch, multiprocessors=3, shared_bytes=64 * 1024)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)

@@ -6,6 +6,7 @@ fences or speed.
 
 import ctypes
 import hashlib
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -13,14 +14,20 @@ import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-REASON = (
-    None
-    if COMPILER and platform.machine() == "x86_64" and platform.system() == "Linux"
-    else "the emulator of CUDA needs g++ on x86-64 Linux"
-)
+_RUNS_HERE = COMPILER and platform.machine() == "x86_64" and platform.system() == "Linux"
+needs_emulator = [
+    pytest.mark.skipif(not _RUNS_HERE, reason="the emulator of CUDA needs g++ on x86-64 Linux"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
+    ),
+]
 _SHARED = "extern __shared__ __align__(128) char memory[];"
 _ENTRY = """
 extern "C" const char* emulate(const void* arguments, unsigned blocks, unsigned columns,
@@ -31,6 +38,14 @@ extern "C" const char* emulate(const void* arguments, unsigned blocks, unsigned 
 }}
 extern "C" unsigned long size_of_arguments() {{ return sizeof(Arguments); }}
 """
+
+
+def imagine_gpu(monkeypatch, *, multiprocessors, shared_bytes):
+    """Let torch describe such a GPU, whatever there is."""
+    properties = SimpleNamespace(
+        multi_processor_count=multiprocessors, shared_memory_per_block_optin=shared_bytes
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
 class EmulatedFunction:
