@@ -1,6 +1,8 @@
 import errno
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,6 +121,49 @@ def test_interrupted_folder_leaves_nothing_behind(tmp_path, error):
     with pytest.raises(error):
         write()
     assert [*tmp_path.iterdir()] == []
+
+
+def interrupted(act, at):
+    """Acts with Ctrl+C at a line, counted over all files that run; whether it came that far."""
+    lines = itertools.count()
+
+    def trace(frame, event, argument):
+        if event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_control_c_at_any_line_leaves_nothing_or_all(tmp_path, directory):
+    path = tmp_path / "x"
+
+    def write():
+        with replacing(path, directory=directory) as temporary:
+            (temporary / "y" if directory else temporary).touch()
+
+    written = []
+    came = True
+    while came:
+        came = interrupted(write, at=len(written))
+        assert {*tmp_path.iterdir()} <= {path}, f"at line {len(written)}"
+        written.append(path.exists())
+        if path.is_dir():
+            assert [*path.iterdir()] == [path / "y"]
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    assert {*written} == {False, True}
+    assert len(written) > 20
 
 
 def test_folder_with_content_is_not_replaced(tmp_path):

@@ -2,7 +2,8 @@
 
 import json
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,14 +100,20 @@ def replacing(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
         raise StorageError(f"{path}: exists already; choose another name or delete it first")
     if not directory and path.is_dir():
         raise StorageError(f"{path}: is a folder, expected the name of a file")
+    # named before it exists: wherever Ctrl+C strikes, it is known what to remove
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            temporary = Path(folder) / path.name
+        try:
             if directory:
                 temporary.mkdir()
             yield temporary
             os.replace(temporary, path)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
     # safetensors reports a full disk as an error of its own kind
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, StorageError):
