@@ -1,8 +1,6 @@
 """CUDA C++ to machine code through NVRTC, kept on disk: needs no installed compiler, and no GPU."""
 
 import hashlib
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -12,8 +10,8 @@ from typing import Any
 
 from cuda.bindings import nvrtc
 
-from cats.errors import BackendError
-from cats.storage import cache_directory
+from cats.errors import BackendError, StorageError
+from cats.storage import cache_directory, replacing
 
 __all__ = ["architecture", "compile_kernel", "supported_architectures"]
 
@@ -103,11 +101,9 @@ def _read(path: Path) -> bytes | None:
 def _write(path: Path, code: bytes) -> None:
     """Writes a cache entry at once or not at all: processes that compile the same do not mix."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(file.name, path)
-    except OSError as error:
+        with replacing(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+    except StorageError as error:
         warnings.warn(
             f"CUDA kernels are compiled again in each process: {error}. "
             "Set CATS_CACHE_DIR to a folder that can be written",
