@@ -91,7 +91,8 @@ struct Block {
     const int key_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS;
     const int first_query = key_head * QUERIES + part * HEADS;
     const int heads = min(HEADS, QUERIES - part * HEADS);
-    const int newest = static_cast<int>(*a.slot), position = static_cast<int>(*a.position);
+    // written by another kernel of the token before: not from the L1 cache
+    const int newest = load_word_from_l2(a.slot), position = load_word_from_l2(a.position);  // the low halves
     int splits, begin, end;  // slots of this block
     float cosines[EACH], sines[EACH];  // of this lane's columns: lane, lane + 32, ...
 
