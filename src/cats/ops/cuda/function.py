@@ -39,6 +39,7 @@ class Function:
         properties = torch.cuda.get_device_properties(device)
         code = compile_kernel(f"{name}.cu", defines, (properties.major, properties.minor))
         self._threads, self._shared_bytes = threads, shared_bytes
+        self._waits = properties.major >= 9  # older kernels do not wait for the one in front
         with relaxed_capture():
             # never unloaded: graphs may hold the function
             library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
@@ -63,7 +64,8 @@ class Function:
             arguments: The one argument, a struct.
             blocks: Of the grid.
             stream: Handle of the stream.
-            dependent: Whether blocks may start before the kernel in front has ended.
+            dependent: Whether blocks may start before the kernel in front has ended, where the GPU
+                can do that.
             columns: Second dimension of the grid.
 
         Raises:
@@ -80,7 +82,7 @@ class Function:
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
         config.hStream = driver.CUstream(stream)
-        if dependent:
+        if dependent and self._waits:
             attribute = driver.CUlaunchAttribute()
             attribute.id = (
                 driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

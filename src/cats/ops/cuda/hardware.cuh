@@ -110,6 +110,13 @@ __device__ __forceinline__ void arrive_behind_copies(uint64* barrier) {
 }
 #endif
 
+// Before a thread ends whose copies others wait for: what becomes of its asynchronous copies then is not specified.
+__device__ __forceinline__ void wait_for_own_copies() {
+#if !HAS_BULK_COPY
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Copies a row from `source` of each lane below `count` to its `target`. BYTES is a multiple of 16.
 template <int BYTES>
 __device__ __forceinline__ void copy_rows(char* target, const char* source, int count, uint64* barrier) {

@@ -70,6 +70,7 @@ struct Warp {
             if (a.request_early && i >= EARLY_PARTS) wait_for_part(i - EARLY_PARTS);
             request(i % WARPS, i / WARPS, i / WARPS);
         }
+        wait_for_own_copies();
     }
 
     // Until the part is there, or the input is.
