@@ -71,6 +71,16 @@ def test_other_formula_is_refused(chain_module):
         probe(model, spec)
 
 
+def test_weights_at_odd_addresses_are_refused(chain_module):
+    model = sparse_model(LlamaConfig)
+    old = model.model.layers[1].self_attn.o_proj.weight
+    flat = torch.empty(old.numel() + 1)
+    flat[1:].copy_(old.detach().flatten())
+    model.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(flat[1:].view_as(old))
+    with pytest.raises(UnsupportedModelError, match="multiple of 16 bytes"):
+        probe(model)
+
+
 @pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (3, 1, 256)])
 def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_heads, head_dim):
     model = sparse_model(

@@ -259,7 +259,7 @@ class Chain:
             residual or bytes(_RESIDUAL.size),
             _address(x),
             *(_address(m.weight) for m in matrices), *[0] * missing,
-            *(_address(m.bias) for m in matrices), *[0] * missing,
+            *(_address(m.bias, 1) for m in matrices), *[0] * missing,
             _address(add), _address(out), _address(copy),
             *ends, *[ends[-1]] * missing, early,
         )  # fmt: skip
@@ -303,8 +303,9 @@ class Chain:
         function, variant = _mlp_function(self._device, hidden, self._spec.dtype, mlp.activation)
         shares = shares_of(variant, neurons, self._multiprocessors, False)
         arguments = _MLP.pack(
-            0, *map(_address, (mlp.gate.weight, mlp.up.weight, mlp.down, mlp.thresholds)), 0,
-            _address(mlp.gate.bias), _address(mlp.up.bias), 0, 0,
+            0, *map(_address, (mlp.gate.weight, mlp.up.weight, mlp.down)),
+            _address(mlp.thresholds, 1), 0,
+            _address(mlp.gate.bias, 1), _address(mlp.up.bias, 1), 0, 0,
             _address(target), 0, _address(self._tickets[index]),
             neurons, shares.fixed_runs, shares.long_tickets, shares.short_rows, 1, 1,
             residual,
@@ -312,8 +313,15 @@ class Chain:
         return Launch(function, arguments, shares.blocks)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None, alignment: int = VECTOR_BYTES) -> int:
+    """Of the first element; 0 for None."""
+    address = 0 if tensor is None else tensor.data_ptr()
+    if address % alignment:
+        raise UnsupportedModelError(
+            f"a tensor starts at address {address:#x}, expected a multiple of {alignment} bytes: "
+            "it is a view into a larger one; clone it"
+        )
+    return address
 
 
 def _queries_a_block(queries: int) -> int:
