@@ -9,9 +9,11 @@ import sys
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
+import cats
+from cats.decode.stream import chain
 from cats.decode.stream.engine import StreamEngine
 from cats.ops.cuda import function
-from tests.models import make_model
+from tests.models import make_ids, make_model
 from tests.ops.cases import TOLERANCE, make_inputs, reference_in_double
 
 SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300, torch.float32, 1)]
@@ -35,9 +37,13 @@ def main() -> None:
             expected = reference_in_double(inputs)
             torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
     torch.use_deterministic_algorithms(False)
+    chain._BURDEN_BYTES, chain._EARLY_BYTES = 0, 1  # pace early requests, as behind large matrices
     for config in (LlamaConfig, Gemma3TextConfig):
         for dtype in (torch.float32, torch.bfloat16):
-            StreamEngine(make_model(config).to("cuda", dtype))  # probes each layer and a token
+            model = make_model(config).to("cuda", dtype)
+            StreamEngine(model)  # probes each layer and a token
+            # the choice on the GPU; attention in a window of which most is empty
+            cats.generate(model, make_ids(1, 5).cuda(), max_new_tokens=3, engine="stream")
 
 
 if __name__ == "__main__":
