@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -358,6 +360,28 @@ def test_dropped_or_interrupted_stream_leaves_a_decoder_that_is_right(llama):
     assert torch.equal(decoder.generate(ids, max_new_tokens=20, **GREEDY), expected)
 
 
+_HALF_READ = """
+import cats
+from tests.models import make_ids, make_model
+decoder = cats.Decoder(make_model())
+for stream in (decoder.stream(make_ids(1, 5), max_new_tokens=9), decoder.stream(make_ids(1, 5))):
+    next(stream)
+"""
+
+
+def test_stream_that_is_half_read_at_exit_is_closed():
+    run = subprocess.run([sys.executable, "-c", _HALF_READ], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+
+
+def test_closed_stream_gives_no_more(llama):
+    stream = cats.Decoder(llama).stream(make_ids(1, 5), max_new_tokens=9, **GREEDY)
+    next(stream)
+    stream.close()
+    assert list(stream) == []
+
+
 def test_second_call_of_a_thread_ends_its_first_stream(llama):
     decoder, ids = cats.Decoder(llama), make_ids(1, 8)
     stream = decoder.stream(ids, max_new_tokens=20, **GREEDY)
@@ -404,6 +428,7 @@ def test_model_that_branches_on_values_runs_untraced_and_says_so():
         (make_ids(1, 5), {"max_length": 5}, ConfigError),
         (make_ids(1, 5), {"num_beams": 2}, ConfigError),
         (make_ids(1, 5), {"temperature": 0.0, "do_sample": True}, ConfigError),
+        (make_ids(1, 5), {"top_p": 2.0, "do_sample": False}, ConfigError),
         (make_ids(1, 5), {"stop_strings": "a"}, ConfigError),
         (make_ids(1, 5), {"engine": "fast"}, ConfigError),
         (make_ids(1, 5).float(), {}, DataError),

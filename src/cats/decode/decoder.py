@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -138,9 +138,13 @@ class Decoder:
         The iterator may be dropped at any time. Another call on this decoder ends it: its next
         token is an error.
         """
-        with self._turns.take() as turn:
-            ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
-            yield from self._run(turn, ids, mask, resolved, tokenizer)
+
+        def tokens() -> Generator[Tensor]:
+            with self._turns.take() as turn:
+                ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
+                yield from self._run(turn, ids, mask, resolved, tokenizer)
+
+        return _Stream(tokens())
 
     def logits(self, ids: Tensor, *, prompt_length: int) -> Tensor:
         """What this engine's steps make of given tokens, whatever they would choose themselves.
@@ -281,6 +285,20 @@ class Decoder:
         if stored is None:
             return state, 0
         return state, min(_common_columns(stored, (ids.cpu(), mask.cpu())), ids.shape[1] - 1)
+
+
+class _Stream(Iterator[Tensor]):
+    """What a generator yields; it is closed when this is dropped, and before the interpreter ends.
+
+    Python would leave a generator that is half read at exit to the end of torch itself.
+    """
+
+    def __init__(self, tokens: Generator[Tensor]) -> None:
+        self._tokens = tokens
+        self.close = finalize(self, tokens.close)
+
+    def __next__(self) -> Tensor:
+        return next(self._tokens)
 
 
 class _Read:

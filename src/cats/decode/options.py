@@ -92,6 +92,8 @@ def resolve(model: nn.Module, prompt_length: int, given: Mapping[str, Any]) -> O
 
     sampling = {name: v for name in sampling_names if (v := value(name)) is not None}
     if not sampling.get("do_sample"):
+        # wrong ones are refused all the same, but for the temperature 0 that means greedy decoding
+        Sampling(**{n: v for n, v in sampling.items() if n in given and n != "temperature"})
         # as in transformers, which ignores them for greedy decoding
         sampling = {n: v for n, v in sampling.items() if n in ("do_sample", "repetition_penalty")}
     eos = value("eos_token_id")

@@ -38,11 +38,12 @@ class Sampling:
                 f"temperature must be positive, got {self.temperature}; "
                 "do_sample=False takes the likeliest token"
             )
-        if self.top_k < 0 or not (0 <= self.min_p <= 1 and 0 < self.top_p <= 1):
-            raise ConfigError(
-                "expected top_k >= 0, top_p in (0, 1] and min_p in [0, 1], got "
-                f"{self.top_k}, {self.top_p}, {self.min_p}"
-            )
+        if self.top_k < 0:
+            raise ConfigError(f"expected top_k >= 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"expected top_p in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"expected min_p in [0, 1], got {self.min_p}")
         if not self.repetition_penalty > 0:
             raise ConfigError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
 
