@@ -79,7 +79,8 @@ def _capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAG
     if state.noise is not None:
         # fills the seed before each replay, which greedy tokens need not wait for
         graph.register_generator_state(state.generator)
-    with torch.cuda.graph(graph):
+    # by itself, torch captures on a stream of the GPU of the first capture, whatever the model's is
+    with torch.cuda.graph(graph, stream=stream):
         chosen = step()
     return graph, chosen
 
