@@ -540,6 +540,10 @@ extern "C" __global__ void __launch_bounds__(GROUPS * GROUP_THREADS, 1)
         barrier_init_visible();
     }
     __syncthreads();
-    if (thread < WORKERS) Worker(a, shared).run();
-    else Scheduler(a, shared, group).run();
+    if (thread < WORKERS) {
+        Worker(a, shared).run();
+    } else {
+        Scheduler(a, shared, group).run();
+        wait_for_own_copies();
+    }
 }
