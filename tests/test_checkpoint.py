@@ -1,10 +1,14 @@
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import cats
+from cats import checkpoint, smollm2
 from cats.errors import ConfigError, FormatError, ModelMismatchError, StorageError
 from tests import models
 
@@ -100,3 +104,116 @@ def test_weights_of_another_size_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     with pytest.raises(FormatError, match="other sizes"):
         cats.checkpoint.load_dense(tmp_path)
+
+
+def test_built_in_name_is_taken_wherever_a_model_is_named(sparse, tmp_path, monkeypatch):
+    config = cats.calibrate(cats.densify_(sparse), [models.make_ids()], target_sparsity=0.5)
+    sparse.save_pretrained(tmp_path / "unpacked")
+    monkeypatch.setattr(smollm2, "checkpoint", lambda: tmp_path / "unpacked")
+    monkeypatch.chdir(tmp_path)
+    models.make_model().save_pretrained("smollm2")
+    ids = models.make_ids(seed=1)
+    loaded = cats.from_pretrained("smollm2", thresholds=config)
+    assert torch.equal(
+        models.logits(loaded, ids), models.logits(cats.sparsify_(sparse, config), ids)
+    )
+    assert not checkpoint.is_sparse_checkpoint("smollm2")
+    with pytest.raises(ConfigError, match="smollm2 is a dense checkpoint"):
+        cats.from_pretrained("smollm2")
+    with pytest.raises(ModelMismatchError):
+        cats.from_pretrained("./smollm2", thresholds=config)
+
+
+class Hub:
+    """A hub on this machine with the files of one folder, as ``someone/model``."""
+
+    def __init__(self, folder, patch):
+        hub, self.requests = self, []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                hub.requests.append(self.path)
+                file = folder / self.path.removeprefix("/someone/model/resolve/main/")
+                found = file.is_file()
+                body = file.read_bytes() if found else b""
+                self.send_response(200 if found else 404)
+                if found:
+                    self.send_header("ETag", f'"{file.name}"')
+                    self.send_header("X-Repo-Commit", "0" * 40)
+                else:
+                    missing = "Entry" if "someone/model" in self.path else "Repo"
+                    self.send_header("X-Error-Code", f"{missing}NotFound")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                return body
+
+            def do_GET(self):
+                self.wfile.write(self.do_HEAD())
+
+            def log_message(self, *args):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        url = f"http://127.0.0.1:{self.server.server_port}"
+        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+        template = url + template.removeprefix(huggingface_hub.constants.ENDPOINT)
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    yield hub
+    hub.close()
+
+
+def test_model_of_the_hub_loads_and_again_from_the_cache_without_it(
+    sparse, hub, tmp_path, monkeypatch
+):
+    sparse.save_pretrained(tmp_path / "hub")
+    ids, cache = models.make_ids(seed=1), tmp_path / "cache"
+    loaded = cats.from_pretrained("someone/model", cache_dir=cache)
+    assert torch.equal(models.logits(loaded, ids), models.logits(sparse, ids))
+    cats.from_pretrained("someone/model", cache_dir=cache, local_files_only=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.close()
+    loaded = cats.from_pretrained("someone/model", cache_dir=cache)
+    assert torch.equal(models.logits(loaded, ids), models.logits(sparse, ids))
+
+
+def test_mistyped_name_asks_the_hub_once_and_says_what_was_looked_for(hub, tmp_path):
+    with pytest.raises(StorageError, match=r"no folder of that name.*not on the.*smollm2 is the"):
+        cats.from_pretrained("smollm", cache_dir=tmp_path)
+    asked = [path for path in hub.requests if "smollm" in path]
+    assert asked == ["/smollm/resolve/main/config.json"]
+
+
+def test_hub_that_does_not_answer_is_asked_once(hub, tmp_path, caplog):
+    hub.close()
+    with pytest.raises(StorageError, match=r"no folder of that name.*cannot be reached"):
+        checkpoint.load_dense("smollm", cache_dir=tmp_path)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("smollm", {}, "HF_HUB_OFFLINE"),
+        ("smollm", {"local_files_only": True}, "not in the cache"),
+        ("run/adapter/absent", {}, "no folder of that name, and no name of a model"),
+        ("./smollm", {}, "no such folder"),
+        (__file__, {}, "a file, expected a folder"),
+    ],
+)
+def test_name_that_leads_nowhere_says_why(tmp_path, name, options, message):
+    with pytest.raises(StorageError, match=message):
+        cats.from_pretrained(name, cache_dir=tmp_path, **options)

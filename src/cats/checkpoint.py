@@ -6,12 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP library
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
+from cats import smollm2
 from cats.apply import sparsify_
 from cats.config import CatsConfig
 from cats.errors import ConfigError, FormatError, StorageError
@@ -28,7 +38,8 @@ def from_pretrained(
     """``AutoModelForCausalLM.from_pretrained`` and the thresholds, in evaluation mode.
 
     Args:
-        path: Folder or Hugging Face id of a sparse checkpoint; of a dense one with ``thresholds``.
+        path: Folder or Hugging Face id of a sparse checkpoint, of a dense one with ``thresholds``,
+            or ``"smollm2"`` (:func:`locate`).
         thresholds: A thresholds file that ``cats calibrate`` or ``CatsConfig.save`` wrote, or a
             config.
         **kwargs: Passed on, such as ``dtype="auto"`` or ``device_map="auto"``.
@@ -55,12 +66,13 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
         StorageError: If there is no such model or its files are damaged.
         FormatError: If weights are missing or of another size than the config says.
     """
+    folder = locate(path, **_hub_options(kwargs))
     verbosity = hf_logging.get_verbosity()
     # the load report names the thresholds as unexpected; what else is wrong is raised below
     hf_logging.set_verbosity_error()
     try:
         load: Any = AutoModelForCausalLM.from_pretrained
-        model, info = load(str(path), output_loading_info=True, **kwargs)
+        model, info = load(folder, output_loading_info=True, **kwargs)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
     except RuntimeError as error:
@@ -84,13 +96,14 @@ def read_config(path: str | Path, **hub_options: Any) -> CatsConfig:
         ConfigError: If the checkpoint is dense.
         FormatError: If its ``cats`` block or a threshold is missing, or of a newer release.
     """
-    block = getattr(_load_config(path, hub_options), "cats", None)
+    folder = locate(path, **hub_options)
+    block = getattr(_load_config(folder, hub_options), "cats", None)
     if block is None:
         raise ConfigError(
             f"{path} is a dense checkpoint: give thresholds=FILE, or make one with "
             f"cats calibrate {path} -o FILE.safetensors"
         )
-    tensors = _read_thresholds(path, hub_options)
+    tensors = _read_thresholds(folder, hub_options)
     if not tensors:
         raise FormatError(f"{path}: config.json has a cats block, but no thresholds are stored")
     return CatsConfig.from_dict(block, tensors, source=str(path))
@@ -98,12 +111,76 @@ def read_config(path: str | Path, **hub_options: Any) -> CatsConfig:
 
 def is_sparse_checkpoint(path: str | Path) -> bool:
     """Whether the checkpoint's ``config.json`` has a ``cats`` block."""
-    return getattr(_load_config(path, {}), "cats", None) is not None
+    return getattr(_load_config(locate(path), {}), "cats", None) is not None
 
 
-def _load_config(path: str | Path, hub_options: dict[str, Any]) -> Any:
-    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise StorageError(f"cannot load the model {path}: no such folder")
+def locate(path: str | Path, **hub_options: Any) -> str:
+    """The folder or Hugging Face id behind the name of a model.
+
+    The one place that knows the built-in name: the string ``"smollm2"`` is the model of
+    :mod:`cats.smollm2`, whatever lies in this folder; ``"./smollm2"`` is a folder of that name.
+
+    Args:
+        path: What a user calls the model.
+        **hub_options: As for ``from_pretrained``: revision, token, cache_dir, ...
+
+    Raises:
+        StorageError: If there is no such folder, and no such model in the cache or on the hub.
+        FormatError: If the built-in model is damaged.
+    """
+    if path == smollm2.NAME:
+        return str(smollm2.checkpoint())
+    name = str(path)
+    if Path(name).is_dir():
+        return name
+    if Path(name).is_file():
+        raise StorageError(f"cannot load the model {name}: a file, expected a folder")
+    if name.startswith(("/", ".", "~")):
+        raise StorageError(f"cannot load the model {name}: no such folder")
+    if reason := _missing_on_hub(name, **hub_options):
+        raise StorageError(
+            f"cannot load the model {name}: no folder of that name, and {reason}; "
+            f"{smollm2.NAME} is the built-in model"
+        )
+    return name
+
+
+def _missing_on_hub(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    **_: Any,
+) -> str | None:
+    """Why a model is neither in the cache nor on the hub, which is asked once.
+
+    transformers would ask six times, in half a minute, before it says that no answer came.
+    """
+    file = f"{subfolder}/config.json" if subfolder else "config.json"
+    try:
+        if huggingface_hub.try_to_load_from_cache(name, file, cache_dir, revision):
+            return None
+        if local_files_only:
+            return "not in the cache of the Hugging Face hub"
+        url = huggingface_hub.hf_hub_url(name, file, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, token=token)
+    except HFValidationError:
+        return "no name of a model on the Hugging Face hub"
+    except OfflineModeIsEnabled:
+        return "not in the cache of the Hugging Face hub, which HF_HUB_OFFLINE forbids to ask"
+    except HfHubHTTPError as error:
+        # whatever else it answered, transformers asks again or says what to do
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            return "not on the Hugging Face hub (a private model needs a token)"
+    except HTTPError as error:
+        return f"the Hugging Face hub cannot be reached ({first_line(error)})"
+    return None
+
+
+def _load_config(path: str, hub_options: dict[str, Any]) -> Any:
     has = {name for name in _MARKS if (Path(path) / name).is_file()}
     if has == {"adapter_config.json"}:
         raise StorageError(
@@ -113,12 +190,12 @@ def _load_config(path: str | Path, hub_options: dict[str, Any]) -> Any:
     if has == {"history.jsonl"}:
         raise StorageError(f"{path}: the folder of a fine-tuning: name merged/ or model/ in it")
     try:
-        return AutoConfig.from_pretrained(str(path), **hub_options)
+        return AutoConfig.from_pretrained(path, **hub_options)
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
 
 
-def _read_thresholds(path: str | Path, hub_options: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+def _read_thresholds(path: str, hub_options: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     keys = _stored_keys(path, hub_options)
     prefixes = [key.removesuffix(_THRESHOLD) for key in keys if key.endswith(_THRESHOLD)]
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -130,12 +207,12 @@ def _read_thresholds(path: str | Path, hub_options: dict[str, Any]) -> dict[str,
     return tensors
 
 
-def _stored_keys(path: str | Path, hub_options: dict[str, Any]) -> dict[str, str]:
+def _stored_keys(path: str, hub_options: dict[str, Any]) -> dict[str, str]:
     """Each stored tensor's name to the file that holds it."""
 
     def find(name: str) -> str | None:
         file: str | None = cached_file(
-            str(path), name, _raise_exceptions_for_missing_entries=False, **hub_options
+            path, name, _raise_exceptions_for_missing_entries=False, **hub_options
         )
         return file
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import cats
+from cats import smollm2
 from cats.errors import ConfigError, ModelMismatchError, StorageError
 from cats.finetuning import FinetuneOptions, load_adapter
 from cats.finetuning.adapters import add_adapters, dense_teacher, remove_adapters_
@@ -65,6 +66,14 @@ def test_adapter_of_another_model_is_refused(tune, tmp_path):
     models.make_model().save_pretrained(tmp_path / "other")
     with pytest.raises(ModelMismatchError):
         load_adapter(tmp_path / "other", tmp_path / "run" / "adapter")
+
+
+def test_adapter_on_the_built_in_model_loads_by_its_name(tune, base, ids, tmp_path, monkeypatch):
+    tune(options={"steps": 2})
+    monkeypatch.setattr(smollm2, "checkpoint", lambda: base)
+    adapter = tmp_path / "run" / "adapter"
+    named, wanted = load_adapter("smollm2", adapter), load_adapter(base, adapter)
+    assert torch.equal(models.logits(named, ids), models.logits(wanted, ids))
 
 
 def test_folder_without_adapter_is_an_error(base, tmp_path):

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 import cats
+from cats import smollm2
 from cats.cli import main
 from tests import models
 from tests.evaluation.conftest import models_data
@@ -64,6 +65,11 @@ def test_the_type_cats_answers_with_the_thresholds(monkeypatch, tmp_path, config
                  "--model_args", f"pretrained={tmp_path / 'sparse'}")  # fmt: skip
     assert stored == sparse
 
+    monkeypatch.setattr(smollm2, "checkpoint", lambda: folder)
+    built_in = run(monkeypatch, tmp_path / "4", config, "--model", "cats",
+                   "--model_args", f"pretrained=smollm2,thresholds={thresholds}")  # fmt: skip
+    assert built_in == sparse
+
 
 def test_a_dense_checkpoint_without_thresholds_is_an_error(tmp_path, monkeypatch, capsys, config):
     models.make_model().save_pretrained(tmp_path / "dense")
@@ -83,8 +89,10 @@ def test_help_tells_of_the_model_type(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     printed = capsys.readouterr().out
-    assert "--model cats" in printed
-    assert "usage: lm-eval" in printed  # the harness's own help
+    ours, _, theirs = printed.partition("usage: lm-eval")
+    assert "--model cats" in ours
+    assert "pretrained=MODEL,thresholds=FILE" in ours
+    assert "Run the evaluation harness" in theirs
 
 
 def test_model_that_is_not_named_is_an_error(monkeypatch, capsys):

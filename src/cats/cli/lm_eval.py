@@ -8,7 +8,9 @@ _ABOUT = """\
 cats lm-eval is lm-evaluation-harness with one more model type, --model cats: sparse models.
   --model_args pretrained=FOLDER                  a checkpoint of cats calibrate -o FOLDER
   --model_args pretrained=MODEL,thresholds=FILE   a dense model and its thresholds
-All other arguments of --model hf are taken too. What follows is the harness's own help.
+  pretrained   a folder, a Hugging Face id, or smollm2 for the model of the demo
+  thresholds   a file of cats calibrate -o FILE.safetensors; none for a sparse checkpoint
+All other arguments of --model hf are taken too, such as dtype=bfloat16. The harness's own help:
 """
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
 

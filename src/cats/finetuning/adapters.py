@@ -145,7 +145,7 @@ def load_adapter(base: str | Path, adapter: str | Path, **kwargs: Any) -> Any:
     """A model with the adapter that ``cats finetune`` wrote, in evaluation mode.
 
     Args:
-        base: Folder or Hugging Face id of the model that was fine-tuned.
+        base: The model that was fine-tuned: a folder, a Hugging Face id, or ``"smollm2"``.
         adapter: Folder of the adapter; thresholds in it are applied to the base.
         **kwargs: Passed to ``from_pretrained`` of the base, such as ``dtype="auto"``.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from cats.apply import sparsify_
-from cats.checkpoint import read_config
+from cats.checkpoint import locate, read_config
 from cats.config import CatsConfig
 from cats.errors import ConfigError
 
@@ -18,8 +18,9 @@ NAME = "cats"
 def register() -> None:
     """Make ``--model cats --model_args pretrained=MODEL,thresholds=FILE`` known to the harness.
 
-    All arguments of its type ``hf`` are taken as well; ``thresholds`` is left out where the
-    checkpoint is sparse. Calling it again changes nothing.
+    ``MODEL`` is what :func:`cats.checkpoint.locate` takes. All arguments of the type ``hf`` are
+    taken as well; ``thresholds`` is left out where the checkpoint is sparse. Calling it again
+    changes nothing.
 
     Raises:
         ConfigError: If the harness is not installed.
@@ -40,11 +41,11 @@ def register() -> None:
             self, pretrained: str | None = None, thresholds: str | None = None, **kwargs: Any
         ) -> None:
             if pretrained is None:
-                raise ConfigError("--model cats needs --model_args pretrained=FOLDER")
+                raise ConfigError("--model cats needs --model_args pretrained=MODEL")
             self._thresholds = (
                 CatsConfig.load(thresholds) if thresholds else read_config(pretrained)
             )
-            super().__init__(pretrained=pretrained, **kwargs)
+            super().__init__(pretrained=locate(pretrained, **kwargs), **kwargs)
 
         def _create_model(self, *args: Any, **kwargs: Any) -> None:
             super()._create_model(*args, **kwargs)
