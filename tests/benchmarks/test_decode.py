@@ -45,6 +45,24 @@ def test_every_variant_is_measured_with_its_limit(results):
     assert dense["bytes"] - sparse["bytes"] == pytest.approx(dropped)
 
 
+def test_each_stage_is_named_before_it_begins():
+    stages = []
+    case = Case(**TINY | {"generate": False})
+    list(measure(make_model(), make_ids(8), case, on_stage=stages.append))
+    dense, sparse = (
+        [f"{name}: running the modules, for the check", f"{name}, auto: making the engine",
+         f"{name}, eager: first run"]
+        for name in ("dense", "cats-50")
+    )  # fmt: skip
+    rounds = [f"eager: round {number} of 2" for number in (1, 2)]
+    assert stages == [
+        "timing a read of memory", "calibrating on 256 tokens",
+        *dense, *(f"dense, {r}" for r in rounds), "dense, eager: check",
+        *sparse, *(f"{name}, {r}" for r in rounds for name in ("cats-50", "dense")),
+        "cats-50, eager: check",
+    ]  # fmt: skip
+
+
 def test_every_engine_is_checked_against_the_modules(results):
     for (variant, _), result in times(results).items():
         if variant == "generate":

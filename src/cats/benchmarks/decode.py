@@ -78,7 +78,12 @@ class Case:
 
 
 def measure(
-    model: nn.Module, blocks: Tensor, case: Case, *, commit: str | None = None
+    model: nn.Module,
+    blocks: Tensor,
+    case: Case,
+    *,
+    commit: str | None = None,
+    on_stage: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Result]:
     """Time a dense model and sparse copies of it, one sparsity after the other.
 
@@ -93,6 +98,7 @@ def measure(
             ones are the prompts, and what follows is run through each engine for its check.
         case: What to time.
         commit: Of the sources, where they are no checkout that could tell it.
+        on_stage: Called with what comes next, in words; never while something is timed.
 
     Yields:
         As soon as it is known: the read bandwidth, then for each variant and sparsity the time of
@@ -109,6 +115,7 @@ def measure(
             f"the text gives {list(blocks.shape)} tokens, too few for {case.batch} prompts of "
             f"{case.prompt_length} tokens and {checked} after them"
         )
+    on_stage("timing a read of memory")
     bench = _Bench(
         case=case,
         environment=environment(str(device), commit=commit),
@@ -116,13 +123,16 @@ def measure(
         read=read_bandwidth(device, size=case.read_bytes, rounds=max(2, case.rounds)),
         text=text,
         dense_bytes=_own_bytes(model),
+        on_stage=on_stage,
     )
     yield bench.bandwidth()
     counts = None
     if any(case.sparsities):
+        on_stage(f"calibrating on {blocks.numel():,} tokens")
         counts = collect(model, blocks.to(device).split(4))
     dense_loops: list[_Variant] = []
     for sparsity in sorted(case.sparsities):
+        on_stage(f"{_label(sparsity)}: running the modules, for the check")
         if sparsity == 0:
             measured, check = model, _Check.run(model, text, case.prompt_length)
         else:
@@ -190,6 +200,7 @@ class _Variant:
 
     Attributes:
         name: What the results call it.
+        model: What a stage calls the model.
         run: Generates once.
         rounds: How often it is timed.
         decoder: Of the loop; None of transformers.
@@ -198,6 +209,7 @@ class _Variant:
     """
 
     name: str
+    model: str
     run: Callable[[], Run]
     rounds: int
     decoder: Decoder | None = None
@@ -230,6 +242,7 @@ class _Bench:
     read: Timing
     text: Tensor
     dense_bytes: int
+    on_stage: Callable[[str], None]
 
     @property
     def prompt(self) -> Tensor:
@@ -252,6 +265,7 @@ class _Bench:
         started: list[tuple[_Variant, _Start]] = []
         # all are made before one is timed: an engine may lay out weights anew
         for variant in list(self._variants(model, sparsity)):
+            self.on_stage(f"{variant.model}, {variant.name}: first run")
             try:
                 started.append((variant, _started(variant, self.text.device)))
             except BackendError as error:
@@ -259,11 +273,12 @@ class _Bench:
         if not started:
             return []
         variants = [variant for variant, _ in started]
-        runs = _in_turns([*variants, *dense_loops])
+        runs = _in_turns([*variants, *dense_loops], self.on_stage)
         loops = variants if sparsity == 0 else dense_loops
         dense = [_milliseconds(runs[id(v)]).median for v in loops if v.decoder is not None]
         for variant, start in started:
             samples = runs[id(variant)]
+            self.on_stage(f"{variant.model}, {variant.name}: check")
             token_bytes, dropped = _token_bytes(model, samples[0].tokens, self.case)
             limit = token_bytes / self.case.read_bytes * self.read.median
             settings: _Settings = {
@@ -310,6 +325,7 @@ class _Bench:
         case = self.case
         for engine in case.engines:
             start, before = time.perf_counter(), _allocated(self.text.device)
+            self.on_stage(f"{_label(sparsity)}, {engine}: making the engine")
             try:
                 decoder = Decoder(model, engine=engine)
                 name = decoder.engine
@@ -317,16 +333,16 @@ class _Bench:
                 _leave_out(engine, sparsity, error)
                 continue
             yield _Variant(
-                name, _loop(decoder, self.prompt, case), case.rounds, decoder,
+                name, _label(sparsity), _loop(decoder, self.prompt, case), case.rounds, decoder,
                 seconds=time.perf_counter() - start,
                 held_bytes=_allocated(self.text.device) - before,
             )  # fmt: skip
         if case.generate:
             plain = _transformers(model, self.prompt, case, compiled=False)
-            yield _Variant(GENERATE, plain, case.generate_rounds)
+            yield _Variant(GENERATE, _label(sparsity), plain, case.generate_rounds)
         if case.generate_compiled:
             compiled = _transformers(model, self.prompt, case, compiled=True)
-            yield _Variant(GENERATE_COMPILED, compiled, case.generate_rounds)
+            yield _Variant(GENERATE_COMPILED, _label(sparsity), compiled, case.generate_rounds)
 
     def _result(self, quantity: str, unit: str, timing: Timing, settings: _Settings) -> Result:
         case = self.case
@@ -386,6 +402,11 @@ def _leave_out(name: str, sparsity: float, error: BackendError) -> None:
     warnings.warn(f"{name} at {sparsity:.0%} is left out: {error}", stacklevel=3)
 
 
+def _label(sparsity: float) -> str:
+    """What a stage calls the model of a target."""
+    return f"cats-{sparsity * 100:g}" if sparsity else "dense"
+
+
 def _compilations() -> int:
     """Graphs that torch.compile did not find in its cache on disk, in this process so far."""
     from torch._dynamo.utils import counters
@@ -394,12 +415,13 @@ def _compilations() -> int:
     return sum(int(counters["inductor"][name]) for name in names)
 
 
-def _in_turns(variants: list[_Variant]) -> dict[int, list[Run]]:
+def _in_turns(variants: list[_Variant], on_stage: Callable[[str], None]) -> dict[int, list[Run]]:
     """The runs of each variant, by its ``id``."""
     runs: dict[int, list[Run]] = {id(v): [] for v in variants}
     for number in range(max(v.rounds for v in variants)):
         for variant in variants:
             if number < variant.rounds:
+                on_stage(f"{variant.model}, {variant.name}: round {number + 1} of {variant.rounds}")
                 runs[id(variant)].append(variant.run())
     return runs
 

@@ -49,6 +49,7 @@ def mlp(
     """
     from cats.benchmarks.mlp import Case, measure
     from cats.benchmarks.mlp_report import panels, table
+    from cats.cli.running import stage
     from cats.results import append_results
 
     options.check_output(output)
@@ -65,7 +66,12 @@ def mlp(
         )
     ]  # fmt: skip
     for case in cases:
-        results = list(measure(case, commit=commit))
+        with stage() as show:
+            show(
+                f"timing the MLP {case.hidden_size}x{case.intermediate_size}, "
+                f"{str(case.dtype).removeprefix('torch.')}, batch {case.batch}"
+            )
+            results = list(measure(case, commit=commit))
         if output is not None:
             append_results(output, results)
         for panel in panels(results):
@@ -94,6 +100,7 @@ def model(
     from rich.table import Table
 
     from cats.benchmarks.model import Case, measure
+    from cats.cli.running import stage
     from cats.results import append_results
 
     options.quiet()
@@ -103,7 +110,9 @@ def model(
         new_tokens=new_tokens, caches=tuple(cache.split(",")), rounds=rounds,
         device=str(options.torch_device(device)),
     )  # fmt: skip
-    results = list(measure(case))
+    with stage() as show:
+        show(f"timing {shape}, dense and cats-{sparsity * 100:g}")
+        results = list(measure(case))
     if output is not None:
         append_results(output, results)
     table = Table(title=f"{shape}, {results[0].settings['layers']} layers, {dtype}")
@@ -182,6 +191,7 @@ def decode(
     from cats.benchmarks.decode import Case, measure
     from cats.benchmarks.decode_report import panels, tables
     from cats.benchmarks.shapes import SHAPES, random_model
+    from cats.cli.running import stage
     from cats.data import sample_text, token_blocks
     from cats.results import append_results
 
@@ -203,12 +213,14 @@ def decode(
         blocks = torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
     else:
         loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
-        blocks = token_blocks(tokenizer, sample_text(), length=length, limit=count)
+        with options.err.status("reading the text ..."):
+            blocks = token_blocks(tokenizer, sample_text(), length=length, limit=count)
     results = []
-    for result in measure(loaded, blocks, case, commit=commit):
-        results.append(result)
-        if output is not None:
-            append_results(output, [result])
+    with stage() as show:
+        for result in measure(loaded, blocks, case, commit=commit, on_stage=show):
+            results.append(result)
+            if output is not None:
+                append_results(output, [result])
     for panel in panels(results):
         for table in tables(panel):
             options.out.print(table)

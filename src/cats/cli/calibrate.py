@@ -80,7 +80,9 @@ def calibrate(
     Several processes share the work under [b]torchrun[/b] and find the same thresholds.
     """
     limit = _parse_percent(max_loss)
-    target = _target(method, sparsity, limit)
+    # torch is imported here
+    with options.err.status("starting ..."):
+        target = _target(method, sparsity, limit)
     tokens = options.tokens_or_default(tokens, 100_000, block)
     eval_tokens = options.tokens_or_default(eval_tokens, 10_000, block, "--eval-tokens")
     if output is not None:
@@ -91,7 +93,8 @@ def calibrate(
         model, dtype=dtype, device=options.process_device(device), dense=True
     )
     _check_patterns(loaded, exclude or [])
-    blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
+    with options.err.status("reading the text ..."):
+        blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
     counted = _collect(loaded, blocks, batch_size, method, exclude or [], statistics, rank, world)
     if rank != 0:
         return

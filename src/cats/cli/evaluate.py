@@ -77,7 +77,8 @@ def evaluate(
     from cats.data import token_blocks
 
     most = None if tokens is None else tokens // block
-    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, limit=most)
+    with options.err.status("reading the text ..."):
+        blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, limit=most)
     report = {"model": model, "text": options.describe_texts(text), "tokens": blocks.numel()}
     report |= _measure(loaded, blocks.split(_BLOCKS if batch == "auto" else int(batch)))
     if as_json:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cats.cli import options
+from cats.cli.running import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +87,12 @@ def reproduce(
         samples=samples, length=length, seed=seed,
         source=_REFINED_WEB if text is None else text.name,
     )  # fmt: skip
-    blocks, held_out = recipe.split(text)
+    with options.err.status("reading the text ..."):
+        blocks, held_out = recipe.split(text)
+        texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
+            eval_text or [], eval_tokens
+        )
     variants = list(recipe.variants(blocks, chosen))
-    texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
-        eval_text or [], eval_tokens
-    )
     for variant in variants:
         for title, evaluated in texts.items():
             recipe.perplexity(variant, title, evaluated)
@@ -311,7 +313,9 @@ class Recipe:
                 rounds=5 if on_cpu else 50, size=2**28 if on_cpu else 2**32, compiled=not on_cpu,
             )  # fmt: skip
             name = str(dtype).removeprefix("torch.")
-            self._once(f"mlp-{name}.jsonl", partial(measure, case))
+            with stage() as show:
+                show(f"timing one MLP in {name}")
+                self._once(f"mlp-{name}.jsonl", partial(measure, case))
 
     def token_times(self, blocks: Tensor) -> None:
         """A decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
@@ -323,7 +327,14 @@ class Recipe:
             new_tokens=min(64, self.length // 2), rounds=2 if on_cpu else 5,
             read_bytes=2**28 if on_cpu else 2**32,
         )  # fmt: skip
-        self._once("tokens.jsonl", partial(measure, self.model, blocks, case))
+        with stage() as show:
+            self._once(
+                "tokens.jsonl",
+                partial(
+                    measure, self.model, blocks, case,
+                    on_stage=lambda text: show(f"timing tokens: {text}"),
+                ),
+            )  # fmt: skip
 
     def report(self) -> None:
         """The page of all that lies in the folder."""

@@ -1,0 +1,44 @@
+"""What a long command shows while it runs, and what it says when it is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cats.cli import options
+
+
+@contextmanager
+def stage() -> Iterator[Callable[[str], None]]:
+    """A line of a terminal that says what is going on; the yielded function writes it.
+
+    It is drawn when it changes and never in between: the thread of a spinner or of a bar would
+    take its time from what is measured.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=options.err, auto_refresh=False, transient=True) as live:
+
+        def show(text: str) -> None:
+            live.update(Text(f"{text} ...", overflow="ellipsis", no_wrap=True), refresh=True)
+
+        yield show
+
+
+@contextmanager
+def resumable(folder: Path | None, kept: Callable[[Path], bool] = Path.exists) -> Iterator[None]:
+    """Say on Ctrl+C where the same command goes on.
+
+    Args:
+        folder: What is kept on the way: a folder or a file. None where nothing is.
+        kept: Whether there is something in it yet.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is not None and kept(folder):
+            message = f"stopped; the same command goes on from {folder}"
+            options.err.print(message, markup=False, highlight=False, soft_wrap=True)
+        raise
