@@ -51,6 +51,17 @@ def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tm
     assert "holds answers with limit None, wanted 2" in err
 
 
+@pytest.mark.parametrize("command_line", ["evaluate no/such", "reproduce --model no/such -o run"])
+def test_absent_data_of_a_later_task_is_missed_before_the_model_is_loaded(
+    command, tmp_path, monkeypatch, command_line
+):
+    data = models_data(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*command_line.split(), "--tasks", "piqa,boolq", "--data-dir", data)
+    assert code == 1
+    assert "expected validation.parquet" in err
+
+
 def test_options_that_would_be_ignored_are_errors(command, checkpoint, text):
     code, _, err = command("evaluate", checkpoint, "--limit", 3)
     assert (code, "--limit goes with --tasks" in err) == (1, True)

@@ -2,7 +2,14 @@ import pytest
 
 import cats
 from cats.errors import ConfigError, DataError, StorageError
-from cats.evaluation.tasks import PAPER8, _manager, _questions, evaluate_task, task_names
+from cats.evaluation.tasks import (
+    PAPER8,
+    _manager,
+    _questions,
+    check_data,
+    evaluate_task,
+    task_names,
+)
 from tests import models
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -81,10 +88,28 @@ def test_paper8_names_the_eight_tasks():
 def test_unknown_tasks_absent_data_and_groups_offline_are_errors(model, tokenizer, data_dir):
     with pytest.raises(ConfigError, match="no task 'piga'"):
         task_names("piga")
-    with pytest.raises(StorageError, match="no parquet file of the task boolq"):
+    with pytest.raises(StorageError, match="no parquet file of the task boolq: expected"):
         evaluate_task(model, tokenizer, "boolq", data_dir=data_dir)
     with pytest.raises(ConfigError, match="mmlu is a group"):
         evaluate_task(model, tokenizer, "mmlu", data_dir=data_dir)
+
+
+@pytest.mark.parametrize(
+    ("task", "files", "expected"),
+    [
+        ("piqa", ["train"], "expected validation.parquet,"),
+        ("piqa", ["test"], "expected validation.parquet,"),
+        ("sciq", ["train"], "expected test.parquet or validation.parquet,"),
+        ("gsm8k", ["test"], "expected train.parquet,"),
+        ("mnli", ["validation"], "expected validation_matched.parquet,"),
+    ],
+)
+def test_splits_that_cannot_be_asked_are_missed_before_any_is(tmp_path, task, files, expected):
+    (tmp_path / task).mkdir()
+    for name in files:
+        (tmp_path / task / f"{name}.parquet").touch()
+    with pytest.raises(StorageError, match=expected):
+        check_data([task], tmp_path)
 
 
 def found(task, metrics, *samples):

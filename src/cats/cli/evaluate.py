@@ -39,7 +39,10 @@ def evaluate(
     seed: options.Seed = 0,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Take the tasks' data from TASK/SPLIT.parquet in this folder."),
+        typer.Option(
+            help="Take the tasks' data from TASK/SPLIT.parquet in this folder, such as "
+            "piqa/validation.parquet: columns as in the task's own data set."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -68,9 +71,10 @@ def evaluate(
     _check_options(tasks, text, tokens, limit, data_dir, output)
     options.check_output(output and output / "results.jsonl")
     options.check_tokens(tokens, block)
+    names = [] if tasks is None else check_tasks(tasks, data_dir)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     if tasks is not None:
-        found = _ask(loaded, tokenizer, model, tasks, thresholds, limit, seed, batch, data_dir,
+        found = _ask(loaded, tokenizer, model, names, thresholds, limit, seed, batch, data_dir,
                      output)  # fmt: skip
         _print_tasks(model, found, as_json)
         return
@@ -96,6 +100,17 @@ def parse_batch_size(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--batch-size: expected auto or a positive number, got {text!r}")
     return int(text)
+
+
+def check_tasks(tasks: str, data_dir: Path | None) -> list[str]:
+    """The names of the tasks, once it is known that they and their files exist."""
+    from cats.evaluation.tasks import check_data, task_names
+
+    with options.err.status("looking up the tasks ..."):
+        names = task_names(tasks)
+        if data_dir is not None:
+            check_data(names, data_dir)
+    return names
 
 
 def _check_options(
@@ -165,7 +180,7 @@ def _ask(
     model: Any,
     tokenizer: Any,
     name: str,
-    tasks: str,
+    tasks: list[str],
     thresholds: Path | None,
     limit: int | None,
     seed: int,
@@ -178,11 +193,9 @@ def _ask(
     from cats.checkpoint import read_config
     from cats.config import CatsConfig
     from cats.evaluation.run import answer_tasks, results
-    from cats.evaluation.tasks import task_names
     from cats.evaluation.variants import Dense, Sparse, Variant
     from cats.storage import replacing
 
-    names = task_names(tasks)
     variants: list[Variant] = [Dense()]
     if hasattr(model.config, "cats"):
         stored = read_config(options.resolve(name)) if thresholds is None else None
@@ -194,7 +207,7 @@ def _ask(
     for variant in variants:
         answers = []
         for answer in answer_tasks(
-            model, tokenizer, variant, names, folder=output and output / "answers",
+            model, tokenizer, variant, tasks, folder=output and output / "answers",
             settings=settings, limit=limit, seed=seed, batch_size=batch_size, data_dir=data_dir,
         ):  # fmt: skip
             answers.append(answer)

@@ -73,14 +73,13 @@ def reproduce(
     Compared are dense, CATS, ReLU, and input thresholding, uniform and as TEAL allocates it, at
     the bytes a token of each CATS target. What is in the folder already is not measured again.
     """
-    from cats.cli.evaluate import parse_batch_size
-    from cats.evaluation.tasks import task_names
+    from cats.cli.evaluate import check_tasks, parse_batch_size
 
     targets, chosen = _targets(sparsity), _chosen(methods)
-    names = task_names(tasks)
     batch = parse_batch_size(batch_size)
     options.check_output(output / "report.html")
     options.check_tokens(eval_tokens, length, "--eval-tokens")
+    names = check_tasks(tasks, data_dir)
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     recipe = Recipe(
         model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ PAPER8 = (
 )  # fmt: skip
 # On a CPU the harness's search for the largest batch takes longer than it saves.
 _CPU_BATCH = 16
-_SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+_SPLITS = ("training_split", "validation_split", "test_split")
 
 
 def task_names(names: str) -> list[str]:
@@ -40,6 +40,21 @@ def task_names(names: str) -> list[str]:
     if unknown := [name for name in expanded if name not in known]:
         raise ConfigError(f"no task {unknown[0]!r}; cats lm-eval ls tasks shows them all")
     return list(dict.fromkeys(expanded))
+
+
+def check_data(tasks: Iterable[str], data_dir: Path) -> None:
+    """Complain about a task whose files are not all there, before the first one is asked.
+
+    Args:
+        tasks: Names that the harness knows.
+        data_dir: As for :func:`evaluate_task`.
+
+    Raises:
+        ConfigError: If a name is that of a group.
+        StorageError: If ``data_dir`` has not the data of a task.
+    """
+    for task in tasks:
+        _files(task, data_dir)
 
 
 def evaluate_task(
@@ -65,8 +80,9 @@ def evaluate_task(
             are of one source.
         seed: Of that draw.
         batch_size: A number, or ``"auto"``: as large as the GPU holds, 16 on a CPU.
-        data_dir: Folder with ``<task>/<split>.parquet``, splits ``train``, ``validation`` and
-            ``test``. Without it the harness downloads the task's own data set.
+        data_dir: Folder with ``<task>/<split>.parquet``, the splits named as in the task's own
+            data set, such as ``validation``, and with its columns. Without it the harness
+            downloads that data set.
         settings: Kept with the answers.
 
     Raises:
@@ -123,7 +139,7 @@ def _manager() -> Any:
 def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
     """Each task behind a name to the harness's object for it."""
     manager = _manager()
-    spec = name if data_dir is None else _offline(name, data_dir, manager)
+    spec = name if data_dir is None else _offline(name, data_dir)
     try:
         tasks: dict[str, Any] = manager.load([spec])["tasks"]
     except (OSError, ValueError, KeyError) as error:
@@ -135,14 +151,34 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
     return tasks
 
 
-def _offline(name: str, data_dir: Path, manager: Any) -> dict[str, Any]:
-    """The built-in task with another source of data."""
-    if name not in manager.all_subtasks:
+def _files(name: str, data_dir: Path) -> dict[str, str]:
+    """The parquet file of each split: one that can be asked, and one of examples if it has any."""
+    if name not in _manager().all_subtasks:
         raise ConfigError(f"{name} is a group: with --data-dir name its tasks one by one")
+    definition = _definition(name)
     files = {path.stem: str(path) for path in sorted((data_dir / name).glob("*.parquet"))}
-    if not files:
-        raise StorageError(f"{data_dir / name}: no parquet file of the task {name}")
-    absent = {key: None for key, split in _SPLITS.items() if split not in files}
+    asked = [definition[key] for key in ("test_split", "validation_split") if definition.get(key)]
+    examples = [definition.get("fewshot_split")] if definition.get("num_fewshot") else []
+    for splits in (asked, examples):
+        if splits and not files.keys() & set(splits):
+            expected = " or ".join(f"{split}.parquet" for split in splits)
+            raise StorageError(
+                f"{data_dir / name}: no parquet file of the task {name}: expected {expected}, "
+                "with the columns of the task's own data set"
+            )
+    return files
+
+
+def _definition(name: str) -> dict[str, Any]:
+    """What the harness's file of a task says; empty where it is written in Python."""
+    return _manager().task_index[name].cfg or {}
+
+
+def _offline(name: str, data_dir: Path) -> dict[str, Any]:
+    """The built-in task with another source of data."""
+    files = _files(name, data_dir)
+    definition = _definition(name)
+    absent = {key: None for key in _SPLITS if definition.get(key) not in files}
     source = {
         "dataset_path": "parquet",
         "dataset_name": None,
