@@ -1,3 +1,6 @@
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -17,6 +20,10 @@ def test_installation_names_every_backend(command_json):
 def test_model_shows_the_engine_that_would_decode_it_and_why_not_another(command_json, checkpoint):
     report = command_json("info", checkpoint)
     assert {"thresholds": "none: a dense model"} in report.values()
+    assert report["architecture"] == {
+        "model": "LlamaForCausalLM", "layers": 2, "hidden_size": 16, "parameters": 13_680,
+        "dtype": "float32", "gated_mlps": 2, "intermediate_size": 40, "activation": "silu",
+    }  # fmt: skip
     engines = report["engines of cats.generate"]
     assert engines.keys() == set(ENGINES)
     assert list(engines.values()).count("is taken") == 1
@@ -43,6 +50,31 @@ def test_thresholds_and_statistics_are_described_in_words(command, checkpoint, t
         assert code == 0, err
         assert words in out
         assert "{" not in out
+
+
+def test_layers_are_listed_by_number_and_an_equal_share_once(command_json, tmp_path):
+    model = models.make_model(num_hidden_layers=11)
+    config = cats.calibrate(model, [models.make_ids()], target_sparsity=0.5)
+    shares = dict.fromkeys(config.thresholds, 0.5)
+    dataclasses.replace(config, realized_sparsity=shares).save(tmp_path / "equal.safetensors")
+    shares["model.layers.10.mlp"] = 0.25
+    dataclasses.replace(config, realized_sparsity=shares).save(tmp_path / "other.safetensors")
+    cats.collect(model, [models.make_ids()]).save(tmp_path / "counts.bin")
+    for file in ("equal.safetensors", "other.safetensors", "counts.bin"):
+        report = command_json("info", tmp_path / file)
+        assert [*report["MLPs"]] == [f"model.layers.{i}.mlp" for i in range(11)]
+        rows = "".join(report["MLPs"].values())
+        assert ("25.0% dropped" in rows) == (file == "other.safetensors")
+        assert ("50.0% dropped" in rows) == (file == "other.safetensors")
+        once = report[file].get("dropped in calibration")
+        assert once == ("50.0% in each MLP" if file == "equal.safetensors" else None)
+
+
+def test_kernels_that_are_not_built_name_the_command_of_the_clone(command_json, monkeypatch):
+    assert "pip install" not in command_json("info")["backends of cats::gated_mlp"]["cpu"]
+    monkeypatch.setattr(cats.ops, "backends", lambda: {"cpu": "not built"})
+    line = command_json("info")["backends of cats::gated_mlp"]["cpu"]
+    assert line.endswith(f"pip install -e {Path(__file__).parents[2]}")
 
 
 def test_statistics_of_collect_are_described_whatever_their_name(command_json, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +54,6 @@ def _installation() -> dict[str, dict[str, Any]]:
     import torch
     import transformers
 
-    from cats import ops
     from cats.version import __version__
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -67,11 +68,23 @@ def _installation() -> dict[str, dict[str, Any]]:
             "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
             "gpu": ", ".join(gpus) or "none",
         },
-        "backends of cats::gated_mlp": dict(ops.backends()),
+        "backends of cats::gated_mlp": _backends(),
     }
 
 
+def _backends() -> dict[str, str]:
+    import cats
+
+    found = dict(cats.ops.backends())
+    clone = Path(cats.__file__).parents[2]
+    if found["cpu"] != "live" and (clone / "setup.py").is_file():
+        found["cpu"] += f"; to build them in this clone: pip install -e {clone}"
+    return found
+
+
 def _describe(model: str) -> dict[str, dict[str, Any]]:
+    from transformers import AutoConfig
+
     from cats.checkpoint import is_sparse_checkpoint, read_config
     from cats.config import CatsConfig
     from cats.storage import load_tensors
@@ -89,20 +102,71 @@ def _describe(model: str) -> dict[str, dict[str, Any]]:
     if history.suffix == ".jsonl" and history.is_file():
         return _describe_history(name, history)
     path = options.resolve(model)
-    sparse = is_sparse_checkpoint(path)
-    engines = {"engines of cats.generate": _engines(model, sparse=sparse)}
-    if not sparse:
-        return {name: {"thresholds": "none: a dense model"}, **engines}
-    return _describe_config(name, read_config(path)) | engines
+    sparse, config = is_sparse_checkpoint(path), AutoConfig.from_pretrained(path)
+    dense = {name: {"thresholds": "none: a dense model"}}
+    return {
+        **(_describe_config(name, read_config(path)) if sparse else dense),
+        "architecture": _architecture(config),
+        "engines of cats.generate": _engines(path, config, sparse=sparse),
+    }
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    """Sizes of a model, from its configuration alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cats.checkpoint import first_line
+    from cats.errors import UnsupportedModelError
+    from cats.mlp import find_gated_mlps
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError) as error:
+        return {"none": f"no causal model: {first_line(error)}"}
+    text = config.get_text_config(decoder=True)
+    found = {
+        "model": type(model).__name__,
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype else None,
+    }
+    alike: dict[Hashable, list[str]] = {}
+    for name, module in model.named_modules():
+        shapes = tuple(p.shape for p in module.parameters())
+        alike.setdefault((type(module), shapes), []).append(name)
+    # one of each kind is probed: with large weights it takes a second
+    numbers = {names[0]: len(names) for names in alike.values()}
+    try:
+        mlps = find_gated_mlps(model, names=numbers)
+    except UnsupportedModelError as error:
+        return found | {"gated_mlps": f"none: {error}"}
+    return found | {
+        "gated_mlps": sum(numbers[mlp.name] for mlp in mlps),
+        "intermediate_size": _one_or_all(mlp.intermediate_size for mlp in mlps),
+        "activation": _one_or_all(mlp.activation for mlp in mlps),
+    }
+
+
+def _one_or_all(values: Iterable[Any]) -> Any:
+    """The value that all have, or each that occurs, as words."""
+    found = [*dict.fromkeys(values)]
+    return found[0] if len(found) == 1 else ", ".join(map(str, found))
 
 
 def _describe_config(title: str, config: CatsConfig) -> dict[str, dict[str, Any]]:
     block = config.to_dict()
     realized = block.pop("realized_sparsity")
+    shares = {name: f"{share:.1%}" for name, share in realized.items()}
+    same = len({*shares.values()}) == 1 and shares.keys() == config.thresholds.keys()
+    if same:
+        block["dropped in calibration"] = f"{next(iter(shares.values()))} in each MLP"
     thresholds = {
         name: f"threshold {float(t.mean()):.4f}"
-        + (f", {realized[name]:.1%} dropped in calibration" if name in realized else "")
-        for name, t in config.thresholds.items()
+        + (f", {shares[name]} dropped in calibration" if name in shares and not same else "")
+        for name, t in _by_layer(config.thresholds).items()
     }
     return {title: block, "MLPs": thresholds}
 
@@ -163,36 +227,39 @@ def _describe_statistics(path: str) -> dict[str, dict[str, Any]]:
     mlps = {
         name: f"{size:,} neurons, {found.activations[name]}, {int(found.counts[name].sum()):,} "
         f"activations in {int(found.counts[name].count_nonzero()):,} bins"
-        for name, size in found.sizes.items()
+        for name, size in _by_layer(found.sizes).items()
     }
     return {Path(path).name: about, "MLPs": mlps}
 
 
-def _engines(model: str, *, sparse: bool) -> dict[str, str]:
+def _by_layer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with layer 2 before layer 10; in files it lies behind."""
+
+    def padded(name: str) -> str:
+        return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
+
+    return {name: values[name] for name in sorted(values, key=padded)}
+
+
+def _engines(path: str, config: Any, *, sparse: bool) -> dict[str, str]:
     """Which engine would decode a model on this machine, and why not another."""
     import torch
     from torch import nn
-    from transformers import AutoConfig
 
-    from cats.checkpoint import first_line
     from cats.decode import ENGINES
     from cats.decode.cache import SlotCache
     from cats.decode.engines import make_engine
-    from cats.errors import CatsError, StorageError, UnsupportedModelError
+    from cats.errors import CatsError, UnsupportedModelError
     from cats.fusion import fuse_
 
     try:
-        SlotCache(AutoConfig.from_pretrained(options.resolve(model)), 1)
+        SlotCache(config, 1)
     except UnsupportedModelError as error:
         return {"none": str(error)}
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot read the configuration of {model}: {first_line(error)}"
-        ) from error
     kind, loaded = "a CPU", nn.Linear(1, 1)
     if torch.cuda.is_available():
         # there it depends on the weights; on a CPU on the device alone
-        kind, (loaded, _) = "a GPU", options.load(model, dtype=options.Dtype.auto, device="cuda")
+        kind, (loaded, _) = "a GPU", options.load(path, dtype=options.Dtype.auto, device="cuda")
         if sparse:
             fuse_(loaded)
     chosen = make_engine("auto", loaded).name
