@@ -33,8 +33,11 @@ def read_text(path: str | Path) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, {error}") from error
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: no such file") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise StorageError(f"{path}: cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"{path}: cannot be read: {reason}") from error
     if not text.strip():
         raise DataError(f"{path}: holds no text")
     return text

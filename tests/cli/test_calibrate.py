@@ -157,6 +157,23 @@ def test_option_that_would_be_misread_is_refused_before_the_model_is_loaded(
     assert not any(tmp_path.iterdir())
 
 
+WORDS = {
+    "percent": (("--sparsity", 50), "a share inside (0, 1), such as 0.5 for 50 %; got 50"),
+    "text": (("--text", "none.txt"), "error: none.txt: no such file"),
+    "pattern": (("--exclude", "foo.*"), "matches no MLP of this model, which are named like "
+                "'model.layers.0.mlp'"),
+    "pattern of no MLP": (("--exclude", "lm_head"), "matches no MLP"),
+    "all": (("--exclude", "*.0.*", "--exclude", "*.1.*"), "*.0.* *.1.* leaves no MLP"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), WORDS.values(), ids=WORDS)
+def test_errors_speak_of_what_was_given(command, checkpoint, arguments, message):
+    code, _, err = command("calibrate", checkpoint, *arguments)
+    assert code == 1
+    assert message in err
+
+
 @pytest.mark.parametrize("name", ["sparse", "Qwen2.5-7B", "there.d"])
 def test_name_without_a_suffix_is_a_whole_checkpoint(command, checkpoint, text, tmp_path, name):
     (tmp_path / "there.d").mkdir()

@@ -91,6 +91,14 @@ def test_impossible_parts_are_refused(name):
         Source.parse(name)
 
 
+@pytest.mark.parametrize("rows", ["", '{"text": " "}\n{"text": ""}\n'])
+def test_rows_without_text_name_their_file(tmp_path, rows):
+    path = tmp_path / "e.jsonl"
+    path.write_text(rows)
+    with pytest.raises(DataError, match=r"e\.jsonl: holds no text"):
+        texts(str(path))
+
+
 def test_data_set_without_a_network_is_a_storage_error():
     pytest.importorskip("datasets")
     with pytest.raises(StorageError, match="no/such-data-set"):

@@ -62,7 +62,7 @@ def calibrate(
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help='Leave modules dense by pattern, such as "model.layers.0.*"; repeatable.'
+            help='Leave gated MLPs dense by pattern, such as "model.layers.0.*"; repeatable.'
         ),
     ] = None,
     statistics: Annotated[
@@ -176,14 +176,24 @@ def _check_patterns(model: Any, patterns: list[str]) -> None:
     from fnmatch import fnmatchcase
 
     from cats.errors import ConfigError
+    from cats.mlp import activation_kind
 
-    names = [name for name, _ in model.named_modules()]
+    # gated or not: what has an activation module
+    mlps = [
+        n for n, module in model.named_modules() if any(map(activation_kind, module.children()))
+    ]
+    if not mlps:
+        return
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in mlps):
             raise ConfigError(
-                f"--exclude {pattern!r} matches no module of this model, which are named like "
-                f"{names[-1]!r}"
+                f"--exclude {pattern!r} matches no MLP of this model, which are named like "
+                f"{mlps[0]!r}"
             )
+    if all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in mlps):
+        raise ConfigError(
+            f"--exclude {' '.join(patterns)} leaves no MLP of this model to calibrate"
+        )
 
 
 def _start_processes() -> tuple[int, int]:

@@ -86,6 +86,7 @@ def read_texts(source: Source, *, column: str | None = None) -> Iterator[str]:
     if source.is_file and not _has_rows(source):
         yield _part(read_text(source.name), source)
         return
+    empty = True
     for number, row in enumerate(_rows(source, stream=True), start=1):
         found = column or next((name for name in _TEXT_COLUMNS if name in row), None)
         if found is None or found not in row:
@@ -93,7 +94,10 @@ def read_texts(source: Source, *, column: str | None = None) -> Iterator[str]:
             raise DataError(f"{source}, row {number}: no column {wanted}; there are {[*row]}")
         if not isinstance(row[found], str):
             raise DataError(f"{source}, row {number}: column {found} holds no text")
+        empty = empty and not row[found].strip()
         yield row[found]
+    if empty:
+        raise DataError(f"{source}: holds no text")
 
 
 def read_rows(source: Source, columns: Sequence[str]) -> list[dict[str, Any]]:
