@@ -58,6 +58,35 @@ def test_complete_run_says_so(command, checkpoint, text, tmp_path):
     assert "was complete already" in " ".join(out.split())
 
 
+def test_other_options_than_those_of_the_run_are_refused_before_the_model_is_loaded(
+    command, checkpoint, text, tmp_path
+):
+    run = ("-o", tmp_path / "run", "--text", text, *SMALL)
+    assert command("finetune", checkpoint, *run)[0] == 0
+    changed = ("--steps", 3, "--eval-every", 2, "--target", "q_proj")
+    code, _, err = command("finetune", "no/such-model", *run, *changed)
+    assert code == 1
+    assert (
+        "holds a run with --steps 2, now 3; --target default, now q_proj; --eval-every 1, now 2: "
+    ) in err
+    # steps are known once the data is read
+    code, _, err = command("finetune", checkpoint, *run, "--epochs", 10)
+    assert (code, "options.steps" in err) == (1, True)
+
+
+def test_target_that_is_no_layer_is_refused_before_the_data_is_read(
+    command, checkpoint, tmp_path, monkeypatch
+):
+    from cats.cli.finetune_data import Data
+
+    monkeypatch.delattr(Data, "train")
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", "--text", "a.txt")
+    code, _, err = command(*run, "--target", "q_proj", "--target", "foo")
+    assert code == 1
+    assert "no adapters on 'foo'" in err
+    assert "down_proj, gate_proj" in err
+
+
 def test_thresholds_file_and_sparse_checkpoint_are_taken(
     command, command_json, checkpoint, text, tmp_path
 ):

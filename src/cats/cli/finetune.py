@@ -120,6 +120,7 @@ def finetune(
     Several GPUs: [b]torchrun --nproc-per-node 8 $(which cats) finetune ...[/b]
     """
     from cats.finetuning import FinetuneOptions
+    from cats.finetuning.adapters import check_targets
     from cats.finetuning.run import finetune as run
 
     rows = Data(
@@ -142,10 +143,12 @@ def finetune(
     )  # fmt: skip
     shared.check_epochs(epochs)
     options.check_output(output / "history.jsonl")
+    shared.check_continued(output, chosen, epochs)
     loaded, tokenizer = options.load(
         model, thresholds=thresholds, dtype=dtype, device=options.process_device(device),
         dense=method is not None,
     )  # fmt: skip
+    check_targets(loaded, chosen.targets)
     sparse = hasattr(loaded.config, "cats")
     if sparse and sparsity is not None and thresholds is None:
         raise ConfigError(f"{model} has thresholds: calibrate it anew with --method cats")

@@ -12,12 +12,22 @@ import typer
 from cats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cats.finetuning import FinetuneOptions
     from cats.finetuning.data import Examples
 
 # Why some methods go without an option.
 OWN_TEACHER = "a dense model would be its own teacher"
 NO_TARGET = "only cats has a target sparsity to calibrate for"
+
+# Fields of FinetuneOptions whose option has another name.
+_OPTIONS = {
+    "evaluate_every": "--eval-every",
+    "evaluation_batch_size": "--eval-batch-size",
+    "targets": "--target",
+    "bfloat16": "--bf16",
+}
 
 # Options by their section of the help.
 data_option = partial(typer.Option, rich_help_panel="Data")
@@ -130,6 +140,42 @@ def check_epochs(epochs: float | None) -> None:
     """Complain about a number of epochs that is none, before the data is read."""
     if epochs is not None and not 0 < epochs < float("inf"):
         raise ConfigError(f"--epochs must be positive, got {epochs}")
+
+
+def check_continued(output: Path, options: FinetuneOptions, epochs: float | None) -> None:
+    """Complain, before the model is loaded, where the folder holds a run with other options.
+
+    Steps that epochs decide are compared when the data is there, as all else is.
+    """
+    from cats.finetuning.run import options_that_count
+    from cats.history import History
+
+    path = output / "history.jsonl"
+    if not path.exists():
+        return
+    before, now = History.load(path).settings["options"], options_that_count(options)
+    changed = [
+        f"{_option(name)} {_words(before.get(name))}, now {_words(value)}"
+        for name, value in now.items()
+        if before.get(name) != value and not (name == "steps" and epochs is not None)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{output}: holds a run with {'; '.join(changed)}: give the same, "
+            "name another folder, or delete it"
+        )
+
+
+def _option(field: str) -> str:
+    """The option of a field of FinetuneOptions."""
+    return _OPTIONS.get(field) or named({field: None})
+
+
+def _words(value: Any) -> str:
+    """The value of an option as it is typed."""
+    if isinstance(value, list):
+        return " ".join(value) or "default"
+    return "default" if value is None else str(value)
 
 
 def with_epochs(options: FinetuneOptions, epochs: float | None, train: Examples) -> FinetuneOptions:

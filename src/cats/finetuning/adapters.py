@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,20 @@ def target_layers(model: nn.Module) -> list[str]:
     return sorted(names | found)
 
 
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise ConfigError for a target that is the name, or the end of one, of no module."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            layers = {
+                n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is nn.Linear
+            }
+            raise ConfigError(
+                f"no adapters on {target!r}: the model has no layer of this name; its layers are "
+                f"named {', '.join(sorted(layers))}"
+            )
+
+
 def add_adapters(model: Any, options: FinetuneOptions, *, same_dtype: bool = False) -> Any:
     """The model as a ``peft.PeftModel`` with fresh LoRA adapters; base weights are frozen.
 
@@ -60,6 +74,7 @@ def add_adapters(model: Any, options: FinetuneOptions, *, same_dtype: bool = Fal
     """
     peft = import_peft()
     refuse_fused(model)
+    check_targets(model, options.targets)
     torch.manual_seed(options.seed)
     config = peft.LoraConfig(
         r=options.rank,

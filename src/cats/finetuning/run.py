@@ -229,11 +229,18 @@ def settings_of(
         "calibration_hash": block.get("calibration_hash"),
         "dtype": str(model.dtype).removeprefix("torch."),
         "processes": _world(),
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE},
+        "options": options_that_count(options),
         "train": describe(train),
         "evaluations": {name: describe(examples) for name, examples in evaluations.items()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def options_that_count(options: FinetuneOptions) -> dict[str, Any]:
+    """The options that decide what comes out, as JSON gives them back."""
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain
 
 
