@@ -39,10 +39,16 @@ def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tm
     assert sparse["difference"] == pytest.approx(sparse["value"] - dense["value"])
     assert dense["questions"] == 8
     assert (folder / "answers" / "cats-90" / "sciq.jsonl").exists()
+    lines = [line for line in err.splitlines() if line.startswith("cats-90: ")]
+    assert lines == [
+        "cats-90: asking piqa ...", "cats-90: piqa done",
+        "cats-90: asking sciq ...", "cats-90: sciq done",
+    ]  # fmt: skip
     assert len((folder / "results.jsonl").read_text().splitlines()) == len(rows)
 
     code, out, err = command(*arguments)
     assert code == 0, err
+    assert "asking" not in err
     assert "splits: piqa validation, sciq validation" in out
     assert "calibrated on 1,920 tokens" in out
 

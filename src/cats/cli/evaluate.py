@@ -10,6 +10,8 @@ import typer
 from cats.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.table import Table
 
     from cats.results import Result
@@ -201,14 +203,15 @@ def _ask(
         stored = read_config(options.resolve(name)) if thresholds is None else None
         variants.append(Sparse(stored or CatsConfig.load(thresholds or "")))
         densify_(model)
+    folder = output and output / "answers"
     settings = {"model": name, "dtype": str(model.dtype).removeprefix("torch.")}
     found: list[Result] = []
     dense = None
     for variant in variants:
         answers = []
         for answer in answer_tasks(
-            model, tokenizer, variant, tasks, folder=output and output / "answers",
-            settings=settings, limit=limit, seed=seed, batch_size=batch_size, data_dir=data_dir,
+            model, tokenizer, variant, tasks, folder=folder, settings=settings, limit=limit,
+            seed=seed, batch_size=batch_size, data_dir=data_dir, on_task=asked(variant.label),
         ):  # fmt: skip
             answers.append(answer)
             options.err.print(f"{variant.label}: {answer.task} done")
@@ -218,6 +221,11 @@ def _ask(
         with replacing(output / "results.jsonl") as temporary:
             temporary.write_text("".join(result.to_json() + "\n" for result in found))
     return found
+
+
+def asked(label: str) -> Callable[[str], None]:
+    """Prints a line before each task of a variant: the harness's bars say neither."""
+    return lambda task: options.err.print(f"{label}: asking {task} ...")
 
 
 def _print_tasks(model: str, found: list[Result], as_json: bool) -> None:

@@ -277,6 +277,7 @@ class Recipe:
         data_dir: Path | None,
     ) -> None:
         """Zero-shot tasks of every variant, resumed task by task."""
+        from cats.cli.evaluate import asked
         from cats.evaluation.run import answer_tasks, results
 
         found: list[Result] = []
@@ -286,7 +287,7 @@ class Recipe:
             for answer in answer_tasks(
                 self.model, self.tokenizer, variant, names, folder=self.folder / "answers",
                 settings=self.settings, limit=limit, seed=self.seed, batch_size=batch_size,
-                data_dir=data_dir,
+                data_dir=data_dir, on_task=asked(variant.label),
             ):  # fmt: skip
                 answers.append(answer)
                 options.err.print(f"{variant.label}: {answer.task} done")

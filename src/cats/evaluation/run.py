@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def answer_tasks(
     seed: int = 0,
     batch_size: int | str = "auto",
     data_dir: Path | None = None,
+    on_task: Callable[[str], None] = lambda task: None,
 ) -> Iterator[Answers]:
     """Answers of one variant, task after task.
 
@@ -47,6 +48,7 @@ def answer_tasks(
         seed: Of the draw that ``limit`` makes.
         batch_size: A number or ``"auto"``.
         data_dir: Folder of parquet files.
+        on_task: Called with the name of each task that is asked, before it is.
 
     Raises:
         DataError: If the folder holds answers with other settings.
@@ -59,6 +61,7 @@ def answer_tasks(
             answers = Answers.load(path)
             _check_same(path, answers, {"limit": limit, "seed": seed, **settings})
         else:
+            on_task(task)
             with variant.on(model):
                 answers = evaluate_task(
                     model, tokenizer, task, limit=limit, seed=seed, batch_size=batch_size,
