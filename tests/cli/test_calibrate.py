@@ -41,7 +41,9 @@ def test_interrupted_calibration_resumes_to_the_same_thresholds(
             interrupt()
 
     monkeypatch.setattr(cats.Statistics, "save", save_twice)
-    assert command(*resumed)[0] == 130
+    code, _, err = command(*resumed)
+    assert code == 130
+    assert f"stopped; the same command goes on from {tmp_path / 's'}\n" in err
     assert not (tmp_path / "resumed.safetensors").exists()
     assert command(*resumed)[0] == 0
     assert calls == [4, 8, 12, 16]

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from cats.evaluation import run as runs
 from tests.evaluation.conftest import models_data
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -55,6 +56,27 @@ def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tm
     code, _, err = command(*arguments, "--limit", 2)
     assert code == 1
     assert "holds answers with limit None, wanted 2" in err
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_stopped_evaluation_says_where_it_goes_on_if_it_does(
+    command, checkpoint, tmp_path, monkeypatch, output
+):
+    real, folder = runs.evaluate_task, tmp_path / "run"
+
+    def stop_at_sciq(model, tokenizer, task, **options):
+        if task == "sciq":
+            raise KeyboardInterrupt
+        return real(model, tokenizer, task, **options)
+
+    monkeypatch.setattr(runs, "evaluate_task", stop_at_sciq)
+    code, _, err = command(
+        "evaluate", checkpoint, "--tasks", "piqa,sciq", "--data-dir",
+        models_data(tmp_path / "data"), *(("-o", folder) if output else ()),
+    )  # fmt: skip
+    assert code == 130
+    assert (f"stopped; the same command goes on from {folder}\n" in err) == output
+    assert ("stopped" in err) == output
 
 
 @pytest.mark.parametrize("command_line", ["evaluate no/such", "reproduce --model no/such -o run"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import cats
+from cats.cli.finetune_bar import StepBar
 from cats.finetuning import load_adapter
 from tests import models
 
@@ -85,6 +86,24 @@ def test_target_that_is_no_layer_is_refused_before_the_data_is_read(
     assert code == 1
     assert "no adapters on 'foo'" in err
     assert "down_proj, gate_proj" in err
+
+
+@pytest.mark.parametrize(("save_every", "said"), [(1, True), (0, False)])
+def test_stopped_run_says_where_it_goes_on_if_it_does(
+    command, checkpoint, text, tmp_path, monkeypatch, save_every, said
+):
+    real = StepBar.show
+
+    def stop_at_step_2(self, point):
+        real(self, point)
+        if point.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepBar, "show", stop_at_step_2)
+    code, _, err = command("finetune", checkpoint, "-o", tmp_path / "run", "--text", text, *SMALL,
+                           "--steps", 3, "--save-every", save_every)  # fmt: skip
+    assert code == 130
+    assert (f"stopped; the same command goes on from {tmp_path / 'run'}\n" in err) == said
 
 
 def test_thresholds_file_and_sparse_checkpoint_are_taken(

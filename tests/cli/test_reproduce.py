@@ -68,6 +68,16 @@ def test_the_whole_recipe_ends_in_a_report_and_is_resumed(reproduce, tmp_path, m
     assert "another text or seed" in err
 
 
+def test_stopped_recipe_says_where_it_goes_on(reproduce, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "measure_perplexity", stop)
+    code, _, err = reproduce("--methods", "relu")
+    assert code == 130
+    assert f"stopped; the same command goes on from {tmp_path / 'run'}\n" in err
+
+
 def test_a_wrong_target_is_an_error_before_the_model_is_loaded(command, tmp_path):
     code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", "--sparsity", "50")
     assert code == 1

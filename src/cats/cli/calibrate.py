@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cats.cli import options
+from cats.cli.running import resumable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,7 @@ def calibrate(
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="Save the counts here while running, and continue from them."),
+        typer.Option(help=f"Save the counts here, every {_CHUNK} batches, and continue from them."),
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -95,15 +96,18 @@ def calibrate(
     _check_patterns(loaded, exclude or [])
     with options.err.status("reading the text ..."):
         blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
-    counted = _collect(loaded, blocks, batch_size, method, exclude or [], statistics, rank, world)
-    if rank != 0:
-        return
-    held_out_batches = held_out.split(batch_size)
-    if limit is None:
-        dense = _perplexity(loaded, held_out_batches, "dense perplexity")
-    else:
-        target, dense = _largest_target(loaded, counted, held_out_batches, limit)
-    report = _apply_and_measure(loaded, counted, target, held_out_batches)
+    with resumable(statistics if rank == 0 else None):
+        counted = _collect(
+            loaded, blocks, batch_size, method, exclude or [], statistics, rank, world
+        )
+        if rank != 0:
+            return
+        held_out_batches = held_out.split(batch_size)
+        if limit is None:
+            dense = _perplexity(loaded, held_out_batches, "dense perplexity")
+        else:
+            target, dense = _largest_target(loaded, counted, held_out_batches, limit)
+        report = _apply_and_measure(loaded, counted, target, held_out_batches)
     report |= {
         "model": model,
         "calibration_text": options.describe_texts(text),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cats.cli import options
+from cats.cli.running import resumable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,8 +77,9 @@ def evaluate(
     names = [] if tasks is None else check_tasks(tasks, data_dir)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     if tasks is not None:
-        found = _ask(loaded, tokenizer, model, names, thresholds, limit, seed, batch, data_dir,
-                     output)  # fmt: skip
+        with resumable(output, _has_answers):
+            found = _ask(loaded, tokenizer, model, names, thresholds, limit, seed, batch, data_dir,
+                         output)  # fmt: skip
         _print_tasks(model, found, as_json)
         return
     from cats.data import token_blocks
@@ -132,6 +134,10 @@ def _check_options(
         if value is not None:
             need = "goes with --tasks" if tasks is None else "is of perplexity, not of --tasks"
             raise ConfigError(f"{name} {need}")
+
+
+def _has_answers(folder: Path) -> bool:
+    return any(folder.glob("answers/*/*.jsonl"))
 
 
 def _measure(model: Any, batches: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from cats.cli import finetune_options as shared
 from cats.cli import options
 from cats.cli.finetune_bar import StepBar, first_process
 from cats.cli.finetune_data import Data, pairs_of
+from cats.cli.running import resumable
 from cats.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def finetune(
     if not sparse:
         _sparsify(loaded, method or "cats", 0.5 if sparsity is None else sparsity, calibration)
     chosen = shared.with_epochs(chosen, epochs, train)
-    with StepBar(chosen.steps) as bar:
+    kept = output if first_process() else None
+    with resumable(kept, _has_checkpoint), StepBar(chosen.steps) as bar:
         tuned = run(
             loaded, train, tokenizer=tokenizer, output=output, options=chosen,
             evaluations=evaluations, answers=pairs_of(evaluations) if accuracy else {},
@@ -177,6 +179,12 @@ def finetune(
         options.out.print(_table(f"{model}, {_label(tuned.history)}", tuned.history))
         done = f"wrote {output}" if bar.moved else f"{output}: was complete already"
         options.out.print(done, markup=False)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    from cats.finetuning.trainer import last_checkpoint
+
+    return last_checkpoint(folder) is not None
 
 
 def _check_method(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cats.cli import options
-from cats.cli.running import stage
+from cats.cli.running import resumable, stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,21 +86,26 @@ def reproduce(
         samples=samples, length=length, seed=seed,
         source=_REFINED_WEB if text is None else text.name,
     )  # fmt: skip
-    with options.err.status("reading the text ..."):
-        blocks, held_out = recipe.split(text)
-        texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
-            eval_text or [], eval_tokens
-        )
-    variants = list(recipe.variants(blocks, chosen))
-    for variant in variants:
-        for title, evaluated in texts.items():
-            recipe.perplexity(variant, title, evaluated)
-    recipe.profiles(variants[:2], held_out)
-    recipe.tasks(variants, names, limit=limit, batch_size=batch, data_dir=data_dir)
-    if speed:
-        recipe.mlp_times()
-        recipe.token_times(held_out)
-    recipe.report()
+    with resumable(output, _has_results):
+        with options.err.status("reading the text ..."):
+            blocks, held_out = recipe.split(text)
+            texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
+                eval_text or [], eval_tokens
+            )
+        variants = list(recipe.variants(blocks, chosen))
+        for variant in variants:
+            for title, evaluated in texts.items():
+                recipe.perplexity(variant, title, evaluated)
+        recipe.profiles(variants[:2], held_out)
+        recipe.tasks(variants, names, limit=limit, batch_size=batch, data_dir=data_dir)
+        if speed:
+            recipe.mlp_times()
+            recipe.token_times(held_out)
+        recipe.report()
+
+
+def _has_results(folder: Path) -> bool:
+    return any(folder.rglob("*.jsonl")) or any(folder.glob("statistics-*.safetensors"))
 
 
 def _chosen(text: str) -> list[str]:
