@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,9 @@ def resumable(folder: Path | None, kept: Callable[[Path], bool] = Path.exists) -
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        # ends the bars that these frames hold: the line comes after them
+        traceback.clear_frames(error.__traceback__)
         if folder is not None and kept(folder):
             message = f"stopped; the same command goes on from {folder}"
             options.err.print(message, markup=False, highlight=False, soft_wrap=True)
