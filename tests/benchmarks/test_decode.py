@@ -274,6 +274,7 @@ def test_command_appends_results_and_shows_and_plots_them(results, tmp_path):
     append_results(file, results)
     shown = CliRunner().invoke(app, ["bench", "show", str(file)])
     assert "generate" in shown.stdout
+    assert "own KL: of these modules" in " ".join(shown.stdout.split())
     plotted = CliRunner().invoke(app, ["bench", "plot", str(file), "-o", str(picture)])
     assert plotted.exit_code == 0, plotted.output
     assert picture.exists()

@@ -15,6 +15,15 @@ from cats.results import Result
 if TYPE_CHECKING:
     from rich.table import Table
 
+# What the columns mean, for below the tables.
+LEGEND = """\
+spread: distance of the quartiles over the median. x dense: speed over the fastest loop of the
+dense model, timed in turns. limit: share of the rate at which memory could deliver the bytes.
+first: time of the first token. start: from the first call to its third token. anew: graphs
+compiled for it. over: peak of memory over the dense model's weights. KL: divergence of each
+step from the model's modules on the same tokens. own KL: of these modules a token at a time.
+same: equal choices. drop: sparsity above that of the modules, in percentage points."""
+
 # device, model, dtype, batch, prompt length, new tokens
 _Key = tuple[str, str, str, int, int, int]
 # variant, target sparsity
@@ -85,9 +94,7 @@ def tables(panel: Panel) -> list[Table]:
 
 
 def _speed(panel: Panel) -> Table:
-    """``spread`` is the distance of the quartiles over the median; ``limit`` the share of the rate
-    that the read bandwidth allows; ``x dense`` the speed-up over the fastest loop of the dense
-    model, timed in turns with it."""
+    """Each way to generate beside the fastest dense loop and the memory's limit."""
     reads = "" if panel.bandwidth is None else f": reads {panel.bandwidth:.0f} GB/s"
     out = _table(
         panel.title + reads,
@@ -111,10 +118,7 @@ def _speed(panel: Panel) -> Table:
 
 
 def _costs(panel: Panel) -> Table:
-    """``start`` is the time to the third token of the first call, ``anew`` the graphs compiled for
-    it, ``peak`` that of memory, and how much it is over the dense model's weights. ``KL`` and
-    ``same`` choice compare each step with the model's modules on the same tokens, and ``drop`` the
-    sparsity of both, in percentage points; ``own KL`` is that of the modules a token at a time."""
+    """What a token takes besides its time, and how far it is from the model's modules."""
     columns = ["first, ms", "start, s", "anew", "peak, MB", "over", "KL", "own KL", "same", "drop"]
     if not any("peak_memory" in found for found in panel.rows.values()):
         columns = [c for c in columns if c not in {"peak, MB", "over"}]

@@ -189,7 +189,7 @@ def decode(
     import torch
 
     from cats.benchmarks.decode import Case, measure
-    from cats.benchmarks.decode_report import panels, tables
+    from cats.benchmarks.decode_report import LEGEND, panels, tables
     from cats.benchmarks.shapes import SHAPES, random_model
     from cats.cli.running import stage
     from cats.data import sample_text, token_blocks
@@ -224,6 +224,7 @@ def decode(
     for panel in panels(results):
         for table in tables(panel):
             options.out.print(table)
+    _print_legend(LEGEND)
 
 
 @app.command()
@@ -246,6 +247,7 @@ def show(
         for tokens in decode_report.panels(results):
             for table in decode_report.tables(tokens):
                 options.out.print(table)
+        _print_legend(decode_report.LEGEND)
 
 
 @app.command()
@@ -320,6 +322,10 @@ def quote(
         with replacing(document) as temporary:
             temporary.write_text(text, encoding="utf-8")
         options.out.print(f"wrote {document}", markup=False)
+
+
+def _print_legend(text: str) -> None:
+    options.out.print(text.replace("\n", " "), style="dim", highlight=False)
 
 
 def _shape(text: str) -> tuple[int, int]:
