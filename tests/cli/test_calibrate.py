@@ -204,6 +204,19 @@ def test_relu_has_no_target(command_json, checkpoint, text):
     assert set(report["thresholds"].values()) == {0.0}
 
 
+def test_dense_model_alone_is_evaluated_without_empty_columns(command, checkpoint, text, tmp_path):
+    path = tmp_path / "t.safetensors"
+    assert command("calibrate", checkpoint, "--text", text, *SMALL, "-o", path)[0] == 0
+    evaluate = ("evaluate", checkpoint, "--text", text, "--block", 32, "--tokens", 64)
+    code, out, err = command(*evaluate)
+    assert code == 0, err
+    assert "perplexity" in out
+    assert not {"realised", "change"} & {*out.split()}
+    code, out, err = command(*evaluate, "--thresholds", path)
+    assert code == 0, err
+    assert {"realised", "change", "cats-50"} <= {*out.split()}
+
+
 def test_generate_and_evaluate_print_json(command_json, checkpoint, text):
     report = command_json("generate", checkpoint, "abc", "--max-new-tokens", 3)
     assert report["new_tokens"] <= 3

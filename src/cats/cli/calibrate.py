@@ -52,10 +52,15 @@ def calibrate(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Calibrate on at most so many.", show_default="100000"),
+        typer.Option(
+            min=1, help="Calibrate on at most so many, in whole blocks.", show_default="100000"
+        ),
     ] = None,
     eval_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Held-out tokens, at most.", show_default="10000")
+        int | None,
+        typer.Option(
+            min=2, help="Held-out tokens, at most, in whole blocks.", show_default="10000"
+        ),
     ] = None,
     block: options.Block = 512,
     batch_size: options.BatchSize = 4,

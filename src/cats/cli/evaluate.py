@@ -26,7 +26,10 @@ def evaluate(
     thresholds: options.Thresholds = None,
     text: options.Texts = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Evaluate on at most so many.", show_default="all")
+        int | None,
+        typer.Option(
+            min=2, help="Evaluate on at most so many, in whole blocks.", show_default="all"
+        ),
     ] = None,
     block: options.Block = 512,
     tasks: Annotated[
@@ -166,21 +169,22 @@ def _print(report: dict[str, Any]) -> None:
         title=escape(f"{report['model']} on {report['tokens']:,} tokens of {report['text']}"),
         title_justify="left",
     )
-    table.add_column("model")
-    table.add_column("realised sparsity", justify="right")
-    table.add_column("perplexity", justify="right")
-    table.add_column("change", justify="right")
     dense = report["perplexity_dense"]
-    table.add_row("dense", "", f"{dense:.3f}", "")
+    rows = [{"model": "dense", "perplexity": f"{dense:.3f}"}]
     if "perplexity_sparse" in report:
         realized, sparse = report["realized_sparsity"].values(), report["perplexity_sparse"]
         target = report["target_sparsity"]
-        table.add_row(
-            report["method"] + ("" if target is None else f"-{target * 100:g}"),
-            f"{sum(realized) / len(realized):.1%}",
-            f"{sparse:.3f}",
-            loss(dense, sparse),
-        )
+        rows.append({
+            "model": report["method"] + ("" if target is None else f"-{target * 100:g}"),
+            "realised sparsity": f"{sum(realized) / len(realized):.1%}",
+            "perplexity": f"{sparse:.3f}",
+            "change": loss(dense, sparse),
+        })  # fmt: skip
+    # those of the last row: a dense model alone has fewer
+    for column in rows[-1]:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        table.add_row(*(row.get(column, "") for column in rows[-1]))
     options.out.print(table)
 
 

@@ -48,7 +48,10 @@ def generate(
     ] = True,
     engine: Annotated[str, typer.Option(help="auto, eager, compiled or stream.")] = "auto",
     fuse: Annotated[bool, typer.Option(help="Run a sparse model's MLPs as one operator.")] = True,
-    seed: options.Seed = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of the draw, at a temperature above 0.", rich_help_panel="Sampling"),
+    ] = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     as_json: options.AsJson = False,

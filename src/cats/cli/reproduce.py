@@ -49,7 +49,10 @@ def reproduce(
         typer.Option(help="Text for perplexity beside held-out calibration text; repeatable."),
     ] = None,
     eval_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Of each such text, at most.", show_default="all")
+        int | None,
+        typer.Option(
+            min=2, help="Of each such text, at most, in whole blocks.", show_default="all"
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 500,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
