@@ -119,6 +119,7 @@ BAD = {
     "thresholds": ("evaluate", "MODEL", "--thresholds", "absent.safetensors"),
     "info": ("info", "absent.safetensors"),
     "empty prompt": ("generate", "MODEL", ""),
+    "top-p of a greedy token": ("generate", "MODEL", "a", "--top-p", "2"),
 }  # fmt: skip
 
 

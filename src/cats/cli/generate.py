@@ -69,9 +69,11 @@ def generate(
     if fuse and any(isinstance(m, CatsActivation) for m in loaded.modules()):
         fuse_(loaded)
     streamer: Any = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    sampling: dict[str, Any] = {
+        "do_sample": temperature > 0, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+    }  # fmt: skip
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampling["temperature"] = temperature
     report = run(
         loaded, tokenizer, prompt, chat=chat, engine=engine, max_new_tokens=max_new_tokens,
         callback=None if streamer is None else streamer.put, stop_strings=stop or None, seed=seed,

@@ -54,7 +54,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Block = Annotated[int, typer.Option(min=2, help="Tokens a block.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")]
-Seed = Annotated[int, typer.Option(help="Which blocks are drawn, and sampling.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

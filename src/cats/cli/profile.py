@@ -27,7 +27,9 @@ def profile(
     thresholds: options.Thresholds = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Look at no more than so many.", show_default="20000"),
+        typer.Option(
+            min=2, help="Look at no more than so many, in whole blocks.", show_default="20000"
+        ),
     ] = None,
     block: options.Block = 128,
     near: Annotated[
