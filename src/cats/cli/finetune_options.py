@@ -147,7 +147,7 @@ def check_continued(output: Path, options: FinetuneOptions, epochs: float | None
 
     Steps that epochs decide are compared when the data is there, as all else is.
     """
-    from cats.finetuning.run import options_that_count
+    from cats.finetuning.run import differences, options_that_count
     from cats.history import History
 
     path = output / "history.jsonl"
@@ -155,9 +155,9 @@ def check_continued(output: Path, options: FinetuneOptions, epochs: float | None
         return
     before, now = History.load(path).settings["options"], options_that_count(options)
     changed = [
-        f"{_option(name)} {_words(before.get(name))}, now {_words(value)}"
-        for name, value in now.items()
-        if before.get(name) != value and not (name == "steps" and epochs is not None)
+        f"{_option(name)} {_words(before.get(name))}, now {_words(now.get(name))}"
+        for name in differences(before, now)
+        if name != "steps" or epochs is None
     ]
     if changed:
         raise ConfigError(
