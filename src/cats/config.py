@@ -140,6 +140,11 @@ class CatsConfig:
         return cls.from_dict(block, tensors, fingerprints=fingerprints, source=str(path))
 
 
+def label_of(method: str, target_sparsity: float | None) -> str:
+    """What tables and files call a method at a target, such as ``cats-50`` or ``dense``."""
+    return method if target_sparsity is None else f"{method}-{target_sparsity * 100:g}"
+
+
 def check_target(target_sparsity: float | None) -> None:
     """Raise ConfigError unless the target is None or inside (0, 1)."""
     if target_sparsity is not None and not 0.0 < target_sparsity < 1.0:

@@ -166,6 +166,11 @@ def find_gated_mlps(
     return found
 
 
+def is_sparse(model: nn.Module) -> bool:
+    """Whether thresholds are applied to some MLP."""
+    return any(isinstance(module, CatsActivation) for module in model.modules())
+
+
 _UNGATED = "ungated"
 
 

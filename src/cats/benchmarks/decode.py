@@ -18,6 +18,7 @@ from cats.benchmarks.decode_runs import Run, run_loop, run_transformers
 from cats.benchmarks.launches import profile_steps
 from cats.benchmarks.timing import Timing, read_bandwidth
 from cats.calibration import collect
+from cats.config import label_of
 from cats.decode import Decoder
 from cats.errors import BackendError, ConfigError
 from cats.fusion import fuse_, fused_mlps
@@ -404,7 +405,7 @@ def _leave_out(name: str, sparsity: float, error: BackendError) -> None:
 
 def _label(sparsity: float) -> str:
     """What a stage calls the model of a target."""
-    return f"cats-{sparsity * 100:g}" if sparsity else "dense"
+    return label_of("cats", sparsity) if sparsity else "dense"
 
 
 def _compilations() -> int:

@@ -101,6 +101,7 @@ def model(
 
     from cats.benchmarks.model import Case, measure
     from cats.cli.running import stage
+    from cats.config import label_of
     from cats.results import append_results
 
     options.quiet()
@@ -111,7 +112,7 @@ def model(
         device=str(options.torch_device(device)),
     )  # fmt: skip
     with stage() as show:
-        show(f"timing {shape}, dense and cats-{sparsity * 100:g}")
+        show(f"timing {shape}, dense and {label_of('cats', sparsity)}")
         results = list(measure(case))
     if output is not None:
         append_results(output, results)

@@ -180,6 +180,7 @@ def _results(report: dict[str, Any]) -> list[Result]:
     """Perplexity, and the time of a token through both loops, dense and sparse."""
     from statistics import median
 
+    from cats.config import label_of
     from cats.results import Result, environment
 
     where = environment(report["device"])
@@ -202,7 +203,7 @@ def _results(report: dict[str, Any]) -> list[Result]:
         found.append(
             result(
                 "perplexity", "perplexity", [row["perplexity"]], "",
-                variant=name if name == "dense" else f"cats-{target * 100:g}", method=name,
+                variant=label_of(name, sparsity or None), method=name,
                 target_sparsity=sparsity or None, realized_sparsity=dropped if sparsity else None,
                 text=f"{report['text']}, held out", tokens=report["held_out_tokens"],
                 block=report["block"], mlp_share=row["mlp_share"], token_bytes=row["token_bytes"],

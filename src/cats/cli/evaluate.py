@@ -164,6 +164,7 @@ def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from cats.cli.tables import loss
+    from cats.config import label_of
 
     table = Table(
         title=escape(f"{report['model']} on {report['tokens']:,} tokens of {report['text']}"),
@@ -173,9 +174,8 @@ def _print(report: dict[str, Any]) -> None:
     rows = [{"model": "dense", "perplexity": f"{dense:.3f}"}]
     if "perplexity_sparse" in report:
         realized, sparse = report["realized_sparsity"].values(), report["perplexity_sparse"]
-        target = report["target_sparsity"]
         rows.append({
-            "model": report["method"] + ("" if target is None else f"-{target * 100:g}"),
+            "model": label_of(report["method"], report["target_sparsity"]),
             "realised sparsity": f"{sum(realized) / len(realized):.1%}",
             "perplexity": f"{sparse:.3f}",
             "change": loss(dense, sparse),

@@ -120,6 +120,7 @@ def finetune(
 
     Several GPUs: [b]torchrun --nproc-per-node 8 $(which cats) finetune ...[/b]
     """
+    from cats.config import label_of
     from cats.finetuning import FinetuneOptions
     from cats.finetuning.adapters import check_targets
     from cats.finetuning.run import finetune as run
@@ -176,7 +177,9 @@ def finetune(
     if as_json:
         options.print_json(dataclasses.asdict(tuned.history))
     else:
-        options.out.print(_table(f"{model}, {_label(tuned.history)}", tuned.history))
+        settings = tuned.history.settings
+        label = label_of(settings["method"], settings["target_sparsity"])
+        options.out.print(_table(f"{model}, {label}", tuned.history))
         done = f"wrote {output}" if bar.moved else f"{output}: was complete already"
         options.out.print(done, markup=False)
 
@@ -223,12 +226,6 @@ def _sparsify(model: Any, method: str, sparsity: float, calibration: Tensor | No
     target = sparsity if method == "cats" else None
     batches = options.progress(calibration.split(4), "calibrating", show=first_process())
     sparsify_(model, calibrate(model, batches, target_sparsity=target, method=method))
-
-
-def _label(history: History) -> str:
-    """``cats-50``, ``relu`` or ``dense``."""
-    target = history.settings["target_sparsity"]
-    return str(history.settings["method"]) + ("" if target is None else f"-{target * 100:g}")
 
 
 def _table(title: str, history: History) -> Table:

@@ -64,9 +64,9 @@ def generate(
     from transformers import TextStreamer
 
     from cats.fusion import fuse_
-    from cats.mlp import CatsActivation
+    from cats.mlp import is_sparse
 
-    if fuse and any(isinstance(m, CatsActivation) for m in loaded.modules()):
+    if fuse and is_sparse(loaded):
         fuse_(loaded)
     streamer: Any = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
     sampling: dict[str, Any] = {

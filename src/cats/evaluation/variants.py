@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cats.apply import densify_, sparsify_
-from cats.config import CatsConfig
+from cats.config import CatsConfig, label_of
 from cats.data import Batch
 from cats.evaluation.traffic import mean_share, neuron_share
 from cats.functional import keep_mask
@@ -65,7 +65,7 @@ class Sparse(Variant):
     def __init__(self, config: CatsConfig) -> None:
         self._config = config
         target = config.target_sparsity
-        self.label = config.method + ("" if target is None else f"-{target * 100:g}")
+        self.label = label_of(config.method, target)
         self.settings = {
             "method": config.method,
             "target_sparsity": target,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cats.errors import TrainingError
 from cats.finetuning.data import IGNORED, Blocks, Pairs, collate
 from cats.metrics import DroppedNeurons
-from cats.mlp import CatsActivation, evaluating
+from cats.mlp import evaluating, is_sparse
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +83,7 @@ def evaluate_loss(
 
 def _counted(model: nn.Module) -> DroppedNeurons | nullcontext[None]:
     """Counts dropped neurons of a sparse model; nothing of a dense one."""
-    sparse = any(isinstance(module, CatsActivation) for module in model.modules())
-    return DroppedNeurons(model) if sparse else nullcontext()
+    return DroppedNeurons(model) if is_sparse(model) else nullcontext()
 
 
 def final_answer(text: str) -> str:

@@ -30,7 +30,7 @@ from cats.finetuning.evaluation import evaluate_answers
 from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.trainer import FinetuneTrainer, last_checkpoint
 from cats.history import History, Point
-from cats.mlp import CatsActivation, find_gated_mlps
+from cats.mlp import CatsActivation, find_gated_mlps, is_sparse
 from cats.results import environment
 
 # Options that change neither the weights that come out nor what is measured.
@@ -284,7 +284,7 @@ def _check(
                 f"installed trackers: {', '.join(available) or 'none'}"
             )
     # plain transformers loads a sparse checkpoint dense, block and all
-    sparse = any(isinstance(module, CatsActivation) for module in model.modules())
+    sparse = is_sparse(model)
     if getattr(model.config, "cats", None) and not sparse:
         raise ConfigError(
             "the checkpoint is sparse, but its thresholds are not applied, so that it would be "
