@@ -141,6 +141,24 @@ def test_repeated_results_count_once_and_the_dense_one_stands_first(folder):
     assert group[1].value == pytest.approx(10 / 0.69)
 
 
+def test_variants_stand_by_method_and_target_whatever_the_order_of_their_files(folder):
+    rows = [("input", 0.2, 0.69), ("input", 0.6, 0.5), ("cats", 0.3, 0.69)]
+    append_results(folder / "a.jsonl", [r for row in rows for r in quality(*row)])
+    found = Material.read([folder])
+    names = ["dense", "cats-30", "cats-50", "cats-90", "relu", "input-20", "input-60"]
+    for group in (found.perplexities(), found.tasks()):
+        (results,) = group.values()
+        assert list(dict.fromkeys(r.settings["variant"] for r in results)) == names
+
+
+def test_perplexities_of_several_magnitudes_stay_apart(folder):
+    append_results(folder / "a.jsonl", quality("cats", 0.95, 0.001))
+    figures = write_page(Material.read([folder]), folder / "report.html")
+    # 14, 15, 25 and 10,000 on a logarithmic scale: the label 1000 is there, 2000 is not
+    assert "1000<" in figures["figure1"]
+    assert "2000<" not in figures["figure1"]
+
+
 def test_histories_in_a_folder_are_left_out(folder):
     before = len(Material.read([folder]).results)
     History(settings={}).save(folder / "run" / "history.jsonl")

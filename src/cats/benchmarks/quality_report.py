@@ -9,7 +9,7 @@ from pathlib import Path
 from cats.errors import DataError
 from cats.results import Result, read_results
 
-_ORDER = ("dense", "cats", "relu", "input", "teal")
+COMPARED = ("dense", "cats", "relu", "input", "teal")
 _MEAN = "mean"
 
 
@@ -26,6 +26,12 @@ def read_quality(folder: Path) -> list[Result]:
     if not any(result.settings["variant"] == "dense" for result in found):
         raise DataError(f"{folder} holds no results of the dense model: cats reproduce writes them")
     return found
+
+
+def place(result: Result) -> tuple[int, float]:
+    """What results of quality are sorted by: the method, then its target."""
+    settings = result.settings
+    return COMPARED.index(str(settings["method"])), float(settings["target_sparsity"] or 0)
 
 
 def quality_table(found: list[Result]) -> str:
@@ -75,14 +81,7 @@ def quality_table(found: list[Result]) -> str:
 
 def _ordered(found: Iterable[Result]) -> list[str]:
     """Names of the variants by method, then by target."""
-    targets = {
-        str(r.settings["variant"]): (
-            _ORDER.index(str(r.settings["method"])),
-            float(r.settings["target_sparsity"] or 0),
-        )
-        for r in found
-    }
-    return sorted(targets, key=targets.__getitem__)
+    return list(dict.fromkeys(str(r.settings["variant"]) for r in sorted(found, key=place)))
 
 
 def _short(text: object) -> str:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cats.benchmarks.quality_report import COMPARED
 from cats.errors import DataError
 from cats.report.material import limit
 from cats.results import Result
@@ -114,6 +115,7 @@ def quality(
     label: str,
     x_label: str,
     x: Callable[[Result], float | None],
+    log: bool = False,
 ) -> str:
     """A measure of quality of every method, over sparsity or over bytes.
 
@@ -123,6 +125,7 @@ def quality(
         label: Of the measure.
         x_label: Of what it is drawn over.
         x: Gives that of a result; None leaves it out. The dense one is a line across.
+        log: A logarithmic scale, for what grows without bound.
     """
     figure, axes = _figure()
     axis = axes[0, 0]
@@ -140,8 +143,15 @@ def quality(
             [r.value for _, r in points],
             [[r.value - r.low for _, r in points], [r.high - r.value for _, r in points]],
             label=method, marker="o", markersize=4, capsize=2,
+            color=_COLOURS[COMPARED.index(method) - 1],
         )  # fmt: skip
     axis.set(xlabel=x_label, ylabel=label)
+    if log:
+        from matplotlib.ticker import LogFormatter
+
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     _legend(axis)
     return _svg(figure, name)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cats.benchmarks.quality_report import place
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import is_history
 from cats.results import Result, read_results
@@ -65,7 +66,7 @@ class Material:
                 asked = "" if s["limit"] is None else f", {s['limit']} questions a task"
                 key = (s["variant"], s["task"], r.quantity)
                 groups.setdefault(f"{s['model']}, {s['dtype']}{asked}", {})[key] = r
-        return {name: _dense_first(group.values()) for name, group in groups.items()}
+        return {name: sorted(group.values(), key=place) for name, group in groups.items()}
 
     def perplexities(self) -> dict[str, list[Result]]:
         """Model and text to its perplexities, one a variant."""
@@ -75,7 +76,7 @@ class Material:
                 s = r.settings
                 name = f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens of {s['text']}"
                 groups.setdefault(name, {})[s["variant"]] = r
-        return {name: _dense_first(group.values()) for name, group in groups.items()}
+        return {name: sorted(group.values(), key=place) for name, group in groups.items()}
 
     def times(self) -> dict[str, list[Result]]:
         """What was timed, where and how to its times, over variants and sparsities."""
@@ -94,10 +95,6 @@ def limit(result: Result) -> float | None:
     """The time that the bytes of a call or token take at least, in the unit of the result."""
     value = result.settings.get(f"limit_{result.unit}")
     return None if value is None else float(value)
-
-
-def _dense_first(results: Iterable[Result]) -> list[Result]:
-    return sorted(results, key=lambda r: r.settings["method"] != "dense")
 
 
 def _files(path: Path) -> list[Path]:

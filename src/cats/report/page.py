@@ -186,7 +186,7 @@ class _Page:
             drawings[f"{label} over the bytes that a token reads"] = (megabytes, "MB a token")
         self._draw({
             caption: lambda name, x=x, x_label=x_label: figures.quality(
-                group, name, label=label, x_label=x_label, x=x
+                group, name, label=label, x_label=x_label, x=x, log=label == "perplexity"
             )
             for caption, (x, x_label) in drawings.items()
         })  # fmt: skip
