@@ -1,8 +1,5 @@
 import importlib.util
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from cats.errors import BackendError
 from cats.functional import ACTIVATIONS
 from cats.ops import cuda
 from cats.ops.cuda.variant import Variant, variant_for
+from tests.ops import sanitize_cuda
 from tests.ops.cases import TOLERANCE, Inputs, make_inputs, reference_in_double, skip_unavailable
 
 HAS_NVRTC = all(
@@ -18,7 +16,6 @@ HAS_NVRTC = all(
 ) if importlib.util.find_spec("cuda") else False  # fmt: skip
 needs_nvrtc = pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
 
-ROOT = Path(__file__).parents[2]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Compute capabilities and the shared memory that a block may have there (CUDA programming guide).
 SHARED = {
@@ -343,19 +340,12 @@ def test_columns_of_dropped_products_are_not_read(gpu, in_order):
     assert_right(out, inputs)
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("tool", sanitize_cuda.OPTIONS)
 def test_sanitizer_finds_nothing(tool, gpu):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not installed")
-    # cuda-bindings asks the driver for functions that it may not have: errors of the API, not ours
-    options = ["--tool", tool, "--error-exitcode", "7"]
-    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    script = ["-m", "tests.ops.sanitize_cuda", *(["--every-lane"] if tool == "racecheck" else [])]
-    run = subprocess.run(
-        ["compute-sanitizer", *options, sys.executable, *script],
-        capture_output=True, text=True, cwd=ROOT, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    run = sanitize_cuda.sanitize(tool)
+    assert run.returncode == 0, run.stdout[-5000:]
 
 
 def test_errors_of_the_driver_are_backend_errors(gpu):
