@@ -4,6 +4,8 @@ Computes what the unfused model computes: linear layers in the dtype of the weig
 and the comparison in float32.
 """
 
+from functools import cache
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,7 +28,7 @@ def gated_mlp(
 ) -> Tensor:
     """See :func:`cats.ops.gated_mlp`."""
     g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
-    if x.is_cuda and triton.unavailable() is None:
+    if x.is_cuda and _triton_is_live():
         from cats.ops.triton.prefill import thresholded_product as product
     else:
         product = thresholded_product
@@ -51,6 +53,12 @@ def thresholded_product(
     # where the router is zero the other branch is not read elsewhere: 0 * inf must not become NaN
     h = (a.to(g.dtype) * u).masked_fill((a if router == "gate" else u) == 0, 0)
     return h if product_thresholds is None else cats_activation(h, product_thresholds)
+
+
+@cache
+def _triton_is_live() -> bool:
+    """Asked once: looking for the package takes as long as a layer's GEMMs of a short prompt."""
+    return triton.unavailable() is None
 
 
 def unavailable() -> str | None:
