@@ -1,8 +1,8 @@
 #!/bin/sh
 # Everything that benchmarks/results/<device>/ holds, by groups that may be run one at a time:
 #
-#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode        needs a GPU
-#   sh benchmarks/measure.sh OUT quality finetune DATA                  also SmolLM2 and data (README.md says which)
+#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches      needs a GPU
+#   sh benchmarks/measure.sh OUT quality finetune DATA                                 also SmolLM2 and data (README.md says which)
 #
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
 # PYTHON names the interpreter, PYTEST more options for the tests, CATS_COMMIT the commit where the sources are no checkout.
@@ -30,8 +30,9 @@ tests() { step tests.log 600 $python -m pytest -q ${PYTEST:-} -k "not sanitizer"
 
 sanitize() {
     for tool in memcheck synccheck racecheck; do
-        step $tool.log 300 $python -m tests.ops.sanitize_cuda $tool
+        step $tool.log 400 $python -m tests.ops.sanitize_cuda $tool &
     done
+    wait
 }
 
 mlp() {
@@ -47,15 +48,21 @@ decode() {
         bench decode-$shape-compiled.jsonl 200 "decode $shape --dtype bfloat16 --engine compiled"
         bench decode-$shape-stream.jsonl 150 "decode $shape --dtype bfloat16 --engine stream --no-generate --launches"
     done
+    bench decode-mistral-7b-static.jsonl 200 "decode mistral-7b --dtype bfloat16 --engine stream --static --sparsity 0"
+}
+
+contexts() {
     for prompt in 8192 32000; do
         bench decode-mistral-7b-$prompt.jsonl 150 \
             "decode mistral-7b --dtype bfloat16 --engine stream --no-generate --sparsity 0,0.5 --prompt-length $prompt"
     done
+}
+
+batches() {
     for batch in 2 4 8; do
         bench decode-llama-3.2-1b-batch-$batch.jsonl 150 \
             "decode llama-3.2-1b --dtype bfloat16 --engine auto --no-generate --sparsity 0,0.5 --batch $batch"
     done
-    bench decode-mistral-7b-static.jsonl 200 "decode mistral-7b --dtype bfloat16 --engine stream --static --sparsity 0"
 }
 
 # Several processes fill one folder: each asks some of the tasks, the last one finds all answers and writes the report.
@@ -86,17 +93,17 @@ finetune() {
             --distillation 0 --distillation 0.5 &
     done
     wait
+    # one after another: answers in batches of 660 take up to 30 GB
     for method in dense cats-50 cats-70; do
-        step finetune-gsm8k-$method.log 500 $python -m cats $task --method $method &
+        step finetune-gsm8k-$method.log 500 $python -m cats $task --method $method
     done
-    wait
     step finetune-recalibrate.log 200 $python -m cats $general --lr 3e-4 --recalibrate 50 --method cats-50
 }
 
 while [ $# -gt 0 ]; do
     case $1 in
         quality|finetune) needs="${needs:-} $1" ;;
-        tests|sanitize|mlp|model|decode) $1 ;;
+        tests|sanitize|mlp|model|decode|contexts|batches) $1 ;;
         *) for group in ${needs:-}; do $group "$1"; done; needs= ;;
     esac
     shift
