@@ -17,8 +17,14 @@ from typing import Any
 from cats.errors import FormatError, StorageError
 from cats.version import __version__
 
-__all__ = ["Result", "append_results", "environment", "read_results"]
+__all__ = [
+    "COMPARED", "MEAN", "Result", "append_results", "environment", "place", "read_results",
+]  # fmt: skip
 
+# Methods whose quality is compared, in the order of tables.
+COMPARED = ("dense", "cats", "relu", "input", "teal")
+# In the place of a task: the mean over the tasks.
+MEAN = "mean"
 _VERSION = 1
 _PACKAGES = (
     "torch", "triton", "transformers", "accelerate", "peft", "cuda-bindings", "nvidia-cuda-nvrtc",
@@ -106,6 +112,12 @@ def read_results(path: Path) -> list[Result]:
         except FormatError as error:
             raise FormatError(f"{path}, line {number}: {error}") from error
     return results
+
+
+def place(result: Result) -> tuple[int, float]:
+    """What results of quality are sorted by: the method, then its target."""
+    settings = result.settings
+    return COMPARED.index(str(settings["method"])), float(settings["target_sparsity"] or 0)
 
 
 def environment(device: str, *, commit: str | None = None) -> dict[str, _Value]:

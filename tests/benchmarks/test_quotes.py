@@ -75,6 +75,17 @@ def test_times_of_tokens_are_quoted_too(tmp_path):
     assert requote(document) == text
 
 
+def test_speedup_is_over_the_fastest_dense_loop_whichever_run_timed_it(tmp_path):
+    rows = [
+        token_time(4.0, dtype="bfloat16", variant="compiled", sparsity=0.5, dense_ms=5.0),
+        token_time(2.0, dtype="bfloat16", variant="stream", sparsity=0.5, dense_ms=3.0),
+        token_time(2.0, dtype="bfloat16", variant="stream", sparsity=0.7, dense_ms=4.0),
+    ]
+    _, text = quoted_tokens(tmp_path, rows)
+    assert "| compiled | 250.0 (0.50, 0.75x) |" in text
+    assert "| stream | 500.0 (1.00, 1.50x) | 500.0 (1.00, 2.00x) |" in text
+
+
 def test_dtypes_of_one_table_are_told_apart(tmp_path):
     rows = [
         token_time(4.0, "a CPU", dtype=dtype, variant="eager", sparsity=0.0)

@@ -7,10 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cats.errors import DataError
-from cats.results import Result, read_results
-
-COMPARED = ("dense", "cats", "relu", "input", "teal")
-_MEAN = "mean"
+from cats.results import MEAN, Result, place, read_results
 
 
 def read_quality(folder: Path) -> list[Result]:
@@ -28,12 +25,6 @@ def read_quality(folder: Path) -> list[Result]:
     return found
 
 
-def place(result: Result) -> tuple[int, float]:
-    """What results of quality are sorted by: the method, then its target."""
-    settings = result.settings
-    return COMPARED.index(str(settings["method"])), float(settings["target_sparsity"] or 0)
-
-
 def quality_table(found: list[Result]) -> str:
     """One row a variant: bytes, perplexity of each text, mean accuracy and its loss; then tasks."""
     perplexity = {
@@ -46,7 +37,7 @@ def quality_table(found: list[Result]) -> str:
     }
     variants = _ordered(found)
     texts = list(dict.fromkeys(text for _, text in perplexity))
-    tasks = [t for t in dict.fromkeys(task for _, task in accuracy) if t != _MEAN]
+    tasks = [t for t in dict.fromkeys(task for _, task in accuracy) if t != MEAN]
     first = found[0]
     about = first.settings
     lines = [
@@ -57,7 +48,7 @@ def quality_table(found: list[Result]) -> str:
         "",
     ]
     columns = ["MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]
-    has_mean = any(task == _MEAN for _, task in accuracy)  # there is none of one task
+    has_mean = any(task == MEAN for _, task in accuracy)  # there is none of one task
     columns += [f"mean of {len(tasks)} tasks", "difference"] if has_mean else []
     lines += head("variant", columns)
     for variant in variants:
@@ -66,7 +57,7 @@ def quality_table(found: list[Result]) -> str:
         cells = ["" if share is None else f"{float(share):.1%}"]
         cells += ["" if r is None else f"{r.value:.2f}" for r in of_texts]
         if has_mean:
-            mean = accuracy.get((variant, _MEAN))
+            mean = accuracy.get((variant, MEAN))
             cells += ["", ""] if mean is None else [f"{mean.value:.2%}", _difference(mean)]
         lines.append(row(variant, cells))
     if tasks:

@@ -107,7 +107,7 @@ def decode_table(found: list[decode_report.Panel]) -> str:
                 if step is None:
                     cells.append("")
                     continue
-                limit, dense = (float(step.settings[k] or 0) for k in ("limit_ms", "dense_ms"))
+                limit, dense = float(step.settings["limit_ms"] or 0), panel.dense_ms(sparsity) or 0
                 cells.append(
                     f"{panel.batch * 1e3 / step.value:.1f} "
                     f"({limit / step.value:.2f}, {dense / step.value:.2f}x)"

@@ -14,10 +14,9 @@ from cats.evaluation.answers import Answers, Score, Value, paired_difference
 from cats.evaluation.tasks import evaluate_task
 from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
-from cats.results import Result, environment
+from cats.results import MEAN, Result, environment
 
 BENCHMARK = "tasks"
-MEAN = "mean"
 
 
 def answer_tasks(

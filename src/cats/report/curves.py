@@ -41,7 +41,10 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
             # whole steps, and the losses themselves rather than what they have more than another
             axis.locator_params(axis="x", integer=True)
             axis.ticklabel_format(useOffset=False)
-            axis.set_ylim(*_range(histories, text))
+            low, high = _range(histories, text)
+            axis.set_ylim(low, high)
+            if high is not None:
+                axis.set_title("first points lie above the frame", fontsize=8)
     _legend(axes[0, 0])
     return _svg(figure, name)
 

@@ -8,10 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cats.benchmarks.quality_report import COMPARED
 from cats.errors import DataError
 from cats.report.material import limit
-from cats.results import Result
+from cats.results import COMPARED, Result
 
 # Replaced by the colour of the page's text.
 _INK = "#010203"

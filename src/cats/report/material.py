@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cats.benchmarks.quality_report import place
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import is_history
-from cats.results import Result, read_results
+from cats.results import Result, place, read_results
 from cats.storage import check_version
 
 # What differs between the lines of one picture of times, or belongs to one of its points.
@@ -46,15 +45,22 @@ class Material:
             DataError: If there is nothing in them.
         """
         found = cls()
+        histories = 0
         for path in paths:
             for file in _files(path):
-                found.files.append(file.name)
+                if file.suffix == ".jsonl" and path.is_dir() and is_history(file):
+                    histories += 1
+                    continue
+                found.files.append(str(file.relative_to(path.parent)))
                 if file.suffix == ".jsonl":
                     found.results += read_results(file)
                 else:
                     found.profiles.append(_read_profile(file))
         if not found.results and not found.profiles:
-            raise DataError("no results: name .jsonl files of results or folders that hold some")
+            hint = "; cats bench curves draws histories of fine-tuning" if histories else ""
+            raise DataError(
+                f"no results: name .jsonl files of results or folders that hold some{hint}"
+            )
         return found
 
     def tasks(self) -> dict[str, list[Result]]:
@@ -63,7 +69,7 @@ class Material:
         for r in self.results:
             if r.benchmark == "tasks":
                 s = r.settings
-                asked = "" if s["limit"] is None else f", {s['limit']} questions a task"
+                asked = "" if s["limit"] is None else f", at most {s['limit']:,} questions a task"
                 key = (s["variant"], s["task"], r.quantity)
                 groups.setdefault(f"{s['model']}, {s['dtype']}{asked}", {})[key] = r
         return {name: sorted(group.values(), key=place) for name, group in groups.items()}
@@ -99,12 +105,9 @@ def limit(result: Result) -> float | None:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        # neither the answers behind the results nor the histories of fine-tuning are results
-        results = [
-            p
-            for p in path.rglob("*.jsonl")
-            if "answers" not in p.relative_to(path).parts and not is_history(p)
-        ]
+        # the answers behind the results are none themselves
+        found = path.rglob("*.jsonl")
+        results = [p for p in found if "answers" not in p.relative_to(path).parts]
         return sorted([*results, *path.rglob("profile*.json")])
     if not path.is_file():
         raise StorageError(f"{path}: no such file")

@@ -8,9 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from cats.config import label_of
 from cats.report import figures, paper
 from cats.report.material import Material, limit
-from cats.results import Result
+from cats.results import MEAN, Result
 from cats.storage import replacing
 from cats.version import __version__
 
@@ -20,7 +21,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1rem; font: 16px/1.5 system-ui
   color: light-dark(#1c1c1c, #e4e4e4); background: light-dark(#fff, #16181b); }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid light-dark(#ddd, #383c42); }
@@ -105,7 +106,7 @@ class _Page:
                 "In percent. The error of a difference is that of the paired differences, question "
                 "by question. " + _calibration(group)
             )
-            means = [r for r in group if r.settings["task"] == "mean"]
+            means = [r for r in group if r.settings["task"] == MEAN]
             if means:
                 self._quality_figures(means, "mean accuracy", traffic)
 
@@ -113,9 +114,10 @@ class _Page:
         if material.profiles:
             self._heading("Activations")
         for profile in material.profiles:
-            method = profile["cats"]["method"] if profile.get("cats") else "dense"
+            sparse = profile.get("cats")
+            label = label_of(sparse["method"], sparse.get("target_sparsity")) if sparse else "dense"
             self._heading(
-                f"{profile['model']}, {method}, {profile['tokens']:,} tokens of {profile['text']}",
+                f"{profile['model']}, {label}, {profile['tokens']:,} tokens of {profile['text']}",
                 level=3,
             )
             self._draw({
@@ -162,8 +164,9 @@ class _Page:
             for block in environments:
                 self._details(f"{benchmark}: where it was measured", block)
         for r in material.results:
-            label = f"{r.benchmark}, {r.quantity}, {r.settings.get('variant', '')}"
-            if r.benchmark == "perplexity" or r.settings.get("task") == "mean":
+            about = r.settings.get("text") or r.settings.get("task")
+            if r.benchmark == "perplexity" or about == MEAN:
+                label = f"{r.settings['variant']}, {r.quantity}, {about}"
                 self._details(label, json.dumps(r.settings, indent=1))
 
     def _quality_figures(self, group: Sequence[Result], label: str, traffic: Any) -> None:
@@ -237,25 +240,27 @@ def _perplexity_rows(group: Sequence[Result]) -> Iterable[Sequence[str]]:
 
 
 def _calibration(group: Sequence[Result]) -> str:
-    """On what the group's thresholds were calibrated, as far as its results say."""
+    """Where the group was measured, and on what its thresholds were calibrated."""
+    where = f"On {group[0].environment['device']}. "
     s = next((r.settings for r in group if r.settings["method"] != "dense"), None)
     if s is None:
-        return ""
+        return where
     if "calibration_samples" not in s:
-        return f"Calibrated on {s['calibration_tokens']} tokens."
+        return f"{where}Calibrated on {s['calibration_tokens']} tokens."
     return (
-        f"Calibrated on {s['calibration_samples']} blocks of {s['calibration_length']} tokens of "
-        f"{s['calibration_text']}, seed {s['calibration_seed']}."
+        f"{where}Calibrated on {s['calibration_samples']} blocks of {s['calibration_length']} "
+        f"tokens of {s['calibration_text']}, seed {s['calibration_seed']}."
     )
 
 
 def _task_table(
     group: Sequence[Result], title: str, cell: Callable[[Result], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row a variant, one column a task, the mean last."""
+    """Header and rows: one row a variant, one column a task, the mean first."""
     tasks: dict[str, str] = {}
     rows: dict[str, dict[str, str]] = {}
-    for r in group:
+    # the mean, which stands last in the results, stays in sight on a narrow page
+    for r in sorted(group, key=lambda r: r.settings["task"] != MEAN):
         task, split = str(r.settings["task"]), r.settings["split"]
         tasks[task] = f"{task} ({split}, {r.samples:,})" if split else task
         rows.setdefault(str(r.settings["variant"]), {})[task] = cell(r)
