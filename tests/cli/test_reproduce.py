@@ -68,6 +68,26 @@ def test_the_whole_recipe_ends_in_a_report_and_is_resumed(reproduce, tmp_path, m
     assert "another text or seed" in err
 
 
+def test_another_target_in_the_same_folder_stands_beside_the_first(reproduce, tmp_path):
+    common = ("--methods", "cats", "--tasks", "sciq")
+    for target in (0.5, 0.3):
+        code, _, err = reproduce(*common, "--sparsity", target)
+        assert code == 0, err
+    folder = tmp_path / "run"
+    tasks = read_results(folder / "tasks.jsonl")
+    assert {r.settings["variant"] for r in tasks} == {"dense", "cats-30", "cats-50"}
+    timed = [r for r in read_results(folder / "tokens.jsonl") if r.quantity == "time"]
+    assert 0.3 in {r.settings["sparsity"] for r in timed}
+
+
+def test_a_missing_text_is_an_error_before_the_model_is_loaded(command, tmp_path):
+    for option in ("--text", "--eval-text"):
+        absent = tmp_path / "absent.txt"
+        code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", option, absent)
+        assert code == 1
+        assert "absent.txt: no such file" in err.replace("\n", " ")
+
+
 def test_stopped_recipe_says_where_it_goes_on(reproduce, tmp_path, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt

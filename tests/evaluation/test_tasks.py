@@ -88,6 +88,8 @@ def test_paper8_names_the_eight_tasks():
 def test_unknown_tasks_absent_data_and_groups_offline_are_errors(model, tokenizer, data_dir):
     with pytest.raises(ConfigError, match="no task 'piga'"):
         task_names("piga")
+    with pytest.raises(ConfigError, match="wikitext asks no questions"):
+        task_names("sciq,wikitext")
     with pytest.raises(StorageError, match="no parquet file of the task boolq: expected"):
         evaluate_task(model, tokenizer, "boolq", data_dir=data_dir)
     with pytest.raises(ConfigError, match="mmlu is a group"):

@@ -77,11 +77,14 @@ def reproduce(
     the bytes a token of each CATS target. What is in the folder already is not measured again.
     """
     from cats.cli.evaluate import check_tasks, parse_batch_size
+    from cats.data import read_text
 
     targets, chosen = _targets(sparsity), _chosen(methods)
     batch = parse_batch_size(batch_size)
     options.check_output(output / "report.html")
     options.check_tokens(eval_tokens, length, "--eval-tokens")
+    for path in filter(None, [text, *(eval_text or [])]):
+        read_text(path)  # a wrong name is told before the model is loaded
     names = check_tasks(tasks, data_dir)
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     recipe = Recipe(
@@ -287,6 +290,7 @@ class Recipe:
         """Zero-shot tasks of every variant, resumed task by task."""
         from cats.cli.evaluate import asked
         from cats.evaluation.run import answer_tasks, results
+        from cats.results import read_results
 
         found: list[Result] = []
         dense = None
@@ -301,7 +305,17 @@ class Recipe:
                 options.err.print(f"{variant.label}: {answer.task} done")
             dense = dense or answers
             found += results(variant.label, answers, dense)
-        _write(self.folder / "tasks.jsonl", found)
+        path = self.folder / "tasks.jsonl"
+        if path.exists():  # of an earlier run with other targets or methods, on the same questions
+            questions = {r.settings["task"] for r in found}
+            labels = {variant.label for variant in variants}
+            before: dict[object, list[Result]] = {}
+            for result in read_results(path):
+                before.setdefault(result.settings["variant"], []).append(result)
+            for label, rows in before.items():
+                if label not in labels and {r.settings["task"] for r in rows} == questions:
+                    found += rows
+        _write(path, found)
 
     def mlp_times(self) -> None:
         """One MLP of the model's shape, in float32 as in the paper and in the model's dtype."""
@@ -323,7 +337,7 @@ class Recipe:
             name = str(dtype).removeprefix("torch.")
             with stage() as show:
                 show(f"timing one MLP in {name}")
-                self._once(f"mlp-{name}.jsonl", partial(measure, case))
+                self._once(f"mlp-{name}.jsonl", partial(measure, case), self.targets)
 
     def token_times(self, blocks: Tensor) -> None:
         """A decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
@@ -342,6 +356,7 @@ class Recipe:
                     measure, self.model, blocks, case,
                     on_stage=lambda text: show(f"timing tokens: {text}"),
                 ),
+                self.targets,
             )  # fmt: skip
 
     def report(self) -> None:
@@ -352,19 +367,25 @@ class Recipe:
         write_page(Material.read([self.folder]), page, title=f"CATS on {self.name}")
         options.out.print(f"wrote {page}", markup=False)
 
-    def _once(self, file: str, measure: Callable[[], Iterable[Result]]) -> None:
-        """Keep the results of ``measure`` in a file, unless they are there already."""
+    def _once(
+        self,
+        file: str,
+        measure: Callable[[], Iterable[Result]],
+        sparsities: Sequence[float] = (),
+    ) -> None:
+        """Keep the results of ``measure`` in a file, unless they are there, at all sparsities."""
         from cats.errors import BackendError, DataError
         from cats.results import read_results
 
         path = self.folder / file
-        if not path.exists():
+        found = read_results(path) if path.exists() else []
+        if not found or set(sparsities) - {r.settings.get("sparsity") for r in found}:
             try:
                 _write(path, list(measure()))
             except BackendError as error:
                 options.err.print(f"[b]left out:[/b] {file}: {error}")
             return
-        for result in read_results(path):
+        for result in found:
             for name, value in self.settings.items():
                 if result.settings.get(name, value) != value:
                     raise DataError(

@@ -29,7 +29,8 @@ def task_names(names: str) -> list[str]:
     """Names of tasks or groups by commas; ``paper8`` stands for the paper's eight.
 
     Raises:
-        ConfigError: If there is no such name, or the harness is not installed.
+        ConfigError: If there is no such name, if it is a task without questions, or if the
+            harness is not installed.
     """
     expanded = [
         task
@@ -39,6 +40,12 @@ def task_names(names: str) -> list[str]:
     known = set(_manager().all_tasks)
     if unknown := [name for name in expanded if name not in known]:
         raise ConfigError(f"no task {unknown[0]!r}; cats lm-eval ls tasks shows them all")
+    for name in expanded:
+        if _definition(name).get("output_type") == "loglikelihood_rolling":
+            raise ConfigError(
+                f"{name} asks no questions, it is the perplexity of a text: cats evaluate --text "
+                "and cats reproduce --eval-text measure that, cats lm-eval runs this task"
+            )
     return list(dict.fromkeys(expanded))
 
 
