@@ -7,6 +7,8 @@
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
 # PYTHON names the interpreter, PYTEST more options for the tests, CATS_COMMIT the commit where the sources are no checkout.
 set -u
+usage() { sed -n '4,5s/^# *//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || usage
 out=$1; shift
 mkdir -p "$out"
 python=${PYTHON:-python3}
@@ -104,7 +106,11 @@ while [ $# -gt 0 ]; do
     case $1 in
         quality|finetune) needs="${needs:-} $1" ;;
         tests|sanitize|mlp|model|decode|contexts|batches) $1 ;;
-        *) for group in ${needs:-}; do $group "$1"; done; needs= ;;
+        *)
+            [ -n "${needs:-}" ] && [ -d "$1/text" ] || usage
+            for group in $needs; do $group "$1"; done
+            needs= ;;
     esac
     shift
 done
+[ -z "${needs:-}" ] || usage
