@@ -57,7 +57,7 @@ def thresholded_product(
 
 @cache
 def _triton_is_live() -> bool:
-    """Asked once: looking for the package takes as long as a layer's GEMMs of a short prompt."""
+    """Asked once: looking for the package takes longer than a layer of a short prompt."""
     return triton.unavailable() is None
 
 
