@@ -328,24 +328,27 @@ class Recipe:
         device = next(self.model.parameters()).device
         on_cpu = device.type == "cpu"
         for dtype in dict.fromkeys((torch.float32, self.model.dtype)):
+            name = str(dtype).removeprefix("torch.")
+            file = f"mlp-{name}.jsonl"
+            targets = self._targets_in(file)
             case = Case(
                 hidden_size=mlp.hidden_size, intermediate_size=mlp.intermediate_size, dtype=dtype,
-                device=str(device), sparsities=tuple(self.targets),
+                device=str(device), sparsities=tuple(targets),
                 # a CPU reads slower, and its compiler takes minutes
                 rounds=5 if on_cpu else 50, size=2**28 if on_cpu else 2**32, compiled=not on_cpu,
             )  # fmt: skip
-            name = str(dtype).removeprefix("torch.")
             with stage() as show:
                 show(f"timing one MLP in {name}")
-                self._once(f"mlp-{name}.jsonl", partial(measure, case), self.targets)
+                self._once(file, partial(measure, case), targets)
 
     def token_times(self, blocks: Tensor) -> None:
         """A decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
         from cats.benchmarks.decode import Case, measure
 
         on_cpu = next(self.model.parameters()).device.type == "cpu"
+        targets = self._targets_in("tokens.jsonl")
         case = Case(
-            model=self.name, sparsities=(0.0, *self.targets), prompt_length=self.length // 2,
+            model=self.name, sparsities=(0.0, *targets), prompt_length=self.length // 2,
             new_tokens=min(64, self.length // 2), rounds=2 if on_cpu else 5,
             read_bytes=2**28 if on_cpu else 2**32,
         )  # fmt: skip
@@ -356,8 +359,17 @@ class Recipe:
                     measure, self.model, blocks, case,
                     on_stage=lambda text: show(f"timing tokens: {text}"),
                 ),
-                self.targets,
+                targets,
             )  # fmt: skip
+
+    def _targets_in(self, file: str) -> list[float]:
+        """Targets of this run and of what a file holds already: they are timed in turns."""
+        from cats.results import read_results
+
+        path = self.folder / file
+        stored = read_results(path) if path.exists() else []
+        before = {float(r.settings.get("sparsity") or 0) for r in stored} - {0.0}
+        return sorted({*self.targets, *before})
 
     def report(self) -> None:
         """The page of all that lies in the folder."""
