@@ -1,8 +1,9 @@
 import pytest
 
+from cats.benchmarks import decode, mlp
 from cats.errors import CatsError
 from cats.evaluation import run as runs
-from cats.results import read_results
+from cats.results import Result, read_results
 from tests.evaluation.conftest import models_data
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -68,7 +69,21 @@ def test_the_whole_recipe_ends_in_a_report_and_is_resumed(reproduce, tmp_path, m
     assert "another text or seed" in err
 
 
-def test_another_target_in_the_same_folder_stands_beside_the_first(reproduce, tmp_path):
+def test_another_target_in_the_same_folder_stands_beside_the_first(
+    reproduce, tmp_path, monkeypatch
+):
+    def timed(benchmark, case):
+        return [
+            Result(
+                benchmark=benchmark, quantity="time", unit="ms", value=1.0, low=1.0, high=1.0,
+                samples=1, settings={"variant": "fused", "sparsity": sparsity},
+                environment={"device": "a CPU"},
+            )
+            for sparsity in case.sparsities
+        ]  # fmt: skip
+
+    monkeypatch.setattr(mlp, "measure", lambda case: timed("mlp", case))
+    monkeypatch.setattr(decode, "measure", lambda model, blocks, case, **_: timed("decode", case))
     common = ("--methods", "cats", "--tasks", "sciq")
     for target in (0.5, 0.3):
         code, _, err = reproduce(*common, "--sparsity", target)
@@ -76,8 +91,10 @@ def test_another_target_in_the_same_folder_stands_beside_the_first(reproduce, tm
     folder = tmp_path / "run"
     tasks = read_results(folder / "tasks.jsonl")
     assert {r.settings["variant"] for r in tasks} == {"dense", "cats-30", "cats-50"}
-    timed = [r for r in read_results(folder / "tokens.jsonl") if r.quantity == "time"]
-    assert {r.settings["sparsity"] for r in timed} == {0.0, 0.3, 0.5}
+    tokens = read_results(folder / "tokens.jsonl")
+    assert [r.settings["sparsity"] for r in tokens] == [0.0, 0.3, 0.5]
+    calls = read_results(folder / "mlp-float32.jsonl")
+    assert [r.settings["sparsity"] for r in calls] == [0.3, 0.5]
 
 
 def test_a_missing_text_is_an_error_before_the_model_is_loaded(command, tmp_path):
