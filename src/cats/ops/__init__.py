@@ -141,18 +141,18 @@ def checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Ca
 
 def backends() -> dict[str, str]:
     """Each backend's name to ``"live"``, or to the reason why it is not."""
-    return {name: _unavailable(name) or "live" for name in BACKENDS}
+    return {name: why_unavailable(name) or "live" for name in BACKENDS}
 
 
 def backend_for(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str:
     """The name of the backend that ``backend="auto"`` uses for these tensors."""
     refusals: list[str] = []
     for name in _ORDER.get(x.device.type, ("dense",)):
-        reason = _unavailable(name) or _module(name).refuses(x, gate, up, down)
+        reason = why_unavailable(name) or _module(name).refuses(x, gate, up, down)
         if reason is None and x.shape[0] > _CROSSOVER.get(name, x.shape[0]):
             reason = f"dense GEMMs are faster for {x.shape[0]} tokens"
         if reason is None:
-            if name == "dense" and all(_unavailable(n) for n in _ORDER[x.device.type][:-1]):
+            if name == "dense" and all(why_unavailable(n) for n in _ORDER[x.device.type][:-1]):
                 _warn_once(x.device.type, "; ".join(refusals))
             return name
         refusals.append(f"{name}: {reason}")
@@ -165,7 +165,8 @@ def _module(name: str) -> ModuleType:
 
 
 @cache
-def _unavailable(name: str) -> str | None:
+def why_unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine, or None: asked once, since it takes a while."""
     reason: str | None = _module(name).unavailable()
     return reason
 
@@ -180,7 +181,7 @@ def _warn_once(device: str, reasons: str) -> None:
 def _require(backend: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
     if backend not in BACKENDS:
         raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
-    if reason := _unavailable(backend) or _module(backend).refuses(x, gate, up, down):
+    if reason := why_unavailable(backend) or _module(backend).refuses(x, gate, up, down):
         raise BackendError(f"the backend {backend} cannot run this call: {reason}")
 
 

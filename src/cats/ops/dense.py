@@ -4,13 +4,11 @@ Computes what the unfused model computes: linear layers in the dtype of the weig
 and the comparison in float32.
 """
 
-from functools import cache
-
 from torch import Tensor
 from torch.nn import functional as F
 
+from cats import ops
 from cats.functional import ACTIVATIONS, cats_activation
-from cats.ops import triton
 
 
 def gated_mlp(
@@ -28,7 +26,7 @@ def gated_mlp(
 ) -> Tensor:
     """See :func:`cats.ops.gated_mlp`."""
     g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
-    if x.is_cuda and _triton_is_live():
+    if x.is_cuda and ops.why_unavailable("triton") is None:
         from cats.ops.triton.prefill import thresholded_product as product
     else:
         product = thresholded_product
@@ -53,12 +51,6 @@ def thresholded_product(
     # where the router is zero the other branch is not read elsewhere: 0 * inf must not become NaN
     h = (a.to(g.dtype) * u).masked_fill((a if router == "gate" else u) == 0, 0)
     return h if product_thresholds is None else cats_activation(h, product_thresholds)
-
-
-@cache
-def _triton_is_live() -> bool:
-    """Asked once: looking for the package takes longer than a layer of a short prompt."""
-    return triton.unavailable() is None
 
 
 def unavailable() -> str | None:
