@@ -70,7 +70,7 @@ def panels(results: Iterable[Result]) -> list[Panel]:
         panel = groups.setdefault(key, Panel(key))
         panel.times[str(s["variant"]), float(s["sparsity"] or 0)] = result
     if not groups:
-        raise DataError("no result of `cats bench mlp` or `cats bench decode` in the file")
+        raise DataError("no result of `cats bench mlp` in the file")
     return list(groups.values())
 
 

@@ -13,6 +13,8 @@ from cats.cli import options
 if TYPE_CHECKING:
     import torch
 
+    from cats.results import Result
+
 app = typer.Typer(help="Time the gated MLP and decoding; show results.", no_args_is_help=True)
 
 
@@ -234,13 +236,8 @@ def show(
 ) -> None:
     """Print the tables of a results file."""
     from cats.benchmarks import decode, decode_report, mlp, mlp_report
-    from cats.errors import DataError
-    from cats.results import read_results
 
-    results = read_results(file)
-    found = {result.benchmark for result in results}
-    if not found & {mlp.NAME, decode.NAME}:
-        raise DataError(f"{file} has no result of cats bench mlp or cats bench decode")
+    results, found = _times(file)
     if mlp.NAME in found:
         for panel in mlp_report.panels(results):
             options.out.print(mlp_report.table(panel))
@@ -263,14 +260,12 @@ def plot(
     """Draw the time of an MLP, or tokens a second, against sparsity, with the memory limit."""
     from cats.benchmarks import decode, decode_report, mlp, mlp_report
     from cats.errors import ConfigError, DataError
-    from cats.results import read_results
     from cats.storage import replacing
 
     options.check_output(output)
     if output.suffix not in (".svg", ".png"):
         raise ConfigError(f"{output}: name a picture .svg or .png")
-    results = read_results(file)
-    found = {result.benchmark for result in results}
+    results, found = _times(file)
     if {mlp.NAME, decode.NAME} <= found:
         raise DataError(
             f"{file} holds results of MLPs and of decoding: a picture is of one of them"
@@ -323,6 +318,19 @@ def quote(
         with replacing(document) as temporary:
             temporary.write_text(text, encoding="utf-8")
         options.out.print(f"wrote {document}", markup=False)
+
+
+def _times(file: Path) -> tuple[list[Result], set[str]]:
+    """Results of a file, and which benchmarks they are of."""
+    from cats.benchmarks import decode, mlp
+    from cats.errors import DataError
+    from cats.results import read_results
+
+    results = read_results(file)
+    found = {result.benchmark for result in results}
+    if not found & {mlp.NAME, decode.NAME}:
+        raise DataError(f"{file} has no result of cats bench mlp or cats bench decode")
+    return results, found
 
 
 def _print_legend(text: str) -> None:
