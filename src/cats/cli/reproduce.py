@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +84,9 @@ def reproduce(
     batch = parse_batch_size(batch_size)
     options.check_output(output / "report.html")
     options.check_tokens(eval_tokens, length, "--eval-tokens")
-    for path in filter(None, [text, *(eval_text or [])]):
-        read_text(path)  # a wrong name is told before the model is loaded
+    # a wrong name is told before the model is loaded
+    calibration = None if text is None else read_text(text)
+    evaluation = {path.name: read_text(path) for path in eval_text or []}
     names = check_tasks(tasks, data_dir)
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     recipe = Recipe(
@@ -94,9 +96,9 @@ def reproduce(
     )  # fmt: skip
     with resumable(output, _has_results):
         with options.err.status("reading the text ..."):
-            blocks, held_out = recipe.split(text)
+            blocks, held_out = recipe.split(calibration)
             texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
-                eval_text or [], eval_tokens
+                evaluation, eval_tokens
             )
         variants = list(recipe.variants(blocks, chosen))
         for variant in variants:
@@ -162,15 +164,15 @@ class Recipe:
             "calibration_seed": self.seed,
         }
 
-    def split(self, text: Path | None) -> tuple[Tensor, Tensor]:
+    def split(self, text: str | None) -> tuple[Tensor, Tensor]:
         """Calibration blocks ``[N, T]`` and held-out ones, drawn by the seed."""
         import torch
 
-        from cats.data import read_text, token_blocks
+        from cats.data import token_blocks
         from cats.errors import DataError
 
         wanted = self.samples + _HELD_OUT_BLOCKS
-        texts = [read_text(text)] if text is not None else self._refined_web(wanted)
+        texts = [text] if text is not None else self._refined_web(wanted)
         limit = None if text is not None else wanted
         blocks = token_blocks(self.tokenizer, texts, length=self.length, limit=limit)
         if len(blocks) < 2:
@@ -201,16 +203,14 @@ class Recipe:
         for row in itertools.islice(stream.shuffle(seed=self.seed), 20 * blocks):
             yield row["content"]
 
-    def eval_blocks(self, paths: list[Path], tokens: int | None) -> dict[str, Tensor]:
+    def eval_blocks(self, texts: Mapping[str, str], tokens: int | None) -> dict[str, Tensor]:
         """Name of each text to its blocks, of at most so many tokens."""
-        from cats.data import read_text, token_blocks
+        from cats.data import token_blocks
 
         limit = None if tokens is None else tokens // self.length
         return {
-            path.name: token_blocks(
-                self.tokenizer, read_text(path), length=self.length, limit=limit
-            )
-            for path in paths
+            name: token_blocks(self.tokenizer, text, length=self.length, limit=limit)
+            for name, text in texts.items()
         }
 
     def variants(self, blocks: Tensor, methods: Sequence[str]) -> Iterator[Variant]:
@@ -306,16 +306,8 @@ class Recipe:
             dense = dense or answers
             found += results(variant.label, answers, dense)
         path = self.folder / "tasks.jsonl"
-        if path.exists():  # of an earlier run with other targets or methods, on the same questions
-            questions = {r.settings["task"] for r in found}
-            labels = {variant.label for variant in variants}
-            before: dict[object, list[Result]] = {}
-            for result in read_results(path):
-                before.setdefault(result.settings["variant"], []).append(result)
-            for label, rows in before.items():
-                if label not in labels and {r.settings["task"] for r in rows} == questions:
-                    found += rows
-        _write(path, found)
+        before = read_results(path) if path.exists() else []
+        _write(path, found + _of_other_variants(before, found))
 
     def mlp_times(self) -> None:
         """One MLP of the model's shape, in float32 as in the paper and in the model's dtype."""
@@ -404,6 +396,16 @@ class Recipe:
                         f"{path}: {name} is {result.settings[name]!r}, wanted {value!r}; "
                         "name another folder"
                     )
+
+
+def _of_other_variants(before: list[Result], found: list[Result]) -> list[Result]:
+    """Of an earlier run with other targets or methods, what was asked the same tasks."""
+    labels, tasks = ({r.settings[key] for r in found} for key in ("variant", "task"))
+    asked: defaultdict[object, set[object]] = defaultdict(set)
+    for result in before:
+        asked[result.settings["variant"]].add(result.settings["task"])
+    others = {label for label in asked.keys() - labels if asked[label] == tasks}
+    return [result for result in before if result.settings["variant"] in others]
 
 
 def _write(path: Path, results: list[Result]) -> None:
