@@ -179,6 +179,20 @@ def test_heads_of_all_sizes_give_the_tokens_of_transformers(head_dim, heads, key
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (8, 2)])
+def test_layers_behind_many_slots_are_those_of_the_model(monkeypatch, heads, key_heads, dtype):
+    from cats.decode.stream import probe
+
+    monkeypatch.setattr(probe, "_SHORT", (1, 1001, 9000, 30_000))
+    model = gpu_model(
+        sparsity=0, dtype=dtype, head_dim=128, num_attention_heads=heads,
+        num_key_value_heads=key_heads, hidden_size=16 * heads, max_position_embeddings=32_768,
+    )  # fmt: skip
+    assert cats.Decoder(model, engine="stream").engine == "stream"
+
+
+@needs_gpu
 def test_scaled_rotary_gives_the_tokens_of_transformers():
     scaled = dict(
         rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,

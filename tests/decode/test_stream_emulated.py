@@ -90,6 +90,16 @@ def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_head
     probe(model)
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (1, 128), (2, 64), (3, 64), (4, 128)])
+def test_turns_of_a_block_give_the_layers_of_the_model(chain_module, monkeypatch, heads, head_dim):
+    monkeypatch.setattr(chain_module, "_MAX_SPLITS", 1)
+    model = sparse_model(
+        LlamaConfig, 0, hidden_size=16 * heads, num_attention_heads=heads,
+        num_key_value_heads=1, head_dim=head_dim,
+    ).to(torch.bfloat16)  # fmt: skip
+    probe(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_layers_are_those_of_the_model(chain_module, dtype):
     model = sparse_model(LlamaConfig, hidden_size=64, intermediate_size=160).to(dtype)

@@ -2,9 +2,11 @@
 // sight, split along their length.
 //
 // The grid is [splits, key heads * parts]; blocks that a short context does not need end at once. A block handles up to
-// HEADS query heads that share a key head, over its share of the slots. LANES lanes hold one key, 16 bytes each, so that a
-// warp reads several slots at once, UNROLL times in flight. Each such team of lanes keeps its own running maximum and
-// sums; they are merged over the warp, the block, and, by the block that arrives last, over the splits.
+// HEADS query heads that share a key head, over its share of the slots. A team of LANES lanes holds a key, 16 bytes a lane,
+// and takes UNROLL slots a turn. Adding up a dot product over its lanes, the team shares out the slots and heads of the
+// turn: each lane is left with the scores of its own ones, and alone computes their exponentials. The next keys are asked
+// for when the scores are there, the next values when the sums are. Each team keeps its own running maximum and sums;
+// they are merged over the warp, the block, and, by the block that arrives last, over the splits.
 //
 // The new key and value are rounded as the cache holds them, and read from shared memory: no block depends on another
 // one's write to the cache. Older ones, and where the new token goes, are the work of earlier tokens: they are read before
@@ -26,8 +28,20 @@ __device__ constexpr int lanes_of_a_slot() {
     return lanes;
 }
 constexpr int LANES = lanes_of_a_slot(), SLOTS = 32 / LANES, VECTORS = (HEAD_VECTORS + LANES - 1) / LANES;
-constexpr int OWNED = VECTORS * VECTOR, EACH = (HEAD + 31) / 32;
-constexpr float NEVER = -3.402823466e38f;  // no score yet
+constexpr int OWNED = VECTORS * VECTOR, EACH = (HEAD + 31) / 32, ROW_BYTES = HEAD * ELEMENT_BYTES;
+
+// Of the slots and the heads of a turn, a lane is left with HELD_SLOTS and HELD_HEADS: each halving takes a bit of its place
+// in the team, the highest first.
+__device__ constexpr int halvings(int count, int lanes) {
+    return count % 2 || lanes < 2 ? 0 : 1 + halvings(count / 2, lanes / 2);
+}
+constexpr int SLOT_BITS = halvings(UNROLL, LANES), HEAD_BITS = halvings(HEADS, LANES >> SLOT_BITS);
+constexpr int HELD_SLOTS = UNROLL >> SLOT_BITS, HELD_HEADS = HEADS >> HEAD_BITS;
+
+constexpr float LOG2_E = 1.4426950408889634f;
+// No score is this low, so that a factor of nothing seen yet is 0 without a comparison. In the place of a score that is not
+// there stands NONE, below it.
+constexpr float LOWEST = -1e30f, NONE = -3.402823466e38f;
 
 struct Arguments {
     const float* qkv;       // [QH + 2 KH, HEAD]: queries, keys, values of the new token
@@ -61,22 +75,22 @@ struct Shared {
     bool last;
 };
 
-// Keys and values of one turn of a warp, on their way from memory.
+// Keys or values of one turn of a lane, on their way from memory.
 struct Fetched {
-    uint4 keys[UNROLL][VECTORS], values[UNROLL][VECTORS];
+    uint4 vectors[UNROLL][VECTORS];
 };
+
+// Scores and what is made of them are logarithms to the base of 2.
+__device__ __forceinline__ float factor_of(float score, float peak) { return exp2f(score - peak); }
 
 // What softmax and the weighted sum of values have come to.
 struct Running {
     float peak, total;
     float sums[OWNED];
 
-    // exp(old - peak), 0 before anything was seen
-    __device__ static float factor(float old, float peak) { return old == NEVER ? 0.f : expf(old - peak); }
-
     __device__ void merge(int distance) {
         float other = __shfl_xor_sync(~0u, peak, distance), highest = fmaxf(peak, other);
-        float mine = factor(peak, highest), theirs = factor(other, highest);
+        float mine = factor_of(peak, highest), theirs = factor_of(other, highest);
         total = total * mine + __shfl_xor_sync(~0u, total, distance) * theirs;
 #pragma unroll
         for (int i = 0; i < OWNED; ++i) sums[i] = sums[i] * mine + __shfl_xor_sync(~0u, sums[i], distance) * theirs;
@@ -173,114 +187,188 @@ struct Block {
         }
     }
 
-    // Slots of a turn are base + lane / LANES + u * STEP.
+    // Slots of a turn of a lane are at + u * STEP.
     static constexpr int STEP = WARPS * SLOTS;
-    __device__ int first_base() { return begin + warp * SLOTS; }
-    __device__ int slot(int base, int u) { return base + lane / LANES + u * STEP; }
+    __device__ int first_slot() { return begin + warp * SLOTS + lane / LANES; }
+    // A lane's first vector of a slot.
+    __device__ const char* vector_of(const char* from, int at) {
+        return from + ((size_t)key_head * a.capacity + at) * ROW_BYTES + lane % LANES * 16;
+    }
 
-    __device__ void fetch(Fetched& to, int base) {
+    // `from` is the vector of slot `at`.
+    __device__ void fetch(Fetched& to, const char* from, int at) {
+        const int left = min(end, newest) - at;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
-                int vector = v * LANES + lane % LANES, at = slot(base, u);
-                to.keys[u][v] = to.values[u][v] = make_uint4(0, 0, 0, 0);
-                if (at >= min(end, newest) || vector >= HEAD_VECTORS) continue;
-                size_t offset = ((size_t)key_head * a.capacity + at) * HEAD * ELEMENT_BYTES + vector * 16;
-                to.keys[u][v] = load_from_l2(a.keys + offset);
-                to.values[u][v] = load_from_l2(a.values + offset);
+                bool there = u * STEP < left && v * LANES + lane % LANES < HEAD_VECTORS;
+                to.vectors[u][v] = make_uint4(0, 0, 0, 0);
+                if (there) to.vectors[u][v] = load_from_l2(from + u * STEP * ROW_BYTES + v * LANES * 16);
             }
     }
 
-    __device__ void add_newest(Fetched& to, int base) {
+    __device__ void add_newest(Fetched& to, const uint4* from, int at) {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
                 int vector = v * LANES + lane % LANES;
-                if (slot(base, u) != newest || vector >= HEAD_VECTORS) continue;
-                to.keys[u][v] = shared.new_key[vector];
-                to.values[u][v] = shared.new_value[vector];
+                if (u * STEP == newest - at && vector < HEAD_VECTORS) to.vectors[u][v] = from[vector];
             }
     }
 
-    // `fetched` holds the first turn, but for the new token.
-    __device__ void attend(Fetched& fetched) {
-        const int member = lane % LANES;
-        float query[HEADS][OWNED];
-        Running running[HEADS];
+    // The place in a team, and the lane of this team, that is left with a slot and a head of the turn.
+    __device__ int first_slot_held() { return lane % LANES / (LANES >> SLOT_BITS) * HELD_SLOTS; }
+    __device__ int lane_of(int u, int h) {
+        int place = u / HELD_SLOTS * (LANES >> SLOT_BITS) + h / HELD_HEADS * (LANES >> (SLOT_BITS + HEAD_BITS));
+        return lane / LANES * LANES + place;
+    }
+
+    // Adds up over the lanes of a team; what a lane is left with comes first.
+    __device__ void share_out(float (&scores)[UNROLL][HEADS]) {
+        int distance = LANES / 2;
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            running[h].peak = NEVER, running[h].total = 0.f;
+        for (int rest = UNROLL / 2; rest >= HELD_SLOTS; rest /= 2, distance /= 2)
+#pragma unroll
+            for (int u = 0; u < rest; ++u)
+#pragma unroll
+                for (int h = 0; h < HEADS; ++h) exchange(scores[u][h], scores[u + rest][h], distance);
+#pragma unroll
+        for (int rest = HEADS / 2; rest >= HELD_HEADS; rest /= 2, distance /= 2)
+#pragma unroll
+            for (int u = 0; u < HELD_SLOTS; ++u)
+#pragma unroll
+                for (int h = 0; h < rest; ++h) exchange(scores[u][h], scores[u][h + rest], distance);
+#pragma unroll
+        for (; distance; distance /= 2)
+#pragma unroll
+            for (int u = 0; u < HELD_SLOTS; ++u)
+#pragma unroll
+                for (int h = 0; h < HELD_HEADS; ++h) scores[u][h] += __shfl_xor_sync(~0u, scores[u][h], distance);
+    }
+
+    // One of two lanes is left with the sum of `first`, the other one with that of `second`.
+    __device__ void exchange(float& first, float second, int distance) {
+        bool upper = lane & distance;
+        float kept = upper ? second : first, given = upper ? first : second;
+        first = kept + __shfl_xor_sync(~0u, given, distance);
+    }
+
+    // `keys` and `values` hold the first turn, but for the new token.
+    __device__ void attend(Fetched& keys, Fetched& values) {
+        const int member = lane % LANES;
+        const float scale = SOFTCAP ? a.scale : a.scale * LOG2_E;
+        float query[HEADS][OWNED], sums[HEADS][OWNED];
+        float peak[HELD_HEADS], total[HELD_HEADS];  // of the heads held, total of the slots held
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h)
 #pragma unroll
             for (int i = 0; i < OWNED; ++i) {
                 int at = (i / VECTOR * LANES + member) * VECTOR + i % VECTOR;
-                query[h][i] = h < heads && at < HEAD ? shared.queries[h][at] * a.scale : 0.f;
-                running[h].sums[i] = 0.f;
+                query[h][i] = h < heads && at < HEAD ? shared.queries[h][at] * scale : 0.f;
+                sums[h][i] = 0.f;
             }
-        }
+#pragma unroll
+        for (int h = 0; h < HELD_HEADS; ++h) peak[h] = LOWEST, total[h] = 0.f;
+        int at = first_slot();
+        const char *next_keys = vector_of(a.keys, at), *next_values = vector_of(a.values, at);
         // the same number of turns in all lanes of a warp
-        for (int base = first_base(); base < end; base += UNROLL * STEP) {
-            if (base != first_base()) fetch(fetched, base);
-            add_newest(fetched, base);
+        while (at - lane / LANES < end) {
+            next_keys += UNROLL * STEP * ROW_BYTES, next_values += UNROLL * STEP * ROW_BYTES;
+            add_newest(keys, shared.new_key, at);
             float scores[UNROLL][HEADS];
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
                 float key[OWNED];
 #pragma unroll
-                for (int v = 0; v < VECTORS; ++v) unpack(fetched.keys[u][v], &key[v * VECTOR]);
-                bool there = slot(base, u) < end;
+                for (int v = 0; v < VECTORS; ++v) unpack(keys.vectors[u][v], &key[v * VECTOR]);
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h) {
-                    float score = 0.f;
+                    scores[u][h] = 0.f;
 #pragma unroll
-                    for (int i = 0; i < OWNED; ++i) score = fmaf(query[h][i], key[i], score);
-#pragma unroll
-                    for (int distance = LANES / 2; distance; distance /= 2)
-                        score += __shfl_xor_sync(~0u, score, distance);
-                    if (SOFTCAP) score = a.softcap * tanhf(score / a.softcap);
-                    scores[u][h] = there ? score : NEVER;
+                    for (int i = 0; i < OWNED; ++i) scores[u][h] = fmaf(query[h][i], key[i], scores[u][h]);
                 }
             }
-#pragma unroll
-            for (int h = 0; h < HEADS; ++h) {
-                Running& r = running[h];
-                float peak = r.peak;
-#pragma unroll
-                for (int u = 0; u < UNROLL; ++u) peak = fmaxf(peak, scores[u][h]);
-                float old = Running::factor(r.peak, peak);
-                r.peak = peak;
-                r.total *= old;
-#pragma unroll
-                for (int i = 0; i < OWNED; ++i) r.sums[i] *= old;
-            }
+            fetch(keys, next_keys, at + UNROLL * STEP);
+            share_out(scores);
+            weigh(scores, end - at, peak, total, sums);
+            add_newest(values, shared.new_value, at);
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
                 float value[OWNED];
 #pragma unroll
-                for (int v = 0; v < VECTORS; ++v) unpack(fetched.values[u][v], &value[v * VECTOR]);
+                for (int v = 0; v < VECTORS; ++v) unpack(values.vectors[u][v], &value[v * VECTOR]);
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h) {
-                    float weight = Running::factor(scores[u][h], running[h].peak);
-                    running[h].total += weight;
+                    float weight = __shfl_sync(~0u, scores[u % HELD_SLOTS][h % HELD_HEADS], lane_of(u, h));
 #pragma unroll
-                    for (int i = 0; i < OWNED; ++i) running[h].sums[i] = fmaf(weight, value[i], running[h].sums[i]);
+                    for (int i = 0; i < OWNED; ++i) sums[h][i] = fmaf(weight, value[i], sums[h][i]);
                 }
             }
+            at += UNROLL * STEP;
+            fetch(values, next_values, at);
         }
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
+        for (int h = 0; h < HELD_HEADS; ++h) total[h] = over_slots(total[h], [](float x, float y) { return x + y; });
 #pragma unroll
-            for (int distance = LANES; distance < 32; distance *= 2) running[h].merge(distance);
-            if (lane == 0) shared.peak[warp][h] = running[h].peak, shared.total[warp][h] = running[h].total;
+        for (int h = 0; h < HEADS; ++h) {
+            Running running{__shfl_sync(~0u, peak[h % HELD_HEADS], lane_of(0, h)),
+                            __shfl_sync(~0u, total[h % HELD_HEADS], lane_of(0, h))};
+#pragma unroll
+            for (int i = 0; i < OWNED; ++i) running.sums[i] = sums[h][i];
+#pragma unroll
+            for (int distance = LANES; distance < 32; distance *= 2) running.merge(distance);
+            if (lane == 0) shared.peak[warp][h] = running.peak, shared.total[warp][h] = running.total;
             if (lane >= LANES) continue;
 #pragma unroll
             for (int i = 0; i < OWNED; ++i) {
                 int at = (i / VECTOR * LANES + member) * VECTOR + i % VECTOR;
-                if (at < HEAD) shared.sums[warp][h][at] = running[h].sums[i];
+                if (at < HEAD) shared.sums[warp][h][at] = running.sums[i];
             }
         }
         __syncthreads();
+    }
+
+    // Combines a value of each lane of a team that holds the same heads.
+    template <class Combine>
+    __device__ float over_slots(float value, Combine combine) {
+#pragma unroll
+        for (int bit = 1; bit <= SLOT_BITS; ++bit) value = combine(value, __shfl_xor_sync(~0u, value, LANES >> bit));
+        return value;
+    }
+
+    // Turns the scores that a lane is left with into weights, and brings what was summed up before to their peak. `left` slots
+    // are there from the lane's first one on.
+    __device__ void weigh(float (&scores)[UNROLL][HEADS], int left, float (&peak)[HELD_HEADS], float (&total)[HELD_HEADS],
+                          float (&sums)[HEADS][OWNED]) {
+        float old[HELD_HEADS];
+        bool higher = false;
+#pragma unroll
+        for (int h = 0; h < HELD_HEADS; ++h) {
+            float highest = peak[h];
+#pragma unroll
+            for (int u = 0; u < HELD_SLOTS; ++u) {
+                float& score = scores[u][h];
+                if (SOFTCAP) score = a.softcap * LOG2_E * tanhf(score / a.softcap);
+                if ((first_slot_held() + u) * STEP >= left) score = NONE;
+                highest = fmaxf(highest, score);
+            }
+            highest = over_slots(highest, [](float x, float y) { return fmaxf(x, y); });
+            old[h] = factor_of(peak[h], highest);
+            higher |= highest != peak[h];
+            peak[h] = highest;
+            total[h] *= old[h];
+#pragma unroll
+            for (int u = 0; u < HELD_SLOTS; ++u) total[h] += scores[u][h] = factor_of(scores[u][h], highest);
+        }
+        if (!__ballot_sync(~0u, higher)) return;
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+            float scale = __shfl_sync(~0u, old[h % HELD_HEADS], lane_of(0, h));
+#pragma unroll
+            for (int i = 0; i < OWNED; ++i) sums[h][i] *= scale;
+        }
     }
 
     __device__ float* partial(int split, int h) {
@@ -291,12 +379,12 @@ struct Block {
     __device__ void merge_warps() {
         for (int i = threadIdx.x; i < heads * HEAD; i += THREADS) {
             int h = i / HEAD, at = i % HEAD;
-            float peak = NEVER, total = 0.f, sum = 0.f;
+            float peak = LOWEST, total = 0.f, sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, shared.peak[w][h]);
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                float factor = Running::factor(shared.peak[w][h], peak);
+                float factor = factor_of(shared.peak[w][h], peak);
                 total += shared.total[w][h] * factor;
                 sum += shared.sums[w][h][at] * factor;
             }
@@ -333,13 +421,13 @@ struct Block {
 
     // What each split of a head counts, by one warp: a lane a split.
     __device__ void weigh_splits(int h) {
-        float highest = NEVER, total[1] = {0.f};
+        float highest = LOWEST, total[1] = {0.f};
         for (int s = lane; s < splits; s += 32) highest = fmaxf(highest, load_float_from_l2(partial(s, h) + HEAD));
 #pragma unroll
         for (int distance = 16; distance; distance /= 2)
             highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, distance));
         for (int s = lane; s < splits; s += 32) {
-            float factor = Running::factor(load_float_from_l2(partial(s, h) + HEAD), highest);
+            float factor = factor_of(load_float_from_l2(partial(s, h) + HEAD), highest);
             total[0] = fmaf(load_float_from_l2(partial(s, h) + HEAD + 1), factor, total[0]);
             shared.factors[h][s] = factor;
         }
@@ -356,12 +444,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_
     __shared__ Shared shared;
     Block block(a, shared);
     if (blockIdx.x >= block.splits) return;
-    Fetched fetched;
-    block.fetch(fetched, block.first_base());
+    Fetched keys, values;
+    int at = block.first_slot();
+    block.fetch(keys, block.vector_of(a.keys, at), at);
+    block.fetch(values, block.vector_of(a.values, at), at);
     wait_for_previous_kernel();
     allow_next_kernel();
     block.prepare_all();
-    block.attend(fetched);
+    block.attend(keys, values);
     block.merge_warps();
     if (block.splits > 1) block.merge_splits();
 }
