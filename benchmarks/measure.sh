@@ -56,14 +56,15 @@ decode() {
 contexts() {
     for prompt in 8192 32000; do
         bench decode-mistral-7b-$prompt.jsonl 150 \
-            "decode mistral-7b --dtype bfloat16 --engine stream --no-generate --sparsity 0,0.5 --prompt-length $prompt"
+            "decode mistral-7b --dtype bfloat16 --engine stream --no-generate --sparsity 0,0.5 --rounds 3
+            --prompt-length $prompt"
     done
 }
 
 batches() {
     for batch in 2 4 8; do
         bench decode-llama-3.2-1b-batch-$batch.jsonl 150 \
-            "decode llama-3.2-1b --dtype bfloat16 --engine auto --no-generate --sparsity 0,0.5 --batch $batch"
+            "decode llama-3.2-1b --dtype bfloat16 --engine auto --no-generate --sparsity 0,0.5 --rounds 3 --batch $batch"
     done
 }
 

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig
 
 import cats
@@ -76,13 +77,27 @@ def test_generate_gives_the_tokens_of_the_unfused_model(cache, device):
     assert torch.equal(generate(), expected)
 
 
-def test_fused_model_compiles_as_one_graph(device):
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_fused_model_compiles_as_one_graph(tokens, device):
     model, ids = make_sparse(device=device)
     cats.fuse_(model)
-    expected = logits(model, ids[:1, :1])
+    expected = logits(model, ids[:1, :tokens])
     with torch.no_grad():
         compiled = torch.compile(lambda i: model(i, use_cache=False).logits, fullgraph=True)
-        torch.testing.assert_close(compiled(ids[:1, :1]), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(ids[:1, :tokens]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
+def test_batches_for_dense_gemms_are_traced_in_the_open(tokens, device, monkeypatch):
+    if device.type == "cpu":  # where the kernel takes every batch
+        monkeypatch.setattr("cats.fusion.is_dense_batch", lambda x: len(x) > 2)
+    model, _ = make_sparse(device=device)
+    mlp = cats.fuse_(model).model.layers[0].mlp
+    x = torch.randn(tokens, 1, mlp.original.hidden_size, device=device)
+    with torch.no_grad():
+        graph = make_fx(mlp, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(x), mlp(x), rtol=1e-4, atol=1e-5)
+    assert any("gated_mlp" in str(node.target) for node in graph.graph.nodes) == (tokens <= 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats.errors import BackendError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, keep_mask
 from cats.mlp import CatsActivation, GatedMLP, activation_kind, find_gated_mlps, probe_inputs
-from cats.ops import BACKENDS, call, checked, dense, is_unwatched
+from cats.ops import BACKENDS, call, checked, dense, is_dense_batch, is_traced, is_unwatched
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,8 +71,12 @@ class FusedGatedMLP(nn.Module):
         gate, up, down, *biases = self.operands()
         thresholds = self._buffers["thresholds"]
         assert thresholds is not None
-        rest = thresholds, self.activation, "gate", *biases, None
+        rest: Any = thresholds, self.activation, "gate", *biases, None
         rows = x.reshape(-1, x.shape[-1])
+        dense_batch = self.backend == "auto" and is_dense_batch(rows)
+        if dense_batch and is_traced() and not torch.is_grad_enabled():
+            # in the open, so that a compiler fuses them with what is around
+            return dense.gated_mlp(rows, gate, up, down, *rest).view(x.shape)
         if not is_unwatched(rows):
             return call(rows, gate, up, down, *rest, self.backend).view(x.shape)
         # what was checked for these very tensors need not be checked again

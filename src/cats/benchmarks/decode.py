@@ -329,7 +329,7 @@ class _Bench:
             self.on_stage(f"{_label(sparsity)}, {engine}: making the engine")
             try:
                 decoder = Decoder(model, engine=engine)
-                name = decoder.engine
+                name = decoder.engine_for(case.batch)
             except BackendError as error:
                 _leave_out(engine, sparsity, error)
                 continue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cats.decode.capture import window_of
-from cats.decode.engines import Engine, check_engine, make_engine
+from cats.decode.engines import AutoEngine, Engine, check_engine, make_engine
 from cats.decode.inputs import Prompts, batch_of
 from cats.decode.options import Options, resolve
 from cats.decode.state import State
@@ -98,8 +98,13 @@ class Decoder:
 
     @property
     def engine(self) -> str:
-        """Name of the engine in use."""
-        return _engine(self.model, self._engine_name)[0].name
+        """Name of the engine that runs one row without padding."""
+        return self.engine_for(1)
+
+    def engine_for(self, batch: int) -> str:
+        """Name of the engine that runs so many rows without padding."""
+        engine, _ = _engine(self.model, self._engine_name)
+        return engine.name_for(batch) if isinstance(engine, AutoEngine) else engine.name
 
     def reset(self) -> None:
         """Forget the conversation and free its memory; needed after writes through ``.data``."""

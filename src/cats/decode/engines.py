@@ -173,7 +173,11 @@ class AutoEngine:
     @property
     def name(self) -> str:
         """Of the engine that runs one row without padding."""
-        return self._other.name if self._stream is None else self._stream.name
+        return self.name_for(1)
+
+    def name_for(self, batch: int) -> str:
+        """Of the engine that runs so many rows without padding."""
+        return self._for(alone=batch == 1).name
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -190,8 +194,11 @@ class AutoEngine:
         self._other.reset()
 
     def _engine(self, state: State) -> Engine:
-        alone = state.batch == 1 and not state.padded and not must_be_deterministic()
-        return self._stream if self._stream is not None and alone else self._other
+        return self._for(alone=state.batch == 1 and not state.padded)
+
+    def _for(self, *, alone: bool) -> Engine:
+        streams = alone and not must_be_deterministic()
+        return self._stream if self._stream is not None and streams else self._other
 
 
 def make_engine(name: str, model: nn.Module) -> Engine:

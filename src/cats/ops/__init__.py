@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from cats.errors import BackendError, ShapeError
 from cats.functional import ACTIVATIONS
 from cats.ops import step  # noqa: F401 (defines operators)
+from cats.ops.cuda.variant import MAX_BATCH as _CUDA_MAX_BATCH
 
 __all__ = ["BACKENDS", "backend_for", "backends", "gated_mlp"]
 
@@ -112,12 +113,17 @@ def is_unwatched(x: Tensor) -> bool:
 
     A trip through the dispatcher and back to Python takes 25 microseconds.
     """
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
+    return x.is_cuda and not torch.is_grad_enabled() and not is_traced()
+
+
+def is_traced() -> bool:
+    """Whether operators are recorded, for a compiler or by one, rather than only run."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def is_dense_batch(x: Tensor) -> bool:
+    """Whether ``backend="auto"`` gives ``[B, D]`` on a GPU to dense GEMMs whatever the weights."""
+    return x.is_cuda and x.shape[0] > max(_CUDA_MAX_BATCH, _CROSSOVER["triton"])
 
 
 def checked(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *rest: Any) -> Callable[..., Tensor]:
