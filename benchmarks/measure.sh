@@ -31,6 +31,7 @@ bench() { step "$1" "$2" $python -m cats bench $3 -o "$out/$1.work"; }
 tests() { step tests.log 600 $python -m pytest -q ${PYTEST:-} -k "not sanitizer" tests/ops tests/test_fusion.py tests/decode; }
 
 sanitize() {
+    # not beside the tests: their tables then no longer fit into the memory
     for tool in memcheck synccheck racecheck; do
         step $tool.log 400 $python -m tests.ops.sanitize_cuda $tool &
     done

@@ -86,6 +86,18 @@ def test_speedup_is_over_the_fastest_dense_loop_whichever_run_timed_it(tmp_path)
     assert "| stream | 500.0 (1.00, 1.50x) | 500.0 (1.00, 2.00x) |" in text
 
 
+def test_batches_and_prompts_of_one_table_are_told_apart(tmp_path):
+    rows = [
+        token_time(4.0, dtype="bfloat16", variant="stream", sparsity=0.0, **changes)
+        for changes in ({}, {"batch": 2}, {"prompt_length": 8192})
+    ]
+    _, text = quoted_tokens(tmp_path, rows)
+    assert "a GPU, bfloat16, batch 1, prompt 8: tokens" in text
+    assert "| a model | stream | 250.0 " in text
+    assert "| a model, batch 2 | stream | 500.0 " in text
+    assert "| a model, prompt 8,192 | stream | 250.0 " in text
+
+
 def test_dtypes_of_one_table_are_told_apart(tmp_path):
     rows = [
         token_time(4.0, "a CPU", dtype=dtype, variant="eager", sparsity=0.0)

@@ -40,14 +40,15 @@ class Panel:
     """
 
     def __init__(self, key: _Key) -> None:
-        self.device, self.model, self.dtype, self.batch, _, _ = key
+        self.device, self.model, self.dtype, self.batch, self.prompt_length, _ = key
         self.rows: defaultdict[_Row, dict[str, Result]] = defaultdict(dict)
         self.launches: defaultdict[_Row, dict[str, Result]] = defaultdict(dict)
         self.bandwidth: float | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {self.dtype}, batch {self.batch}, on {self.device}"
+        case = f"batch {self.batch}, prompt {self.prompt_length:,}"
+        return f"{self.model}, {self.dtype}, {case}, on {self.device}"
 
     def add(self, result: Result) -> None:
         s = result.settings

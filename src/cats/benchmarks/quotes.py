@@ -87,11 +87,15 @@ def _cell(panel: mlp_report.Panel, name: str, sparsity: float) -> str:
 
 
 def decode_table(found: list[decode_report.Panel]) -> str:
-    """Tokens a second through the loop, one row a model and variant."""
+    """Tokens a second through the loop, one row a model and variant.
+
+    A row names a batch or prompt that is not that of the heading.
+    """
+    batch, prompt = found[0].batch, found[0].prompt_length
     sparsities = sorted({sparsity for panel in found for _, sparsity in panel.times()})
     dtypes = ", ".join(dict.fromkeys(panel.dtype for panel in found))
     lines = [
-        f"{found[0].device}, {dtypes}, batch {found[0].batch}: tokens a second "
+        f"{found[0].device}, {dtypes}, batch {batch}, prompt {prompt}: tokens a second "
         "(fraction of the memory limit, speed-up over the fastest dense loop)",
         "",
         "| model | | " + " | ".join(f"{sparsity:.0%}" for sparsity in sparsities) + " |",
@@ -99,7 +103,13 @@ def decode_table(found: list[decode_report.Panel]) -> str:
     ]
     for panel in found:
         times = panel.times()
-        model = panel.model if dtypes == panel.dtype else f"{panel.model}, {panel.dtype}"
+        model = panel.model
+        if dtypes != panel.dtype:
+            model += f", {panel.dtype}"
+        if panel.batch != batch:
+            model += f", batch {panel.batch}"
+        if panel.prompt_length != prompt:
+            model += f", prompt {panel.prompt_length:,}"
         for variant in dict.fromkeys(variant for variant, _ in times):
             cells = []
             for sparsity in sparsities:
