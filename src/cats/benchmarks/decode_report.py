@@ -168,6 +168,8 @@ def plot(panels: list[Panel], path: Path) -> None:
         DataError: If matplotlib is not installed.
     """
     figure, axes = pictures(len(panels))
+    names = sorted({variant for panel in panels for variant, _ in panel.times()})
+    colors = {name: f"C{number}" for number, name in enumerate(names)}  # the same in all pictures
     for panel, axis in zip(panels, axes, strict=True):
         lines: defaultdict[str, list[tuple[float, Result]]] = defaultdict(list)
         limits: list[tuple[float, float]] = []
@@ -187,10 +189,14 @@ def plot(panels: list[Panel], path: Path) -> None:
                     [rate - low for rate, low in zip(rates, slow, strict=True)],
                     [high - rate for rate, high in zip(rates, fast, strict=True)],
                 ],
-                label=variant, marker="o", capsize=2,
+                label=variant, color=colors[variant], marker="o", capsize=2,
             )  # fmt: skip
         axis.plot(*zip(*sorted(limits), strict=True), "k--", linewidth=1, label="memory limit")
-        axis.set(title=panel.title, xlabel="dropped neurons, share", ylabel="tokens a second")
+        axis.set(
+            title=panel.title.replace(", on ", "\n"),
+            xlabel="dropped neurons, share",
+            ylabel="tokens a second",
+        )
         axis.title.set_fontsize(8)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7)
