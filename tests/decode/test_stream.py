@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 
 import pytest
@@ -293,6 +294,24 @@ def test_padded_batch_takes_another_engine():
     assert (decoder.engine_for(1), decoder.engine_for(2)) == ("stream", "compiled")
     with pytest.raises(BackendError, match="one row"):
         cats.generate(model, ids, engine="stream", max_new_tokens=20, **GREEDY)
+
+
+@needs_gpu
+def test_conversations_on_two_gpus_do_not_disturb_each_other():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    first = gpu_model()
+    models, ids = [first, copy.deepcopy(first).to("cuda:1")], make_ids(1, 9)
+    streams = [
+        cats.Decoder(model, engine=engine).stream(ids.to(model.device), max_new_tokens=60, **GREEDY)
+        for engine in ("stream", "compiled")
+        for model in models
+    ]
+    # a token of each in turn
+    rows = [[int(token) for token in tokens] for tokens in zip(*streams, strict=True)]
+    assert len(rows) == 60
+    for stream, other_stream, compiled, other_compiled in rows:
+        assert (stream, compiled) == (other_stream, other_compiled)
 
 
 @needs_gpu
