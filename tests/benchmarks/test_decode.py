@@ -91,6 +91,13 @@ def test_dense_loop_of_the_same_minute_is_compared_with(results):
     found = times(results)
     assert found["eager", 0.0].settings["dense_ms"] == found["eager", 0.0].value
     assert found["eager", 0.5].settings["dense_ms"] > 0
+    first = {
+        r.settings["sparsity"]: r
+        for r in results
+        if r.quantity == "time_to_first_token" and r.settings["variant"] == "eager"
+    }
+    assert first[0.0].settings["dense_ms"] == first[0.0].value
+    assert first[0.5].settings["dense_ms"] > 0
     alone = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.5,)})))
     assert alone["eager", 0.5].settings["dense_ms"] is None
 

@@ -276,7 +276,7 @@ class _Bench:
         variants = [variant for variant, _ in started]
         runs = _in_turns([*variants, *dense_loops], self.on_stage)
         loops = variants if sparsity == 0 else dense_loops
-        dense = [_milliseconds(runs[id(v)]).median for v in loops if v.decoder is not None]
+        dense = [runs[id(v)] for v in loops if v.decoder is not None]
         for variant, start in started:
             samples = runs[id(variant)]
             self.on_stage(f"{variant.model}, {variant.name}: check")
@@ -285,22 +285,29 @@ class _Bench:
             settings: _Settings = {
                 "variant": variant.name, "sparsity": sparsity, "realized_sparsity": dropped,
                 "bytes": token_bytes, "limit_ms": limit * 1e3,
-                "dense_ms": min(dense, default=None),
+                "dense_ms": min((_milliseconds(found).median for found in dense), default=None),
             }  # fmt: skip
             if variant.decoder is not None:
                 settings |= check.of(variant.decoder, self.text)
-            yield from self._rows(model, samples, start, settings)
+            waits: _Settings = {
+                "dense_ms": min((_first_ms(found).median for found in dense), default=None)
+            }
+            yield from self._rows(model, samples, start, settings, waits)
             if self.case.launches and variant.decoder is not None:
                 yield from self._launches(variant.decoder, settings)
         return variants
 
     def _rows(
-        self, model: nn.Module, samples: list[Run], start: _Start, settings: _Settings
+        self,
+        model: nn.Module,
+        samples: list[Run],
+        start: _Start,
+        settings: _Settings,
+        waits: _Settings,
     ) -> Iterator[Result]:
         yield self._result("time", "ms", _milliseconds(samples), settings)
         first = {name: settings[name] for name in ("variant", "sparsity")}
-        waits = Timing.of([1e3 * run.times[0] for run in samples])
-        yield self._result("time_to_first_token", "ms", waits, first)
+        yield self._result("time_to_first_token", "ms", _first_ms(samples), first | waits)
         compiled: _Settings = {"compilations": start.compilations}
         yield self._result("start_up", "s", _once(start.seconds), first | compiled)
         if start.extra_bytes is not None:
@@ -498,6 +505,11 @@ def _mean(shares: dict[str, float]) -> float:
 def _milliseconds(runs: Iterable[Run]) -> Timing:
     """Of a token."""
     return Timing.of([1e3 * run.seconds_a_token for run in runs])
+
+
+def _first_ms(runs: Iterable[Run]) -> Timing:
+    """Of the first token."""
+    return Timing.of([1e3 * run.times[0] for run in runs])
 
 
 def _once(value: float) -> Timing:

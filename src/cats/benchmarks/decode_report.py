@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 LEGEND = """\
 spread: distance of the quartiles over the median. x dense: speed over the fastest loop of the
 dense model, timed in turns. limit: share of the rate at which memory could deliver the bytes.
-first: time of the first token. start: from the first call to its third token. anew: graphs
-compiled for it. over: peak of memory over the dense model's weights. KL: divergence of each
-step from the model's modules on the same tokens. own KL: of these modules a token at a time.
-same: equal choices. drop: sparsity above that of the modules, in percentage points."""
+first: time of the first token. dense: the shortest of a dense loop, timed in turns. start: from
+the first call to its third token. anew: graphs compiled for it. over: peak of memory over the
+dense model's weights. KL: divergence of each step from the model's modules on the same tokens.
+own KL: of these modules a token at a time. same: equal choices.
+drop: sparsity above that of the modules, in percentage points."""
 
 # device, model, dtype, batch, prompt length, new tokens
 _Key = tuple[str, str, str, int, int, int]
@@ -126,7 +127,18 @@ def _speed(panel: Panel) -> Table:
 
 def _costs(panel: Panel) -> Table:
     """What a token takes besides its time, and how far it is from the model's modules."""
-    columns = ["first, ms", "start, s", "anew", "peak, MB", "over", "KL", "own KL", "same", "drop"]
+    columns = [
+        "first, ms",
+        "dense, ms",
+        "start, s",
+        "anew",
+        "peak, MB",
+        "over",
+        "KL",
+        "own KL",
+        "same",
+        "drop",
+    ]
     if not any("peak_memory" in found for found in panel.rows.values()):
         columns = [c for c in columns if c not in {"peak, MB", "over"}]
     out = _table("", "variant", "target", *columns)
@@ -134,6 +146,8 @@ def _costs(panel: Panel) -> Table:
         cells: dict[str, str] = {}
         if wait := found.get("time_to_first_token"):
             cells["first, ms"] = f"{wait.value:.1f}"
+            dense = wait.settings.get("dense_ms")  # older results have none
+            cells["dense, ms"] = "" if dense is None else f"{_number(dense):.1f}"
         if start := found.get("start_up"):
             cells["start, s"] = f"{start.value:.1f}"
             cells["anew"] = str(start.settings.get("compilations", ""))
