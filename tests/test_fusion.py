@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import cats
 from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion import FusedGatedMLP, fused_mlps
 from cats.mlp import CatsActivation
+from cats.ops import backend_for, is_dense_batch, tracing_for_compiler
 from tests import models
 
 
@@ -87,17 +89,28 @@ def test_fused_model_compiles_as_one_graph(tokens, device):
         torch.testing.assert_close(compiled(ids[:1, :tokens]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("compiles", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
-def test_batches_for_dense_gemms_are_traced_in_the_open(tokens, device, monkeypatch):
+def test_batches_for_dense_gemms_are_compiled_in_the_open(tokens, compiles, device, monkeypatch):
     if device.type == "cpu":  # where the kernel takes every batch
         monkeypatch.setattr("cats.fusion.is_dense_batch", lambda x: len(x) > 2)
     model, _ = make_sparse(device=device)
     mlp = cats.fuse_(model).model.layers[0].mlp
     x = torch.randn(tokens, 1, mlp.original.hidden_size, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), tracing_for_compiler() if compiles else nullcontext():
         graph = make_fx(mlp, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+    with torch.no_grad():
         torch.testing.assert_close(graph(x), mlp(x), rtol=1e-4, atol=1e-5)
-    assert any("gated_mlp" in str(node.target) for node in graph.graph.nodes) == (tokens <= 2)
+    is_hidden = any("gated_mlp" in str(node.target) for node in graph.graph.nodes)
+    assert is_hidden == (tokens <= 2 or not compiles)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no such batch")
+@pytest.mark.parametrize("tokens", range(1, 10))
+def test_dense_batches_are_those_of_the_dispatch(tokens, device):
+    mlp = cats.fuse_(make_sparse(device=device)[0]).model.layers[0].mlp
+    x = torch.randn(tokens, mlp.original.hidden_size, device=device)
+    assert is_dense_batch(x) == (backend_for(x, *mlp.operands()[:3]) == "dense")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats.errors import BackendError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, keep_mask
 from cats.mlp import CatsActivation, GatedMLP, activation_kind, find_gated_mlps, probe_inputs
-from cats.ops import BACKENDS, call, checked, dense, is_dense_batch, is_traced, is_unwatched
+from cats.ops import BACKENDS, call, checked, dense, is_dense_batch, is_for_compiler, is_unwatched
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,9 +73,10 @@ class FusedGatedMLP(nn.Module):
         assert thresholds is not None
         rest: Any = thresholds, self.activation, "gate", *biases, None
         rows = x.reshape(-1, x.shape[-1])
-        dense_batch = self.backend == "auto" and is_dense_batch(rows)
-        if dense_batch and is_traced() and not torch.is_grad_enabled():
-            # in the open, so that a compiler fuses them with what is around
+        # the batch last: a compiler then serves that side of the crossover only
+        opens = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
+        if opens and is_dense_batch(rows):
+            # GEMMs in the open, which a compiler fuses with what is around
             return dense.gated_mlp(rows, gate, up, down, *rest).view(x.shape)
         if not is_unwatched(rows):
             return call(rows, gate, up, down, *rest, self.backend).view(x.shape)

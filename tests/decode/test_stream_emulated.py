@@ -90,12 +90,18 @@ def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_head
     probe(model)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (1, 128), (2, 64), (3, 64), (4, 128)])
-def test_turns_of_a_block_give_the_layers_of_the_model(chain_module, monkeypatch, heads, head_dim):
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "slots"),
+    [(1, 8, 2100), (1, 128, 200), (2, 64, 200), (3, 64, 200), (4, 128, 200)],
+)
+def test_turns_of_a_block_give_the_layers_of_the_model(
+    chain_module, monkeypatch, heads, head_dim, slots
+):
     monkeypatch.setattr(chain_module, "_MAX_SPLITS", 1)
+    monkeypatch.setattr("cats.decode.stream.probe._SHORT", (1, 37, slots))
     model = sparse_model(
         LlamaConfig, 0, hidden_size=16 * heads, num_attention_heads=heads,
-        num_key_value_heads=1, head_dim=head_dim,
+        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=4096,
     ).to(torch.bfloat16)  # fmt: skip
     probe(model)
 

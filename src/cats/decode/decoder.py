@@ -102,7 +102,7 @@ class Decoder:
         return self.engine_for(1)
 
     def engine_for(self, batch: int) -> str:
-        """Name of the engine that runs so many rows without padding."""
+        """Name of the engine that runs so many rows without padding; a forced one's, always."""
         engine, _ = _engine(self.model, self._engine_name)
         return engine.name_for(batch) if isinstance(engine, AutoEngine) else engine.name
 

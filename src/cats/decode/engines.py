@@ -30,7 +30,7 @@ from cats.decode.forward import (
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.errors import BackendError, ConfigError
-from cats.ops import cuda
+from cats.ops import cuda, tracing_for_compiler
 
 ENGINES = ("eager", "compiled", "stream")
 
@@ -273,7 +273,9 @@ def _compiled(model: nn.Module, state: State, window: int) -> StepFunction:
         raise BackendError(
             "the engine compiled cannot run forward hooks: remove them, or use engine='eager'"
         )
-    graph = compile_blocks(trace_window(model, state, window), _compile)
+    with tracing_for_compiler():
+        traced = trace_window(model, state, window)
+    graph = compile_blocks(traced, _compile)
     # writes the newest token to its slot, as the real step will
     graph(*step_inputs(state))
     return graph

@@ -9,7 +9,9 @@ A backend is a module beside this one with three functions:
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,7 @@ _ORDER = {"cuda": ("cuda", "triton", "dense"), "cpu": ("cpu", "dense")}
 _CROSSOVER = {"triton": 1}
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
 _ROUTERS = ("gate", "up")
+_FOR_COMPILER: ContextVar[bool] = ContextVar("for_compiler", default=False)
 
 
 def gated_mlp(
@@ -119,6 +122,22 @@ def is_unwatched(x: Tensor) -> bool:
 def is_traced() -> bool:
     """Whether operators are recorded, for a compiler or by one, rather than only run."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+@contextmanager
+def tracing_for_compiler() -> Iterator[None]:
+    """What is traced inside will be compiled, rather than run operator by operator."""
+    token = _FOR_COMPILER.set(True)
+    try:
+        yield
+    finally:
+        _FOR_COMPILER.reset(token)
+
+
+def is_for_compiler() -> bool:
+    """Whether what runs now is traced to be compiled."""
+    # in this order, since a compiler cannot look into the second
+    return torch.compiler.is_compiling() or _FOR_COMPILER.get()
 
 
 def is_dense_batch(x: Tensor) -> bool:

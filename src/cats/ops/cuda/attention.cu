@@ -39,8 +39,8 @@ constexpr int SLOT_BITS = halvings(UNROLL, LANES), HEAD_BITS = halvings(HEADS, L
 constexpr int HELD_SLOTS = UNROLL >> SLOT_BITS, HELD_HEADS = HEADS >> HEAD_BITS;
 
 constexpr float LOG2_E = 1.4426950408889634f;
-// No score is this low, so that a factor of nothing seen yet is 0 without a comparison. In the place of a score that is not
-// there stands NONE, below it.
+// The peak before anything was seen, far below the scores of a model, so that no comparison tells the two apart. In the place
+// of a score that is not there stands NONE, below it.
 constexpr float LOWEST = -1e30f, NONE = -3.402823466e38f;
 
 struct Arguments {
@@ -218,7 +218,7 @@ struct Block {
             }
     }
 
-    // The place in a team, and the lane of this team, that is left with a slot and a head of the turn.
+    // The first slot of the turn that this lane is left with, and the lane of its team that is left with a slot and a head.
     __device__ int first_slot_held() { return lane % LANES / (LANES >> SLOT_BITS) * HELD_SLOTS; }
     __device__ int lane_of(int u, int h) {
         int place = u / HELD_SLOTS * (LANES >> SLOT_BITS) + h / HELD_HEADS * (LANES >> (SLOT_BITS + HEAD_BITS));
