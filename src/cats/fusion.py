@@ -73,7 +73,6 @@ class FusedGatedMLP(nn.Module):
         assert thresholds is not None
         rest: Any = thresholds, self.activation, "gate", *biases, None
         rows = x.reshape(-1, x.shape[-1])
-        # the batch last: a compiler then serves that side of the crossover only
         opens = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
         if opens and is_dense_batch(rows):
             # GEMMs in the open, which a compiler fuses with what is around

@@ -126,7 +126,7 @@ def is_traced() -> bool:
 
 @contextmanager
 def tracing_for_compiler() -> Iterator[None]:
-    """What is traced inside will be compiled, rather than run operator by operator."""
+    """What is traced inside, with sizes that are numbers, will be compiled."""
     token = _FOR_COMPILER.set(True)
     try:
         yield
@@ -135,9 +135,9 @@ def tracing_for_compiler() -> Iterator[None]:
 
 
 def is_for_compiler() -> bool:
-    """Whether what runs now is traced to be compiled."""
-    # in this order, since a compiler cannot look into the second
-    return torch.compiler.is_compiling() or _FOR_COMPILER.get()
+    """Whether what runs now is traced inside :func:`tracing_for_compiler`."""
+    # torch.compile itself may trace sizes that are symbols, and cannot look into the second
+    return not torch.compiler.is_compiling() and _FOR_COMPILER.get()
 
 
 def is_dense_batch(x: Tensor) -> bool:
