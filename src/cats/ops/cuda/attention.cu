@@ -233,26 +233,21 @@ struct Block {
 #pragma unroll
             for (int u = 0; u < rest; ++u)
 #pragma unroll
-                for (int h = 0; h < HEADS; ++h) exchange(scores[u][h], scores[u + rest][h], distance);
+                for (int h = 0; h < HEADS; ++h)
+                    scores[u][h] = exchanged_sum(scores[u][h], scores[u + rest][h], distance);
 #pragma unroll
         for (int rest = HEADS / 2; rest >= HELD_HEADS; rest /= 2, distance /= 2)
 #pragma unroll
             for (int u = 0; u < HELD_SLOTS; ++u)
 #pragma unroll
-                for (int h = 0; h < rest; ++h) exchange(scores[u][h], scores[u][h + rest], distance);
+                for (int h = 0; h < rest; ++h)
+                    scores[u][h] = exchanged_sum(scores[u][h], scores[u][h + rest], distance);
 #pragma unroll
         for (; distance; distance /= 2)
 #pragma unroll
             for (int u = 0; u < HELD_SLOTS; ++u)
 #pragma unroll
                 for (int h = 0; h < HELD_HEADS; ++h) scores[u][h] += __shfl_xor_sync(~0u, scores[u][h], distance);
-    }
-
-    // One of two lanes is left with the sum of `first`, the other one with that of `second`.
-    __device__ void exchange(float& first, float second, int distance) {
-        bool upper = lane & distance;
-        float kept = upper ? second : first, given = upper ? first : second;
-        first = kept + __shfl_xor_sync(~0u, given, distance);
     }
 
     // `keys` and `values` hold the first turn, but for the new token.

@@ -16,22 +16,26 @@ __device__ __forceinline__ void store_four(float* target, const float* v) {
 
 // ---- sums
 
+// Of two lanes `distance` apart the lower is left with the sum of their `first`, the upper with that of their `second`.
+__device__ __forceinline__ float exchanged_sum(const float& first, const float& second, int distance) {
+    bool upper = threadIdx.x % 32 & distance;
+    float mine = upper ? second : first;
+    float other = upper ? first : second;
+    return mine + __shfl_xor_sync(~0u, other, distance);
+}
+
 // Sums each of COUNT values over the lanes of a warp, COUNT a power of two up to 32. Lane i returns the sum of value
 // i / (32 / COUNT): exchanging halves takes COUNT - 1 + log2(32 / COUNT) shuffles instead of 5 * COUNT.
 template <int COUNT>
 __device__ __forceinline__ float warp_sums(float (&values)[COUNT]) {
-    int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 0; step < 5; ++step) {
         // step by step half as many values in lanes half as far apart
         int half = COUNT >> (step + 1), distance = 16 >> step;
-        bool upper = lane & distance;
 #pragma unroll
         for (int i = 0; i < COUNT / 2; ++i) {
             if (i >= half) break;
-            float mine = upper ? values[i + half] : values[i];
-            float other = upper ? values[i] : values[i + half];
-            values[i] = mine + __shfl_xor_sync(~0u, other, distance);
+            values[i] = exchanged_sum(values[i], values[i + half], distance);
         }
     }
 #pragma unroll
