@@ -277,6 +277,7 @@ class _Bench:
         runs = _in_turns([*variants, *dense_loops], self.on_stage)
         loops = variants if sparsity == 0 else dense_loops
         dense = [runs[id(v)] for v in loops if v.decoder is not None]
+        dense_ms, first_dense_ms = _shortest(dense, _milliseconds), _shortest(dense, _first_ms)
         for variant, start in started:
             samples = runs[id(variant)]
             self.on_stage(f"{variant.model}, {variant.name}: check")
@@ -285,14 +286,11 @@ class _Bench:
             settings: _Settings = {
                 "variant": variant.name, "sparsity": sparsity, "realized_sparsity": dropped,
                 "bytes": token_bytes, "limit_ms": limit * 1e3,
-                "dense_ms": min((_milliseconds(found).median for found in dense), default=None),
+                "dense_ms": dense_ms,
             }  # fmt: skip
             if variant.decoder is not None:
                 settings |= check.of(variant.decoder, self.text)
-            waits: _Settings = {
-                "dense_ms": min((_first_ms(found).median for found in dense), default=None)
-            }
-            yield from self._rows(model, samples, start, settings, waits)
+            yield from self._rows(model, samples, start, settings, first_dense_ms)
             if self.case.launches and variant.decoder is not None:
                 yield from self._launches(variant.decoder, settings)
         return variants
@@ -303,11 +301,12 @@ class _Bench:
         samples: list[Run],
         start: _Start,
         settings: _Settings,
-        waits: _Settings,
+        first_dense_ms: float | None,
     ) -> Iterator[Result]:
         yield self._result("time", "ms", _milliseconds(samples), settings)
         first = {name: settings[name] for name in ("variant", "sparsity")}
-        yield self._result("time_to_first_token", "ms", _first_ms(samples), first | waits)
+        beside: _Settings = {"dense_ms": first_dense_ms}
+        yield self._result("time_to_first_token", "ms", _first_ms(samples), first | beside)
         compiled: _Settings = {"compilations": start.compilations}
         yield self._result("start_up", "s", _once(start.seconds), first | compiled)
         if start.extra_bytes is not None:
@@ -510,6 +509,13 @@ def _milliseconds(runs: Iterable[Run]) -> Timing:
 def _first_ms(runs: Iterable[Run]) -> Timing:
     """Of the first token."""
     return Timing.of([1e3 * run.times[0] for run in runs])
+
+
+def _shortest(
+    loops: Iterable[list[Run]], measure: Callable[[Iterable[Run]], Timing]
+) -> float | None:
+    """The smallest median of what is measured of each loop's runs; None without a loop."""
+    return min((measure(runs).median for runs in loops), default=None)
 
 
 def _once(value: float) -> Timing:

@@ -22,8 +22,8 @@ dense model, timed in turns. limit: share of the rate at which memory could deli
 first: time of the first token. dense: the shortest of a dense loop, timed in turns. start: from
 the first call to its third token. anew: graphs compiled for it. over: peak of memory over the
 dense model's weights. KL: divergence of each step from the model's modules on the same tokens.
-own KL: of these modules a token at a time. same: equal choices.
-drop: sparsity above that of the modules, in percentage points."""
+own KL: of these modules a token at a time. same: equal choices. drop: sparsity above that of
+the modules, in percentage points."""
 
 # device, model, dtype, batch, prompt length, new tokens
 _Key = tuple[str, str, str, int, int, int]
@@ -128,17 +128,9 @@ def _speed(panel: Panel) -> Table:
 def _costs(panel: Panel) -> Table:
     """What a token takes besides its time, and how far it is from the model's modules."""
     columns = [
-        "first, ms",
-        "dense, ms",
-        "start, s",
-        "anew",
-        "peak, MB",
-        "over",
-        "KL",
-        "own KL",
-        "same",
-        "drop",
-    ]
+        "first, ms", "dense, ms", "start, s", "anew", "peak, MB", "over",
+        "KL", "own KL", "same", "drop",
+    ]  # fmt: skip
     if not any("peak_memory" in found for found in panel.rows.values()):
         columns = [c for c in columns if c not in {"peak, MB", "over"}]
     out = _table("", "variant", "target", *columns)

@@ -116,12 +116,12 @@ def is_unwatched(x: Tensor) -> bool:
 
     A trip through the dispatcher and back to Python takes 25 microseconds.
     """
-    return x.is_cuda and not torch.is_grad_enabled() and not is_traced()
-
-
-def is_traced() -> bool:
-    """Whether operators are recorded, for a compiler or by one, rather than only run."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 @contextmanager

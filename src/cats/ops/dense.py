@@ -27,7 +27,7 @@ def gated_mlp(
     """See :func:`cats.ops.gated_mlp`."""
     g, u = F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)
     # a compiler fuses the plain operators itself
-    if x.is_cuda and not ops.is_traced() and ops.why_unavailable("triton") is None:
+    if x.is_cuda and not ops.is_for_compiler() and ops.why_unavailable("triton") is None:
         from cats.ops.triton.prefill import thresholded_product as product
     else:
         product = thresholded_product
