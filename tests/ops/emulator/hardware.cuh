@@ -64,6 +64,7 @@ inline void copy_bytes(char* target, const char* source, int bytes, uint64* barr
     if (threadIdx.x % 32 == 0) start_copy(target, source, bytes, barrier);
 }
 inline void wait_for_own_copies() {}
+inline void prefetch_to_l2(const char* source, int bytes) {}
 
 // ---- dependent launch: launches run one after another
 

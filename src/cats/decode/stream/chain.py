@@ -34,14 +34,17 @@ _CHOICE_BLOCKS = 64
 # A row is cut into parts of at most so many bytes, of which each warp has several in flight.
 _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
-# On their way to one multiprocessor while attention still runs: about what keeps the memory busy,
-# so that little of what attention reads waits behind them. Less than so much in all is no burden.
+# On their way to one multiprocessor while the kernel in front still runs: about what keeps the
+# memory busy, so that little of what that kernel reads and adds, and of what it leaves to be read,
+# waits behind them. Less than so much in all is no burden.
 _EARLY_BYTES = 32 * 1024
 _BURDEN_BYTES = 16 * 2**20
 # Shared memory that a ring leaves to the block of attention beside it, and to the system.
 _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
 _MAX_HEAD = 256
+# Merging splits takes as long as a block takes for about so many slots.
+_UNSPLIT_SLOTS = 256
 _SLOTS_A_SPLIT = 64
 _MAX_SPLITS = 64
 _BLOCKS_OF_ATTENTION = 2  # on a multiprocessor, so that one reads while the other computes
@@ -248,7 +251,7 @@ class Chain:
         width = matrices[0].weight.shape[1]
         rows = [len(matrix.weight) for matrix in matrices]
         normed = residual is not None
-        paced = not normed and sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
+        paced = sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
         function = _linear_function(
             self._device, width, self._spec.dtype, normed=normed, paced=paced
         )
@@ -331,6 +334,8 @@ def _queries_a_block(queries: int) -> int:
 
 def _most_splits(slots: int, columns: int, multiprocessors: int) -> int:
     """Blocks that share the slots of a head: enough to fill the GPU, each with enough to do."""
+    if slots <= _UNSPLIT_SLOTS:
+        return 1
     blocks = _BLOCKS_OF_ATTENTION * multiprocessors
     return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), blocks // columns, _MAX_SPLITS))
 
@@ -402,8 +407,8 @@ def _attention_function(
         )
     defines = dict(
         DTYPE=DTYPES[dtype], HEAD=head, ROTARY=rotary, HEADS=_queries_a_block(queries),
-        QUERIES=queries, SPLIT_SLOTS=_SLOTS_A_SPLIT, MAX_SPLITS=_MAX_SPLITS,
-        HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
+        QUERIES=queries, UNSPLIT_SLOTS=_UNSPLIT_SLOTS, SPLIT_SLOTS=_SLOTS_A_SPLIT,
+        MAX_SPLITS=_MAX_SPLITS, HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
     )  # fmt: skip
     return Function(device, "attention", defines, threads=32 * _WARPS, shared_bytes=0)
 

@@ -27,7 +27,7 @@ _ROUNDING = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LOGITS_TOLERANCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 0.15}
 # Small, so that what a layer adds is not small beside it.
 _INPUT_SCALE = 0.1
-_SHORT = (1, 2, 37, 200)  # the last one is split over several blocks
+_SHORT = (1, 2, 37, 200, 300)  # in one turn, in several, and split over several blocks
 # Keys and values of the longest context that is tried, at most.
 _MOST_BYTES = 256 * 2**20
 

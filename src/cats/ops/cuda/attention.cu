@@ -10,10 +10,14 @@
 //
 // The new key and value are rounded as the cache holds them, and read from shared memory: no block depends on another
 // one's write to the cache. Older ones, and where the new token goes, are the work of earlier tokens: they are read before
-// the kernel in front has ended.
+// the kernel in front has ended, the first turn into registers and the next ones as far as the L2 cache.
+//
+// The kernel behind may start at once. Until its own wait it reads weights, and that wait ends with this kernel, which has
+// waited for the one in front.
 //
 // The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), HEADS and QUERIES (query heads of a key
-// head), SPLIT_SLOTS (fewer are not split further), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
+// head), UNSPLIT_SLOTS (one block takes so many), SPLIT_SLOTS (a block of more gets at least so many), MAX_SPLITS, and the
+// switches HEAD_NORM and SOFTCAP.
 #include "primitives.cuh"
 
 typedef long long int64;
@@ -112,7 +116,7 @@ struct Block {
 
     __device__ Block(const Arguments& a, Shared& shared) : a(a), shared(shared) {
         int first = max(0, newest + 1 - a.window), count = newest + 1 - first;
-        splits = min(gridDim.x, (count + SPLIT_SLOTS - 1) / SPLIT_SLOTS);
+        splits = count <= UNSPLIT_SLOTS ? 1 : min(gridDim.x, (count + SPLIT_SLOTS - 1) / SPLIT_SLOTS);
         int share = (count + splits - 1) / splits;
         begin = first + blockIdx.x * share;
         end = min(begin + share, newest + 1);
@@ -206,6 +210,14 @@ struct Block {
                 to.vectors[u][v] = make_uint4(0, 0, 0, 0);
                 if (there) to.vectors[u][v] = load_from_l2(from + u * STEP * ROW_BYTES + v * LANES * 16);
             }
+    }
+
+    // What the turns behind the first one read, up to UNSPLIT_SLOTS.
+    __device__ void prefetch_later_turns() {
+        int at = begin + UNROLL * STEP, count = min(min(end, newest) - at, UNSPLIT_SLOTS);
+        if (part > 0 || lane > 0 || warp > 1 || count <= 0) return;
+        const char* from = warp ? a.values : a.keys;
+        prefetch_to_l2(from + ((size_t)key_head * a.capacity + at) * ROW_BYTES, count * ROW_BYTES);
     }
 
     __device__ void add_newest(Fetched& to, const uint4* from, int at) {
@@ -443,8 +455,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_
     int at = block.first_slot();
     block.fetch(keys, block.vector_of(a.keys, at), at);
     block.fetch(values, block.vector_of(a.values, at), at);
-    wait_for_previous_kernel();
+    block.prefetch_later_turns();
     allow_next_kernel();
+    wait_for_previous_kernel();
     block.prepare_all();
     block.attend(keys, values);
     block.merge_warps();
