@@ -285,5 +285,9 @@ def test_command_appends_results_and_shows_and_plots_them(results, tmp_path):
     plotted = CliRunner().invoke(app, ["bench", "plot", str(file), "-o", str(picture)])
     assert plotted.exit_code == 0, plotted.output
     assert picture.exists()
+    one = ["bench", "plot", str(file), "-o", str(picture), "--prompt-length"]
+    length = str(results[0].settings["prompt_length"])
+    assert CliRunner().invoke(app, [*one, length]).exit_code == 0
+    assert isinstance(CliRunner().invoke(app, [*one, "99999"]).exception, DataError)
     other = CliRunner().invoke(app, ["bench", "plot", str(file), "-o", str(tmp_path / "p.doc")])
     assert isinstance(other.exception, ConfigError)

@@ -256,6 +256,10 @@ def plot(
         list[str] | None,
         typer.Option(help="Of MLPs, only these shapes, calls chained; repeatable."),
     ] = None,
+    prompt_length: Annotated[
+        int | None,
+        typer.Option(help="Of tokens, only those behind one prompt of this length."),
+    ] = None,
 ) -> None:
     """Draw the time of an MLP, or tokens a second, against sparsity, with the memory limit."""
     from cats.benchmarks import decode, decode_report, mlp, mlp_report
@@ -273,10 +277,19 @@ def plot(
     if decode.NAME in found:
         if shape:
             raise ConfigError("--shape is for results of cats bench mlp")
+        found_panels = [
+            panel
+            for panel in decode_report.panels(results)
+            if prompt_length is None or (panel.batch, panel.prompt_length) == (1, prompt_length)
+        ]
+        if not found_panels:
+            raise DataError(f"{file} has no results of one prompt of {prompt_length} tokens")
         with replacing(output) as temporary:
-            decode_report.plot(decode_report.panels(results), temporary)
+            decode_report.plot(found_panels, temporary)
         options.out.print(f"wrote {output}", markup=False)
         return
+    if prompt_length is not None:
+        raise ConfigError("--prompt-length is for results of cats bench decode")
     panels = mlp_report.panels(results)
     if shape:
         wanted = [_shape(text) for text in shape]
