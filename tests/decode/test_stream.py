@@ -77,7 +77,7 @@ def test_kernels_compile_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel
 
     assert compile_kernel("embedding.cu", dict(DTYPE=dtype, WIDTH=64), capability)
-    assert compile_kernel("choose.cu", dict(DTYPE=2), capability)
+    assert compile_kernel("choose.cu", dict(DTYPE=2, TRACE=1), capability)
     for normed in (0, 1):
         for width, parts in ((40, 1), (4096, 2)):
             defines = dict(
@@ -88,7 +88,7 @@ def test_kernels_compile_for_each_generation(capability, dtype):
     for head, heads, queries in ((64, 3, 3), (96, 1, 1), (128, 4, 4), (256, 4, 8)):
         defines = dict(
             DTYPE=dtype, HEAD=head, ROTARY=head, HEADS=heads, QUERIES=queries,
-            UNSPLIT_SLOTS=256, SPLIT_SLOTS=64, MAX_SPLITS=64, HEAD_NORM=1, SOFTCAP=1,
+            UNSPLIT_SLOTS=256, SPLIT_SLOTS=64, MAX_SPLITS=64, HEAD_NORM=1, SOFTCAP=1, TRACE=1,
         )  # fmt: skip
         assert compile_kernel("attention.cu", defines, capability)
 

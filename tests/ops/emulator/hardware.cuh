@@ -2,9 +2,13 @@
 #pragma once
 #include <immintrin.h>
 
+#include <chrono>
+
 typedef unsigned int uint32;
 typedef unsigned long long uint64;
 static_assert(sizeof(uint64) == sizeof(uint64_t));
+
+inline uint64 nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
 // ---- barriers in shared memory: the phase's parity, arrivals of a phase, those still to come, bytes still to come
 

@@ -27,6 +27,9 @@ _LINEAR = struct.Struct("48s10Q4i")
 _ATTENTION = struct.Struct("12Q3i4f4x")
 _MLP = struct.Struct("13Q6i48s")
 _CHOICE = struct.Struct("10Qq2if4x")
+# What they begin with where the kernels note times, of so many warps and events (trace.cuh).
+_STAMPS = struct.Struct("Q")
+_TRACED_WARPS, _EVENTS = 32, 4
 
 _WARPS = 8
 _EMBEDDING_BLOCKS = 4
@@ -64,12 +67,21 @@ class Launch:
 class Chain:
     """All launches of a token at one capacity of the cache, over buffers of its own."""
 
-    def __init__(self, spec: ModelSpec, state: State, embedding_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        state: State,
+        embedding_scale: float = 1.0,
+        *,
+        traced: bool = False,
+    ) -> None:
         """
         Args:
             spec: The model.
             state: A conversation of one row, whose cache holds its first tokens.
             embedding_scale: Multiplies the embedding.
+            traced: Whether each warp notes in :attr:`stamps` when it starts, has its input, has
+                worked on its last weights and ends.
 
         Raises:
             UnsupportedModelError: If a shape does not fit the kernels.
@@ -95,12 +107,21 @@ class Chain:
             len(spec.layers), _TICKET_STRIDE, dtype=torch.int32, device=device
         )
         self._best = floats(2, _CHOICE_BLOCKS)
+        self.stamps = self._no_stamps() if traced else None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
         self._chosen = torch.zeros(1, dtype=torch.int64, device=device)
         self._rotary = {
             kind: _rotary_table(spec, kind, state.capacity)
             for kind in {layer.rotary for layer in spec.layers}
         }
+
+    def _no_stamps(self) -> Tensor:
+        """``[launches, blocks, warps, events]``, int64, nanoseconds; 0 where nothing was noted."""
+        # the embedding, four a layer, the head and the choice
+        launches = 4 * len(self._spec.layers) + 3
+        blocks = max(_BLOCKS_OF_ATTENTION * self._multiprocessors, self._attention_columns)
+        shape = launches, blocks, _TRACED_WARPS, _EVENTS
+        return torch.zeros(shape, dtype=torch.int64, device=self._state.device)
 
     def run(self, window: int) -> Tensor:
         """Launch it all on the current stream; returns logits ``[V]``, float32.
@@ -140,8 +161,11 @@ class Chain:
         for number, launch in enumerate(launches):
             # The first follows a kernel of which nothing is known. The others follow one of this
             # chain, none of which writes a weight or ends before all in front of it.
+            arguments = launch.arguments
+            if self.stamps is not None:
+                arguments = _STAMPS.pack(_address(self.stamps[number])) + arguments
             launch.function.launch(
-                launch.arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
+                arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
                 dependent=number > 0,
             )  # fmt: skip
 
@@ -155,7 +179,9 @@ class Chain:
 
     def _embedding(self) -> Launch:
         spec = self._spec
-        function = _embedding_function(self._device, spec.hidden_size, spec.dtype)
+        function = _embedding_function(
+            self._device, spec.hidden_size, spec.dtype, traced=self._traced
+        )
         arguments = _EMBEDDING.pack(
             *map(_address, (spec.embedding, self._state.tokens, self._residual, self._tickets)),
             self._tickets.numel(), self._scale,
@@ -213,7 +239,8 @@ class Chain:
             ),
             padding, len(self._logits), len(state.eos), self._spec.logit_softcap,
         )  # fmt: skip
-        return Launch(_choice_function(self._device), arguments, _CHOICE_BLOCKS)
+        function = _choice_function(self._device, traced=self._traced)
+        return Launch(function, arguments, _CHOICE_BLOCKS)
 
     def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> bytes:
         """The residual stream behind a layer, normed."""
@@ -253,8 +280,9 @@ class Chain:
         normed = residual is not None
         paced = sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
         function = _linear_function(
-            self._device, width, self._spec.dtype, normed=normed, paced=paced
-        )
+            self._device, width, self._spec.dtype, normed=normed, paced=paced,
+            traced=self._traced,
+        )  # fmt: skip
         ends = [sum(rows[: i + 1]) for i in range(len(rows))]
         missing = 3 - len(rows)
         blocks = min(self._multiprocessors, ends[-1])
@@ -267,6 +295,10 @@ class Chain:
             *ends, *[ends[-1]] * missing, early,
         )  # fmt: skip
         return Launch(function, arguments, blocks)
+
+    @property
+    def _traced(self) -> bool:
+        return self.stamps is not None
 
     @property
     def _queries(self) -> int:
@@ -282,7 +314,7 @@ class Chain:
         cosines, sines = self._rotary[layer.rotary]
         function = _attention_function(
             self._device, spec.dtype, spec.head_size, cosines.shape[1], self._queries,
-            layer.q_norm is not None, layer.softcap > 0,
+            layer.q_norm is not None, layer.softcap > 0, traced=self._traced,
         )  # fmt: skip
         keys, values = state.cache.buffers()[2 * index : 2 * index + 2]
         columns = self._attention_columns
@@ -303,7 +335,9 @@ class Chain:
     def _mlp(self, index: int, layer: LayerSpec, residual: bytes, target: Tensor) -> Launch:
         mlp = layer.mlp
         neurons, hidden = mlp.gate.weight.shape
-        function, variant = _mlp_function(self._device, hidden, self._spec.dtype, mlp.activation)
+        function, variant = _mlp_function(
+            self._device, hidden, self._spec.dtype, mlp.activation, traced=self._traced
+        )
         shares = shares_of(variant, neurons, self._multiprocessors, False)
         arguments = _MLP.pack(
             0, *map(_address, (mlp.gate.weight, mlp.up.weight, mlp.down)),
@@ -353,20 +387,22 @@ def _rotary_table(spec: ModelSpec, kind: str, capacity: int) -> tuple[Tensor, Te
 
 
 @cache
-def _embedding_function(device: int, width: int, dtype: torch.dtype) -> Function:
-    defines = dict(DTYPE=DTYPES[dtype], WIDTH=width)
+def _embedding_function(
+    device: int, width: int, dtype: torch.dtype, *, traced: bool = False
+) -> Function:
+    defines = dict(DTYPE=DTYPES[dtype], WIDTH=width, TRACE=int(traced))
     return Function(device, "embedding", defines, threads=32 * _WARPS, shared_bytes=0)
 
 
 @cache
-def _choice_function(device: int) -> Function:
-    defines = dict(DTYPE=DTYPES[torch.float32])
+def _choice_function(device: int, *, traced: bool = False) -> Function:
+    defines = dict(DTYPE=DTYPES[torch.float32], TRACE=int(traced))
     return Function(device, "choose", defines, threads=32 * _WARPS, shared_bytes=0)
 
 
 @cache
 def _linear_function(
-    device: int, width: int, dtype: torch.dtype, *, normed: bool, paced: bool
+    device: int, width: int, dtype: torch.dtype, *, normed: bool, paced: bool, traced: bool = False
 ) -> Function:
     row = width * dtype.itemsize
     if row % VECTOR_BYTES:
@@ -383,6 +419,7 @@ def _linear_function(
     defines = dict(
         DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
         PARTS=parts, EARLY_PARTS=max(1, _EARLY_BYTES // part) if paced else _WARPS * stages,
+        TRACE=int(traced),
     )  # fmt: skip
     # parts, x, barriers, slots, and what alignment may add
     shared = _WARPS * stages * (part + 8) + row + 4 * _WARPS + 256
@@ -399,6 +436,8 @@ def _attention_function(
     queries: int,
     head_norm: bool,
     softcap: bool,
+    *,
+    traced: bool = False,
 ) -> Function:
     if head > _MAX_HEAD or head * dtype.itemsize % VECTOR_BYTES or rotary > head or rotary % 2:
         raise UnsupportedModelError(
@@ -409,20 +448,21 @@ def _attention_function(
         DTYPE=DTYPES[dtype], HEAD=head, ROTARY=rotary, HEADS=_queries_a_block(queries),
         QUERIES=queries, UNSPLIT_SLOTS=_UNSPLIT_SLOTS, SPLIT_SLOTS=_SLOTS_A_SPLIT,
         MAX_SPLITS=_MAX_SPLITS, HEAD_NORM=int(head_norm), SOFTCAP=int(softcap),
+        TRACE=int(traced),
     )  # fmt: skip
     return Function(device, "attention", defines, threads=32 * _WARPS, shared_bytes=0)
 
 
 @cache
 def _mlp_function(
-    device: int, hidden: int, dtype: torch.dtype, activation: str
+    device: int, hidden: int, dtype: torch.dtype, activation: str, *, traced: bool = False
 ) -> tuple[Function, Any]:
     limit = shared_memory(device)
     variant = variant_for(hidden, dtype, 1, activation, shared_limit=limit, residual=True)
     if variant is None:
         raise UnsupportedModelError(f"a hidden size of {hidden} does not fit the MLP's kernel")
     function = Function(
-        device, "gated_mlp", variant.defines(),
+        device, "gated_mlp", variant.defines() | {"TRACE": int(traced)},
         threads=variant.threads, shared_bytes=variant.shared_bytes,
     )  # fmt: skip
     return function, variant

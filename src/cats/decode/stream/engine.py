@@ -61,7 +61,7 @@ class StreamEngine:
                 "engine='auto' takes another engine for batches and deterministic algorithms"
             )
         if "chain" not in state.captured:
-            state.captured["chain"] = Chain(self._spec, state, self._embedding_scale)
+            state.captured["chain"] = self.chain(state)
         chain = state.captured["chain"]
         for window in windows_of(state, lengths):
             key = graph_key(self.name, window, options)
@@ -71,6 +71,15 @@ class StreamEngine:
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
         window = window_of(length, state.capacity)
         return replay(state, graph_key(self.name, window, options))
+
+    def chain(self, state: State, *, traced: bool = False) -> Chain:
+        """The launches of a token of a conversation, apart from those that :meth:`step` runs.
+
+        Args:
+            state: A conversation of one row, whose cache holds its first tokens.
+            traced: Whether its warps note times.
+        """
+        return Chain(self._spec, state, self._embedding_scale, traced=traced)
 
     def reset(self) -> None:
         """Nothing: all that depends on the model belongs to a conversation."""

@@ -19,6 +19,7 @@
 // head), UNSPLIT_SLOTS (one block takes so many), SPLIT_SLOTS (a block of more gets at least so many), MAX_SPLITS, and the
 // switches HEAD_NORM and SOFTCAP.
 #include "primitives.cuh"
+#include "trace.cuh"
 
 typedef long long int64;
 
@@ -47,7 +48,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // of a score that is not there stands NONE, below it.
 constexpr float LOWEST = -1e30f, NONE = -3.402823466e38f;
 
-struct Arguments {
+struct Arguments : Traced {
     const float* qkv;       // [QH + 2 KH, HEAD]: queries, keys, values of the new token
     const float* cosines;   // [capacity, ROTARY]
     const float* sines;     // [capacity, ROTARY]
@@ -451,6 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_
     __shared__ Shared shared;
     Block block(a, shared);
     if (blockIdx.x >= block.splits) return;
+    a.stamp(START);
     Fetched keys, values;
     int at = block.first_slot();
     block.fetch(keys, block.vector_of(a.keys, at), at);
@@ -458,8 +460,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention(const __grid_
     block.prefetch_later_turns();
     allow_next_kernel();
     wait_for_previous_kernel();
+    a.stamp(INPUT);
     block.prepare_all();
     block.attend(keys, values);
+    a.stamp(LAST);
     block.merge_warps();
     if (block.splits > 1) block.merge_splits();
+    a.stamp(END);
 }

@@ -5,12 +5,13 @@
 //
 // The loader defines DTYPE, of the logits: float32.
 #include "primitives.cuh"
+#include "trace.cuh"
 
 typedef long long int64;
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 
-struct Arguments {
+struct Arguments : Traced {
     const float* logits;      // [count]
     float* values;            // [blocks], the best of each block
     int* indices;             // [blocks], and where it is
@@ -53,6 +54,7 @@ __device__ void finish(const Arguments& a, int best) {
     *a.position += 1;
     *a.slot += 1;
     *a.arrived = 0;
+    a.stamp(END);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) choose(const __grid_constant__ Arguments a) {

@@ -5,10 +5,11 @@
 //
 // The loader defines DTYPE and WIDTH.
 #include "primitives.cuh"
+#include "trace.cuh"
 
 typedef long long int64;
 
-struct Arguments {
+struct Arguments : Traced {
     const char* table;    // [V, WIDTH]
     const int64* token;   // the token
     float* residual;      // [WIDTH]
@@ -18,6 +19,7 @@ struct Arguments {
 };
 
 extern "C" __global__ void embedding(const __grid_constant__ Arguments a) {
+    a.stamp(START);
     allow_next_kernel();
     int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
     for (int i = thread; i < a.count; i += threads) a.counters[i] = 0;

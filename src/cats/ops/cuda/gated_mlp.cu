@@ -27,6 +27,7 @@
 // RESIDUAL.
 #include "primitives.cuh"
 #include "residual.cuh"
+#include "trace.cuh"
 
 #define SILU 0
 #define GELU 1
@@ -57,7 +58,7 @@ __device__ constexpr int rows_at_once() {
 // What a chunk holds: rows to multiply with x, down rows, nothing for now, nothing any more.
 enum Kind { DOT, DOWN, NOTHING, STOP };
 
-struct Arguments {
+struct Arguments : Traced {
     const char* x;                     // [B, D]
     const char* router;                // [F, D]
     const char* other;                 // [F, D]
@@ -299,6 +300,7 @@ struct Worker {
             wait_for_previous_kernel();
             load_x();
         }
+        a.stamp(INPUT);
         for (int chunk = 0, parity = 0;; chunk = chunk + 1 == CHUNKS ? (parity ^= 1, 0) : chunk + 1) {
             barrier_wait(&shared.full[chunk], parity);
             int kind = shared.kind[chunk];
@@ -314,12 +316,14 @@ struct Worker {
             __syncwarp();
             warp_arrive(&shared.done[chunk]);
         }
+        a.stamp(LAST);
         if (GROUPS > 1) share_sums();
         // a group that shares no vector has nothing to add
         if (group >= VECTORS) return;
         if (RESIDUAL) each_four(true, [&](int at, float* v) { add_to_global(a.sums + at, v); });
         else if (a.partials) finish_in_order();
         else finish();
+        a.stamp(END);
     }
 
     // Adds up the groups of the block: each is left with the sums of its own share of the vectors.
@@ -534,6 +538,7 @@ extern "C" __global__ void __launch_bounds__(GROUPS * GROUP_THREADS, 1)
     extern __shared__ __align__(128) char memory[];
     int group = threadIdx.x / GROUP_THREADS, thread = threadIdx.x % GROUP_THREADS;
     Group& shared = reinterpret_cast<Group*>(memory)[group];
+    a.stamp(START);
     if (thread < CHUNKS) {
         barrier_init(&shared.full[thread], ARRIVALS_OF_WARP + COPY_ARRIVALS);
         barrier_init(&shared.done[thread], WARPS * ARRIVALS_OF_WARP);

@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
     return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
+// Of a clock that all multiprocessors share.
+__device__ __forceinline__ uint64 nanoseconds() {
+    uint64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+
 // ---- barriers in shared memory
 
 __device__ __forceinline__ void barrier_init(uint64* barrier, uint32 arrivals) {

@@ -12,12 +12,13 @@
 // way before the input is there).
 #include "primitives.cuh"
 #include "residual.cuh"
+#include "trace.cuh"
 
 constexpr int WORKERS = WARPS * 32, THREADS = WORKERS + 32, MATRICES = 3;
 constexpr int ROW_VECTORS = WIDTH / VECTOR, PART_VECTORS = (ROW_VECTORS + PARTS - 1) / PARTS;
 constexpr int ROW_BYTES = ROW_VECTORS * 16, PART_BYTES = PART_VECTORS * 16;
 
-struct Arguments {
+struct Arguments : Traced {
     Residual residual;              // for NORMED
     const char* x;                  // [WIDTH] otherwise
     const char* weights[MATRICES];  // [rows of the matrix, WIDTH]
@@ -141,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear(const __grid_con
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Warp warp(a, shared);
+    a.stamp(START);
     if (warp.warp < WARPS && warp.lane < STAGES)
         barrier_init(&shared.full[warp.warp][warp.lane], ARRIVALS_OF_WARP + COPY_ARRIVALS);
     if (threadIdx.x == WORKERS) barrier_init(&shared.input_there, WARPS * ARRIVALS_OF_WARP);
@@ -171,5 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) linear(const __grid_con
     __syncwarp();
     warp_arrive(&shared.input_there);
     barrier_wait(&shared.input_there, 0);
+    a.stamp(INPUT);
     warp.run();
+    a.stamp(END);
 }
