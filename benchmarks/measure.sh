@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that benchmarks/results/<device>/ holds, by groups that may be run one at a time:
 #
-#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches      needs a GPU
+#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches timeline      needs a GPU
 #   sh benchmarks/measure.sh OUT quality finetune DATA                                 also SmolLM2 and data (README.md says which)
 #
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
@@ -74,6 +74,12 @@ batches() {
     done
 }
 
+timeline() {
+    for shape in mistral-7b llama-2-7b llama-3.2-1b; do
+        bench timeline-$shape.jsonl 100 "timeline $shape"
+    done
+}
+
 # Several processes fill one folder: each asks some of the tasks, the last one finds all answers and writes the report.
 quality() {
     data=$1
@@ -112,7 +118,7 @@ finetune() {
 while [ $# -gt 0 ]; do
     case $1 in
         quality|finetune) needs="${needs:-} $1" ;;
-        tests|sanitize|mlp|model|decode|contexts|batches) $1 ;;
+        tests|sanitize|mlp|model|decode|contexts|batches|timeline) $1 ;;
         *)
             [ -n "${needs:-}" ] && [ -d "$1/text" ] || usage
             for group in $needs; do $group "$1"; done

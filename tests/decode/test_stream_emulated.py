@@ -7,10 +7,12 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 import cats
+from cats.benchmarks.timeline import moments
 from cats.decode.forward import prefill
 from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import UnsupportedModelError
+from tests.benchmarks.test_timeline import check_moments
 from tests.decode.test_stream import CHOICES, choice
 from tests.models import FAMILIES, make_ids, make_model
 from tests.ops.emulator import EmulatedFunction, imagine_gpu, needs_emulator
@@ -181,3 +183,17 @@ def test_linear_layer_of_long_rows_is_cut_into_parts(chain_module, dtype, width,
     wanted = weight.double() @ x.double() + bias.double() + add.double()
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
     assert torch.equal(copy, out)
+
+
+def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
+    model = sparse_model(LlamaConfig, num_hidden_layers=3)
+    spec, state = read_spec(model), State(model, model.config, 1, 16)
+    with torch.inference_mode():
+        prefill(model, state, make_ids(1, 5), 0)
+        state.slot.fill_(5)
+        state.positions.fill_(5)
+        wanted = chain_module.Chain(spec, state).run(8).clone()
+        chain = chain_module.Chain(spec, state, traced=True)
+        assert chain.run_greedily(8, 0) == wanted.argmax()
+    assert torch.equal(chain._logits, wanted)
+    check_moments(moments(chain.stamps))

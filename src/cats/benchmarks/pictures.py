@@ -5,8 +5,8 @@ from typing import Any
 from cats.errors import DataError
 
 
-def pictures(count: int) -> tuple[Any, list[Any]]:
-    """A matplotlib figure and ``count`` axes in it, two a row.
+def pictures(count: int, *, height: float = 4) -> tuple[Any, list[Any]]:
+    """A matplotlib figure and ``count`` axes in it, two a row, each ``height`` inches high.
 
     Raises:
         DataError: If matplotlib is not installed.
@@ -17,7 +17,7 @@ def pictures(count: int) -> tuple[Any, list[Any]]:
         raise DataError("plots need matplotlib: pip install 'cats-llm[report]'") from error
     columns = min(count, 2)
     rows = -(-count // columns)
-    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    figure = Figure(figsize=(5 * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axis in axes[count:]:
         axis.remove()

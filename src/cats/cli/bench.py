@@ -12,6 +12,7 @@ from cats.cli import options
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from cats.results import Result
 
@@ -193,9 +194,7 @@ def decode(
 
     from cats.benchmarks.decode import Case, measure
     from cats.benchmarks.decode_report import LEGEND, panels, tables
-    from cats.benchmarks.shapes import SHAPES, random_model
     from cats.cli.running import stage
-    from cats.data import sample_text, token_blocks
     from cats.results import append_results
 
     options.check_output(output)
@@ -209,15 +208,7 @@ def decode(
     )  # fmt: skip
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
-    if model in SHAPES:
-        options.quiet()
-        name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
-        loaded = random_model(model, _dtype(name), options.torch_device(device))
-        blocks = torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
-    else:
-        loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
-        with options.err.status("reading the text ..."):
-            blocks = token_blocks(tokenizer, sample_text(), length=length, limit=count)
+    loaded, blocks = _model_and_text(model, dtype, device, count, length)
     results = []
     with stage() as show:
         for result in measure(loaded, blocks, case, commit=commit, on_stage=show):
@@ -230,14 +221,84 @@ def decode(
     _print_legend(LEGEND)
 
 
+def _model_and_text(
+    model: str, dtype: options.Dtype, device: str, count: int, length: int
+) -> tuple[nn.Module, Tensor]:
+    """A dense model, or random weights of a shape, and token ids ``[count, length]`` for it."""
+    import torch
+
+    from cats.benchmarks.shapes import SHAPES, random_model
+    from cats.data import sample_text, token_blocks
+
+    if model in SHAPES:
+        options.quiet()
+        name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
+        loaded = random_model(model, _dtype(name), options.torch_device(device))
+        return loaded, torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    with options.err.status("reading the text ..."):
+        return loaded, token_blocks(tokenizer, sample_text(), length=length, limit=count)
+
+
+@app.command()
+def timeline(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
+            "mistral-7b, llama-2-7b, llama-3.2-1b."
+        ),
+    ] = "smollm2",
+    sparsity: Annotated[
+        str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")
+    ] = "0,0.5",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in front of those traced.")] = 96,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Append each result to this file when it is known."),
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+    ] = None,
+) -> None:
+    """Trace the kernels of a layer of the stream engine on a GPU: who waits for whom, how long.
+
+    Example: [b]cats bench timeline mistral-7b -o results.jsonl[/b]
+    """
+    import torch
+
+    from cats.benchmarks.timeline import measure
+    from cats.benchmarks.timeline_report import panels, table
+    from cats.results import append_results
+
+    options.check_output(output)
+    torch.manual_seed(0)
+    loaded, blocks = _model_and_text(model, dtype, device, 32, 256)
+    targets = [_share(part) for part in sparsity.split(",")]
+    results = []
+    with options.err.status("tracing ..."):
+        for result in measure(
+            loaded, blocks, name=model, sparsities=targets, context=context, commit=commit
+        ):
+            results.append(result)
+            if output is not None:
+                append_results(output, [result])
+    for panel in panels(results):
+        options.out.print(table(panel))
+
+
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="What cats bench mlp or cats bench decode wrote.")],
+    file: Annotated[Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.")],
 ) -> None:
     """Print the tables of a results file."""
-    from cats.benchmarks import decode, decode_report, mlp, mlp_report
+    from cats.benchmarks import decode, decode_report, mlp, mlp_report, timeline_report
 
     results, found = _times(file)
+    for layer in timeline_report.panels(results):
+        options.out.print(timeline_report.table(layer))
     if mlp.NAME in found:
         for panel in mlp_report.panels(results):
             options.out.print(mlp_report.table(panel))
@@ -250,7 +311,7 @@ def show(
 
 @app.command()
 def plot(
-    file: Annotated[Path, typer.Argument(help="What cats bench mlp or cats bench decode wrote.")],
+    file: Annotated[Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")],
     shape: Annotated[
         list[str] | None,
@@ -261,8 +322,8 @@ def plot(
         typer.Option(help="Of tokens, only those behind one prompt of this length."),
     ] = None,
 ) -> None:
-    """Draw the time of an MLP, or tokens a second, against sparsity, with the memory limit."""
-    from cats.benchmarks import decode, decode_report, mlp, mlp_report
+    """Draw the time of an MLP, or tokens a second, against sparsity; or the timeline of a layer."""
+    from cats.benchmarks import decode, decode_report, mlp_report, timeline, timeline_report
     from cats.errors import ConfigError, DataError
     from cats.storage import replacing
 
@@ -270,10 +331,17 @@ def plot(
     if output.suffix not in (".svg", ".png"):
         raise ConfigError(f"{output}: name a picture .svg or .png")
     results, found = _times(file)
-    if {mlp.NAME, decode.NAME} <= found:
+    if len(found) > 1:
         raise DataError(
-            f"{file} holds results of MLPs and of decoding: a picture is of one of them"
+            f"{file} holds results of {' and '.join(sorted(found))}: a picture is of one of them"
         )
+    if timeline.NAME in found:
+        if shape or prompt_length is not None:
+            raise ConfigError("--shape and --prompt-length are not for results of bench timeline")
+        with replacing(output) as temporary:
+            timeline_report.plot(timeline_report.panels(results), temporary)
+        options.out.print(f"wrote {output}", markup=False)
+        return
     if decode.NAME in found:
         if shape:
             raise ConfigError("--shape is for results of cats bench mlp")
@@ -334,15 +402,15 @@ def quote(
 
 
 def _times(file: Path) -> tuple[list[Result], set[str]]:
-    """Results of a file, and which benchmarks they are of."""
-    from cats.benchmarks import decode, mlp
+    """Results of a file, and which of these benchmarks they are of."""
+    from cats.benchmarks import decode, mlp, timeline
     from cats.errors import DataError
     from cats.results import read_results
 
     results = read_results(file)
-    found = {result.benchmark for result in results}
-    if not found & {mlp.NAME, decode.NAME}:
-        raise DataError(f"{file} has no result of cats bench mlp or cats bench decode")
+    found = {result.benchmark for result in results} & {mlp.NAME, decode.NAME, timeline.NAME}
+    if not found:
+        raise DataError(f"{file} has no result of cats bench mlp, decode or timeline")
     return results, found
 
 
