@@ -119,7 +119,9 @@ class Chain:
         """``[launches, blocks, warps, events]``, int64, nanoseconds; 0 where nothing was noted."""
         # the embedding, four a layer, the head and the choice
         launches = 4 * len(self._spec.layers) + 3
-        blocks = max(_BLOCKS_OF_ATTENTION * self._multiprocessors, self._attention_columns)
+        blocks = max(
+            _BLOCKS_OF_ATTENTION * self._multiprocessors, self._attention_columns, _CHOICE_BLOCKS
+        )
         shape = launches, blocks, _TRACED_WARPS, _EVENTS
         return torch.zeros(shape, dtype=torch.int64, device=self._state.device)
 
@@ -163,6 +165,7 @@ class Chain:
             # chain, none of which writes a weight or ends before all in front of it.
             arguments = launch.arguments
             if self.stamps is not None:
+                assert launch.blocks * launch.columns <= self.stamps.shape[1]
                 arguments = _STAMPS.pack(_address(self.stamps[number])) + arguments
             launch.function.launch(
                 arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
