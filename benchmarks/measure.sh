@@ -30,7 +30,7 @@ bench() { step "$1" "$2" $python -m cats bench $3 -o "$out/$1.work"; }
 
 tests() {
     step tests.log 600 $python -m pytest -q ${PYTEST:-} -k "not sanitizer and not past_2_31" \
-        tests/ops tests/test_fusion.py tests/decode
+        tests/ops tests/test_fusion.py tests/decode tests/benchmarks/test_timeline.py
     # takes most of a GPU's memory for itself
     step tests-large.log 200 $python -m pytest -q -k past_2_31 tests/ops/test_gated_mlp.py
 }

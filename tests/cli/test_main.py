@@ -17,6 +17,7 @@ BAD = {
     "device": (("bench", "mlp", "--shape", "8x8", "--device", "toaster"), "no device 'toaster'"),
     "device of a shape": (("bench", "decode", "llama-3.2-1b", "--device", "toaster"), "no device"),
     "folder for results": (("bench", "mlp", "--shape", "8x8", "-o", "."), "is a folder"),
+    "timeline": (("bench", "timeline", "mistral-7b", "--device", "cpu"), "a CUDA device, got"),
     "document": (("bench", "quote", "absent.md"), "no such file"),
 }
 

@@ -161,7 +161,7 @@ def test_16_bit_logits_stay_close_to_the_models(config, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("config", [MistralConfig, Gemma2Config, Gemma3TextConfig])
-@pytest.mark.parametrize("window", [16, 80])
+@pytest.mark.parametrize("window", [16, 80, 270])
 def test_tokens_past_the_sliding_window_are_those_of_transformers(config, window):
     model, ids = gpu_model(config, sliding_window=window), make_ids(1, 12).cuda()
     assert_tokens_of_transformers(model, ids, 300)

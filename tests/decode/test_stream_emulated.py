@@ -197,3 +197,15 @@ def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
         assert chain.run_greedily(8, 0) == wanted.argmax()
     assert torch.equal(chain._logits, wanted)
     check_moments(moments(chain.stamps))
+
+
+def test_a_window_that_is_split_gives_the_layers_of_the_model(chain_module):
+    probe(sparse_model(Gemma2Config, sliding_window=270, max_position_embeddings=512))
+
+
+def test_paced_requests_of_every_linear_layer_give_the_layers_of_the_model(
+    chain_module, monkeypatch
+):
+    for name, value in (("_BURDEN_BYTES", 0), ("_PACED_ROW_BYTES", 0), ("_EARLY_BYTES", 1)):
+        monkeypatch.setattr(chain_module, name, value)
+    probe(sparse_model(LlamaConfig))

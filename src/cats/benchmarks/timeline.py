@@ -42,7 +42,7 @@ def measure(
 
     Args:
         model: A dense Hugging Face causal model on a GPU; its weights are laid out anew.
-        blocks: Token ids ``[N, T]`` that thresholds are calibrated on.
+        blocks: Token ids ``[N, T]`` that thresholds are calibrated on; the first are the prompt.
         name: Of the model, for the results.
         sparsities: Targets of CATS; 0 is the dense model.
         context: Tokens in front of the first one that is traced.
@@ -55,14 +55,22 @@ def measure(
 
     Raises:
         BackendError: If the stream engine cannot run the model.
-        ConfigError: If the model is not on a GPU, or a context or sparsity is out of range.
+        ConfigError: If the model is not on a GPU or has one layer, or a context or sparsity is
+            out of range.
     """
     device = next(model.parameters()).device
     sparsities = list(sparsities)
     if device.type != "cuda":
         raise ConfigError(f"a timeline is of kernels on a CUDA device, the model is on {device}")
-    if context < 1 or not all(0 <= s < 1 for s in sparsities):
-        raise ConfigError(f"expected context >= 1 and sparsities in [0, 1), got {sparsities}")
+    if not all(0 <= s < 1 for s in sparsities):
+        raise ConfigError(f"sparsities must lie in [0, 1), got {sparsities}")
+    whole: Any = model
+    config = whole.config.get_text_config(decoder=True)
+    if config.num_hidden_layers < 2:
+        raise ConfigError("a layer is timed behind another one: expected at least 2 layers, got 1")
+    most = min(config.max_position_embeddings - _TOKENS, blocks.shape[1])
+    if not 1 <= context <= most:
+        raise ConfigError(f"expected a context of 1 to {most} tokens, got {context}")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     about = environment(str(device), commit=commit)
     counts = collect(model, blocks.to(device).split(4)) if any(sparsities) else None
@@ -73,7 +81,8 @@ def measure(
             traced = copy_for_fusion(model)
             sparsify_(traced, counts.config(sparsity))
             fuse_(traced)
-        for (launch, event), (low, middle, high) in _trace(traced, context).items():
+        found = _trace(traced, blocks[:1, :context].to(device))
+        for (launch, event), (low, middle, high) in found.items():
             yield Result(
                 benchmark=NAME, quantity="moment", unit="us", value=middle, low=low, high=high,
                 samples=_TOKENS, environment=about,
@@ -85,24 +94,26 @@ def measure(
 
 
 @torch.inference_mode()
-def _trace(model: nn.Module, context: int) -> _Moments:
+def _trace(model: nn.Module, prompt: Tensor) -> _Moments:
     # imported here: results can be read where there is no CUDA
     from cats.decode.stream.engine import StreamEngine
 
     engine = StreamEngine(model)
     whole: Any = model
     config = whole.config.get_text_config(decoder=True)
-    device = next(model.parameters()).device
-    length = context + _TOKENS + 1
-    with torch.cuda.device(device):
+    # one token more in front is run, and not traced: the first replay loads code
+    before = prompt.shape[1] - 1
+    length = before + 1 + _TOKENS
+    with torch.cuda.device(prompt.device):
         state = State(model, config, 1, length)
-        prefill(model, state, torch.zeros(1, context, dtype=torch.int64, device=device), 0)
-        state.slot.fill_(context)
-        state.positions.fill_(context)
+        prefill(model, state, prompt, 0)
+        state.tokens.copy_(prompt[:, -1:])
+        state.slot.fill_(before)
+        state.positions.fill_(before)
         chain = engine.chain(state, traced=True)
         window = window_of(length, length)
         graph, _ = capture(lambda: chain.run_greedily(window, 0), state)
-        graph.replay()  # the first replay loads code
+        graph.replay()
         tokens: list[_Moments] = []
         for _ in range(_TOKENS):
             assert chain.stamps is not None

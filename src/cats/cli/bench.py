@@ -271,12 +271,15 @@ def timeline(
 
     from cats.benchmarks.timeline import measure
     from cats.benchmarks.timeline_report import panels, table
+    from cats.errors import ConfigError
     from cats.results import append_results
 
     options.check_output(output)
     torch.manual_seed(0)
-    loaded, blocks = _model_and_text(model, dtype, device, 32, 256)
     targets = [_share(part) for part in sparsity.split(",")]
+    if options.torch_device(device).type != "cuda":
+        raise ConfigError(f"a timeline is of kernels on a CUDA device, got --device {device}")
+    loaded, blocks = _model_and_text(model, dtype, device, 32, max(256, context))
     results = []
     with options.err.status("tracing ..."):
         for result in measure(

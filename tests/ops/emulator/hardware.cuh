@@ -68,7 +68,9 @@ inline void copy_bytes(char* target, const char* source, int bytes, uint64* barr
     if (threadIdx.x % 32 == 0) start_copy(target, source, bytes, barrier);
 }
 inline void wait_for_own_copies() {}
-inline void prefetch_to_l2(const char* source, int bytes) {}
+inline void prefetch_to_l2(const char* source, int bytes) {
+    if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(source) % 16) __builtin_trap();
+}
 
 // ---- dependent launch: launches run one after another
 

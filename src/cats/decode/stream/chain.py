@@ -42,11 +42,14 @@ _MIN_STAGES, _MAX_STAGES = 3, 8
 # waits behind them. Less than so much in all is no burden.
 _EARLY_BYTES = 32 * 1024
 _BURDEN_BYTES = 16 * 2**20
+# Of shorter rows the warp that fills the rings asks for less than the memory gives.
+_PACED_ROW_BYTES = 8192
 # Shared memory that a ring leaves to the block of attention beside it, and to the system.
 _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
 _MAX_HEAD = 256
-# Merging splits takes as long as a block takes for about so many slots.
+# Merging splits takes as long as a block takes for about so many slots: timed with heads of 64 and
+# 128 in 16 bits. Wider ones take more turns for them.
 _UNSPLIT_SLOTS = 256
 _SLOTS_A_SPLIT = 64
 _MAX_SPLITS = 64
@@ -107,7 +110,7 @@ class Chain:
             len(spec.layers), _TICKET_STRIDE, dtype=torch.int32, device=device
         )
         self._best = floats(2, _CHOICE_BLOCKS)
-        self.stamps = self._no_stamps() if traced else None
+        self.stamps = self._empty_stamps() if traced else None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
         self._chosen = torch.zeros(1, dtype=torch.int64, device=device)
         self._rotary = {
@@ -115,7 +118,7 @@ class Chain:
             for kind in {layer.rotary for layer in spec.layers}
         }
 
-    def _no_stamps(self) -> Tensor:
+    def _empty_stamps(self) -> Tensor:
         """``[launches, blocks, warps, events]``, int64, nanoseconds; 0 where nothing was noted."""
         # the embedding, four a layer, the head and the choice
         launches = 4 * len(self._spec.layers) + 3
@@ -161,12 +164,12 @@ class Chain:
     def _launch(self, launches: Sequence[Launch]) -> None:
         stream = torch.cuda.current_stream(self._state.device).cuda_stream
         for number, launch in enumerate(launches):
-            # The first follows a kernel of which nothing is known. The others follow one of this
-            # chain, none of which writes a weight or ends before all in front of it.
             arguments = launch.arguments
             if self.stamps is not None:
                 assert launch.blocks * launch.columns <= self.stamps.shape[1]
                 arguments = _STAMPS.pack(_address(self.stamps[number])) + arguments
+            # The first follows a kernel of which nothing is known. The others follow one of this
+            # chain, none of which writes a weight or ends before all in front of it.
             launch.function.launch(
                 arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
                 dependent=number > 0,
@@ -282,6 +285,8 @@ class Chain:
         rows = [len(matrix.weight) for matrix in matrices]
         normed = residual is not None
         paced = sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
+        if normed:
+            paced &= width * self._spec.dtype.itemsize >= _PACED_ROW_BYTES
         function = _linear_function(
             self._device, width, self._spec.dtype, normed=normed, paced=paced,
             traced=self._traced,
