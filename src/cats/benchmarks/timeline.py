@@ -81,7 +81,7 @@ def measure(
             traced = copy_for_fusion(model)
             sparsify_(traced, counts.config(sparsity))
             fuse_(traced)
-        found = _trace(traced, blocks[:1, :context].to(device))
+        found = _trace(traced, config, blocks[:1, :context].to(device))
         for (launch, event), (low, middle, high) in found.items():
             yield Result(
                 benchmark=NAME, quantity="moment", unit="us", value=middle, low=low, high=high,
@@ -94,16 +94,14 @@ def measure(
 
 
 @torch.inference_mode()
-def _trace(model: nn.Module, prompt: Tensor) -> _Moments:
+def _trace(model: nn.Module, config: Any, prompt: Tensor) -> _Moments:
     # imported here: results can be read where there is no CUDA
     from cats.decode.stream.engine import StreamEngine
 
     engine = StreamEngine(model)
-    whole: Any = model
-    config = whole.config.get_text_config(decoder=True)
     # one token more in front is run, and not traced: the first replay loads code
     before = prompt.shape[1] - 1
-    length = before + 1 + _TOKENS
+    length = prompt.shape[1] + _TOKENS
     with torch.cuda.device(prompt.device):
         state = State(model, config, 1, length)
         prefill(model, state, prompt, 0)

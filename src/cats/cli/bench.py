@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +17,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cats.results import Result
+
+_ModelOrShape = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
+        "mistral-7b, llama-2-7b, llama-3.2-1b."
+    ),
+]
+_Targets = Annotated[str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")]
+_AppendEach = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Append each result to this file when it is known."),
+]
 
 app = typer.Typer(help="Time the gated MLP and decoding; show results.", no_args_is_help=True)
 
@@ -40,9 +55,7 @@ def mlp(
         int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
     ] = 4096,
     compiled: Annotated[bool, typer.Option(help="Time torch.compile's dense MLP too.")] = True,
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
-    ] = None,
+    commit: options.Commit = None,
 ) -> None:
     """Time one call of the gated MLP beside every dense one and the memory limit.
 
@@ -132,16 +145,8 @@ def model(
 
 @app.command()
 def decode(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
-            "mistral-7b, llama-2-7b, llama-3.2-1b."
-        ),
-    ] = "smollm2",
-    sparsity: Annotated[
-        str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")
-    ] = "0,0.5,0.7",
+    model: _ModelOrShape = "smollm2",
+    sparsity: _Targets = "0,0.5,0.7",
     engine: Annotated[
         list[str] | None, typer.Option(help="Of the decode loop, such as auto; repeatable.")
     ] = None,
@@ -178,13 +183,8 @@ def decode(
             rich_help_panel="Beside the loop",
         ),
     ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Append each result to this file when it is known."),
-    ] = None,
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
-    ] = None,
+    output: _AppendEach = None,
+    commit: options.Commit = None,
 ) -> None:
     """Time a token of dense and CATS models: the decode loop, transformers, the byte limit.
 
@@ -195,7 +195,6 @@ def decode(
     from cats.benchmarks.decode import Case, measure
     from cats.benchmarks.decode_report import LEGEND, panels, tables
     from cats.cli.running import stage
-    from cats.results import append_results
 
     options.check_output(output)
     torch.manual_seed(0)
@@ -209,16 +208,23 @@ def decode(
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
     loaded, blocks = _model_and_text(model, dtype, device, count, length)
-    results = []
     with stage() as show:
-        for result in measure(loaded, blocks, case, commit=commit, on_stage=show):
-            results.append(result)
-            if output is not None:
-                append_results(output, [result])
+        measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
+        results = list(_append_each(output, measured))
     for panel in panels(results):
         for table in tables(panel):
             options.out.print(table)
     _print_legend(LEGEND)
+
+
+def _append_each(output: Path | None, results: Iterable[Result]) -> Iterator[Result]:
+    """Passes results on, each once it is in the file, if there is one."""
+    from cats.results import append_results
+
+    for result in results:
+        if output is not None:
+            append_results(output, [result])
+        yield result
 
 
 def _model_and_text(
@@ -242,26 +248,13 @@ def _model_and_text(
 
 @app.command()
 def timeline(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
-            "mistral-7b, llama-2-7b, llama-3.2-1b."
-        ),
-    ] = "smollm2",
-    sparsity: Annotated[
-        str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")
-    ] = "0,0.5",
+    model: _ModelOrShape = "smollm2",
+    sparsity: _Targets = "0,0.5",
     context: Annotated[int, typer.Option(min=1, help="Tokens in front of those traced.")] = 96,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Append each result to this file when it is known."),
-    ] = None,
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
-    ] = None,
+    output: _AppendEach = None,
+    commit: options.Commit = None,
 ) -> None:
     """Trace the kernels of a layer of the stream engine on a GPU: who waits for whom, how long.
 
@@ -272,7 +265,6 @@ def timeline(
     from cats.benchmarks.timeline import measure
     from cats.benchmarks.timeline_report import panels, table
     from cats.errors import ConfigError
-    from cats.results import append_results
 
     options.check_output(output)
     torch.manual_seed(0)
@@ -280,14 +272,11 @@ def timeline(
     if options.torch_device(device).type != "cuda":
         raise ConfigError(f"a timeline is of kernels on a CUDA device, got --device {device}")
     loaded, blocks = _model_and_text(model, dtype, device, 32, max(256, context))
-    results = []
     with options.err.status("tracing ..."):
-        for result in measure(
+        measured = measure(
             loaded, blocks, name=model, sparsities=targets, context=context, commit=commit
-        ):
-            results.append(result)
-            if output is not None:
-                append_results(output, [result])
+        )
+        results = list(_append_each(output, measured))
     for panel in panels(results):
         options.out.print(table(panel))
 
@@ -326,7 +315,14 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the time of an MLP, or tokens a second, against sparsity; or the timeline of a layer."""
-    from cats.benchmarks import decode, decode_report, mlp_report, timeline, timeline_report
+    from cats.benchmarks import (
+        decode,
+        decode_report,
+        mlp,
+        mlp_report,
+        timeline,
+        timeline_report,
+    )
     from cats.errors import ConfigError, DataError
     from cats.storage import replacing
 
@@ -338,43 +334,39 @@ def plot(
         raise DataError(
             f"{file} holds results of {' and '.join(sorted(found))}: a picture is of one of them"
         )
+    if shape and found != {mlp.NAME}:
+        raise ConfigError("--shape is for results of cats bench mlp")
+    if prompt_length is not None and found != {decode.NAME}:
+        raise ConfigError("--prompt-length is for results of cats bench decode")
+    draw: Callable[[Path], None]
     if timeline.NAME in found:
-        if shape or prompt_length is not None:
-            raise ConfigError("--shape and --prompt-length are not for results of bench timeline")
-        with replacing(output) as temporary:
-            timeline_report.plot(timeline_report.panels(results), temporary)
-        options.out.print(f"wrote {output}", markup=False)
-        return
-    if decode.NAME in found:
-        if shape:
-            raise ConfigError("--shape is for results of cats bench mlp")
-        found_panels = [
+        draw = partial(timeline_report.plot, timeline_report.panels(results))
+    elif decode.NAME in found:
+        tokens = [
             panel
             for panel in decode_report.panels(results)
             if prompt_length is None or (panel.batch, panel.prompt_length) == (1, prompt_length)
         ]
-        if not found_panels:
+        if not tokens:
             raise DataError(f"{file} has no results of one prompt of {prompt_length} tokens")
-        with replacing(output) as temporary:
-            decode_report.plot(found_panels, temporary)
-        options.out.print(f"wrote {output}", markup=False)
-        return
-    if prompt_length is not None:
-        raise ConfigError("--prompt-length is for results of cats bench decode")
-    panels = mlp_report.panels(results)
-    if shape:
-        wanted = [_shape(text) for text in shape]
-        panels = [
+        draw = partial(decode_report.plot, tokens)
+    else:
+        wanted = [_shape(text) for text in shape or []]
+        calls = [
             panel
-            for panel in panels
-            if panel.neighbour == "none"
-            and panel.batch == 1
-            and (panel.hidden_size, panel.intermediate_size) in wanted
+            for panel in mlp_report.panels(results)
+            if not wanted
+            or (
+                panel.neighbour == "none"
+                and panel.batch == 1
+                and (panel.hidden_size, panel.intermediate_size) in wanted
+            )
         ]
-    if not panels:
-        raise DataError(f"{file} has no results of {', '.join(shape or [])}")
+        if not calls:
+            raise DataError(f"{file} has no results of {', '.join(shape or [])}")
+        draw = partial(mlp_report.plot, calls)
     with replacing(output) as temporary:
-        mlp_report.plot(panels, temporary)
+        draw(temporary)
     options.out.print(f"wrote {output}", markup=False)
 
 

@@ -73,9 +73,7 @@ def finetune(
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
-    commit: Annotated[
-        str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
-    ] = None,
+    commit: options.Commit = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune with every method, learning rate and share of distillation, and compare.

@@ -55,6 +55,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Block = Annotated[int, typer.Option(min=2, help="Tokens a block.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Commit = Annotated[
+    str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

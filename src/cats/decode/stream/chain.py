@@ -284,9 +284,9 @@ class Chain:
         width = matrices[0].weight.shape[1]
         rows = [len(matrix.weight) for matrix in matrices]
         normed = residual is not None
-        paced = sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
-        if normed:
-            paced &= width * self._spec.dtype.itemsize >= _PACED_ROW_BYTES
+        large = sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
+        long_rows = width * self._spec.dtype.itemsize >= _PACED_ROW_BYTES
+        paced = large and (long_rows or not normed)
         function = _linear_function(
             self._device, width, self._spec.dtype, normed=normed, paced=paced,
             traced=self._traced,

@@ -16,8 +16,8 @@
 // waited for the one in front.
 //
 // The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), HEADS and QUERIES (query heads of a key
-// head), UNSPLIT_SLOTS (one block takes so many), SPLIT_SLOTS (of more, a block gets about so many, or more where blocks run out), MAX_SPLITS, and the
-// switches HEAD_NORM and SOFTCAP.
+// head), UNSPLIT_SLOTS (one block takes so many), SPLIT_SLOTS (of more, a block gets about so many, or more where blocks run
+// out), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
 #include "primitives.cuh"
 #include "trace.cuh"
 

@@ -6,9 +6,8 @@
 #define TRACE 0
 #endif
 
-// END is noted when a warp has sent its last result, which may arrive later. Steps of the clock differ between GPUs.
-
-// Where a warp is: it starts, has the input of its kernel, has worked on its last weights, ends.
+// Where a warp is: it starts, has the input of its kernel, has worked on its last weights, has sent its last result, which
+// may arrive later. The clock's steps differ between GPUs.
 enum Event { START, INPUT, LAST, END, EVENTS };
 constexpr int TRACED_WARPS = 32;
 
