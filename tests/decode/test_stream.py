@@ -238,7 +238,7 @@ def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
             logits, wanted = choice(kind, vocabulary)
             chain._logits.copy_(logits)
             chain._launch([chain._choice(0)])
-            assert int(state.tokens) == int(chain._chosen) == wanted
+            assert int(state.tokens) == int(state.chosen[state.slot]) == wanted
             assert int(state.slot) == int(state.positions) == number + 1
 
 

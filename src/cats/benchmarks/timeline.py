@@ -110,7 +110,7 @@ def _trace(model: nn.Module, config: Any, prompt: Tensor) -> _Moments:
         state.positions.fill_(before)
         chain = engine.chain(state, traced=True)
         window = window_of(length, length)
-        graph, _ = capture(lambda: chain.run_greedily(window, 0), state)
+        graph = capture(lambda: chain.run_greedily(window, 0), state)
         graph.replay()
         tokens: list[_Moments] = []
         for _ in range(_TOKENS):

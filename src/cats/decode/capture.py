@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from cats.decode.options import Options
 from cats.decode.state import State
@@ -42,11 +41,11 @@ def graph_key(engine: str, window: int, options: Options) -> Hashable:
     return engine, window, replace(options, seed=None, max_new_tokens=1, stop_strings=())
 
 
-def capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A CUDA graph of a step, and the buffer of the chosen tokens, ``[B]``.
+def capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a step.
 
     Args:
-        step: Runs the newest tokens, chooses the next ones and moves on; returns these, ``[B]``.
+        step: Runs the newest tokens, chooses the next ones and moves on.
         state: The conversation whose buffers it reads and writes.
 
     Raises:
@@ -63,7 +62,7 @@ def capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAGr
         ) from error
 
 
-def _capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
     before = [t.clone() for t in state.moving()]
     draws = state.generator.get_state()
     stream = torch.cuda.Stream()
@@ -81,15 +80,12 @@ def _capture(step: Callable[[], Tensor], state: State) -> tuple[torch.cuda.CUDAG
         graph.register_generator_state(state.generator)
     # by itself, torch captures on a stream of the GPU of the first capture, whatever the model's is
     with torch.cuda.graph(graph, stream=stream):
-        chosen = step()
-    return graph, chosen
+        step()
+    return graph
 
 
-def replay(state: State, key: Hashable) -> Tensor:
-    """Run a captured step; returns the chosen tokens, ``[B]``, in a buffer that the next fills."""
-    graph, chosen = state.captured[key]
+def replay(state: State, key: Hashable) -> None:
+    """Run a captured step."""
     # a graph runs on the current device, which need not be the model's
     with torch.cuda.device(state.device):
-        graph.replay()
-    out: Tensor = chosen
-    return out
+        state.captured[key].replay()

@@ -234,8 +234,8 @@ class Decoder:
                 turn.check()
                 with torch.inference_mode():
                     while started <= min(number + engine.lag, count - 1):
-                        chosen = engine.step(self.model, state, length + started, options)
-                        pending.append(_Read(chosen))
+                        engine.step(self.model, state, length + started, options)
+                        pending.append(_Read(state, length + started))
                         started += 1
                     tokens = pending.popleft().wait()
                 read.append(tokens)
@@ -267,7 +267,8 @@ class Decoder:
         """Run the prompt, and prepare every step that may follow."""
         ids, mask = ids.to(state.device), mask.to(state.device)
         state.begin(ids, mask, self._config.vocab_size, options)
-        first = _Read(engine.prefill(self.model, state, ids[:, start:], start, options))
+        engine.prefill(self.model, state, ids[:, start:], start, options)
+        first = _Read(state, ids.shape[1])
         if options.max_new_tokens > 1:
             lengths = range(ids.shape[1] + 1, ids.shape[1] + options.max_new_tokens)
             engine.prepare(self.model, state, lengths, options)
@@ -307,17 +308,20 @@ class _Stream(Iterator[Tensor]):
 
 
 class _Read:
-    """Tokens ``[B]`` on their way to the host."""
+    """The tokens chosen for a slot, ``[B]``, on their way to the host while later steps run."""
 
-    def __init__(self, chosen: Tensor) -> None:
+    def __init__(self, state: State, slot: int) -> None:
+        chosen, reader = state.chosen[slot], state.reader
         self._event: torch.cuda.Event | None = None
-        if chosen.is_cuda:
-            self._host = torch.empty_like(chosen, device="cpu", pin_memory=True)
+        if reader is None:
+            self._host = chosen.clone()
+            return
+        # not between two steps, where the GPU would wait 10 us for it
+        reader.wait_stream(torch.cuda.current_stream(state.device))
+        self._host = torch.empty_like(chosen, device="cpu", pin_memory=True)
+        with torch.cuda.stream(reader):
             self._host.copy_(chosen, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(chosen.device))
-        else:
-            self._host = chosen
+            self._event = reader.record_event()
 
     def wait(self) -> Tensor:
         if self._event is not None:

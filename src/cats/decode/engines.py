@@ -50,8 +50,8 @@ class Engine(Protocol):
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
-    ) -> Tensor:
-        """Run prompt tokens ``[B, T]`` at slot ``start``; returns the first new tokens, ``[B]``."""
+    ) -> None:
+        """Run prompt tokens ``[B, T]`` at slot ``start``, and choose the first new ones."""
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
         """Trace or compile the steps at these lengths, after the prefill, before any of them.
@@ -60,8 +60,8 @@ class Engine(Protocol):
             BackendError: If the engine cannot run this model.
         """
 
-    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
-        """Run the newest tokens, which make ``length`` a row; returns the next ones, ``[B]``."""
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
+        """Run the newest tokens, which make ``length`` a row, and choose the next ones."""
 
     def reset(self) -> None:
         """Forget what was traced or compiled: the model has changed."""
@@ -83,8 +83,8 @@ class EagerEngine:
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
-    ) -> Tensor:
-        return state.advance(prefill(model, state, ids, start), options)
+    ) -> None:
+        state.advance(prefill(model, state, ids, start), options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
         unmasked = state.batch, "unmasked"
@@ -96,17 +96,20 @@ class EagerEngine:
                 trace = partial(trace_window, model, state, window)
                 self._steps[key] = _traced(model, trace)
 
-    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
-        unmasked = self._unmasked(state, length)
-        if unmasked is not None:
-            return state.advance(unmasked(*step_inputs(state, length)), options)
-        step = self._steps[state.batch, state.capacity, window_of(length, state.capacity)]
-        if step is None:
-            return state.advance(prefill(model, state, state.tokens, length - 1), options)
-        return state.advance(step(*step_inputs(state)), options)
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
+        state.advance(self._logits(model, state, length), options)
 
     def reset(self) -> None:
         self._steps.clear()
+
+    def _logits(self, model: nn.Module, state: State, length: int) -> Tensor:
+        unmasked = self._unmasked(state, length)
+        if unmasked is not None:
+            return unmasked(*step_inputs(state, length))
+        step = self._steps[state.batch, state.capacity, window_of(length, state.capacity)]
+        if step is None:
+            return prefill(model, state, state.tokens, length - 1)
+        return step(*step_inputs(state))
 
     def _unmasked(self, state: State, length: int) -> StepFunction | None:
         if state.padded or length > state.unmasked_slots:
@@ -129,8 +132,8 @@ class CompiledEngine:
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
-    ) -> Tensor:
-        return state.advance(prefill(model, state, ids, start), options)
+    ) -> None:
+        state.advance(prefill(model, state, ids, start), options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
         for window in windows_of(state, lengths):
@@ -141,12 +144,12 @@ class CompiledEngine:
             if state.device.type == "cuda" and graph not in state.captured:
                 state.captured[graph] = capture(partial(_run, step, state, options), state)
 
-    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
         window = window_of(length, state.capacity)
         if state.device.type == "cuda":
-            return replay(state, graph_key(self.name, window, options))
-        step = self._steps[state.batch, state.capacity, window]
-        return state.advance(step(*step_inputs(state)), options)
+            replay(state, graph_key(self.name, window, options))
+        else:
+            _run(self._steps[state.batch, state.capacity, window], state, options)
 
     def reset(self) -> None:
         self._steps.clear()
@@ -181,14 +184,14 @@ class AutoEngine:
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
-    ) -> Tensor:
-        return self._engine(state).prefill(model, state, ids, start, options)
+    ) -> None:
+        self._engine(state).prefill(model, state, ids, start, options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
         self._engine(state).prepare(model, state, lengths, options)
 
-    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
-        return self._engine(state).step(model, state, length, options)
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
+        self._engine(state).step(model, state, length, options)
 
     def reset(self) -> None:
         self._other.reset()
@@ -281,8 +284,8 @@ def _compiled(model: nn.Module, state: State, window: int) -> StepFunction:
     return graph
 
 
-def _run(step: StepFunction, state: State, options: Options) -> Tensor:
-    return state.advance(step(*step_inputs(state)), options)
+def _run(step: StepFunction, state: State, options: Options) -> None:
+    state.advance(step(*step_inputs(state)), options)
 
 
 def _compile(graph: fx.GraphModule) -> Callable[..., Any]:

@@ -23,6 +23,9 @@ class State:
         tokens: The newest token of each row, not yet in the cache, ``[B, 1]``, int64.
         positions: Its position in the row, ``[B, 1]``.
         slot: Its slot in the cache, ``[1]``.
+        chosen: The token that was chosen for each slot, ``[capacity + 1, B]``, int64: no step
+            writes to the place of another, so the host reads them while later steps run.
+        reader: The stream on which it does; None where the device is no GPU.
         valid: Whether a slot holds no padding, ``[B, capacity]``, bool. Slots that are not yet
             written count as valid; the causal mask hides them.
         finished: Whether a row has ended, ``[B]``.
@@ -42,6 +45,8 @@ class State:
         self.tokens = self._zeros(batch, 1)
         self.positions = self._zeros(batch, 1)
         self.slot = self._zeros(1)
+        self.reader = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.chosen = self._places(batch)
         self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.seen: Tensor | None = None
@@ -67,6 +72,7 @@ class State:
         self.cache.grow(capacity)
         more = self.valid.new_ones(self.batch, capacity - self.valid.shape[1])
         self.valid = torch.cat([self.valid, more], dim=1)
+        self.chosen = self._places(self.batch)
         self.captured.clear()
 
     def begin(self, ids: Tensor, mask: Tensor, vocabulary: int, options: Options) -> None:
@@ -96,8 +102,8 @@ class State:
             seed = options.seed
             self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
-    def advance(self, logits: Tensor, options: Options) -> Tensor:
-        """Choose the next tokens from logits ``[B, V]``, and move on; returns them, ``[B]``."""
+    def advance(self, logits: Tensor, options: Options) -> None:
+        """Choose the next tokens from logits ``[B, V]``, and move on."""
         if self.logits is not None:
             self.logits.index_copy_(0, self.slot, logits[None].float())
         scores = process(logits, self.seen, options.sampling)
@@ -116,12 +122,19 @@ class State:
         self.tokens.copy_(chosen[:, None])
         self.positions.add_(1)
         self.slot.add_(1)
-        return chosen
+        self.chosen.index_copy_(0, self.slot, chosen[None])
 
     def moving(self) -> list[Tensor]:
         """The buffers that :meth:`advance` changes."""
         buffers = [self.tokens, self.positions, self.slot, self.finished]
         return buffers if self.seen is None else [*buffers, self.seen]
+
+    def _places(self, batch: int) -> Tensor:
+        # the last token of a conversation is not written to the cache
+        chosen = self._zeros(self.capacity + 1, batch)
+        if self.reader is not None:
+            chosen.record_stream(self.reader)
+        return chosen
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)

@@ -112,7 +112,6 @@ class Chain:
         self._best = floats(2, _CHOICE_BLOCKS)
         self.stamps = self._empty_stamps() if traced else None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._chosen = torch.zeros(1, dtype=torch.int64, device=device)
         self._rotary = {
             kind: _rotary_table(spec, kind, state.capacity)
             for kind in {layer.rotary for layer in spec.layers}
@@ -139,15 +138,14 @@ class Chain:
             return softcap * (self._logits / softcap).tanh()
         return self._logits
 
-    def run_greedily(self, window: int, padding: int) -> Tensor:
-        """Launch it all, take the likeliest token and move on; returns the token, ``[1]``.
+    def run_greedily(self, window: int, padding: int) -> None:
+        """Launch it all, take the likeliest token and move on.
 
         Args:
             window: The newest token lies in one of the first ``window`` slots.
             padding: The token of a row that has ended.
         """
         self._launch([*self._token(window), self._choice(padding)])
-        return self._chosen
 
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
         """One layer alone, ``[D]``, float32, to float32."""
@@ -240,7 +238,7 @@ class Chain:
                 _address,
                 (
                     self._logits, values, indices, self._arrived, state.tokens, state.positions,
-                    state.slot, state.finished, state.eos, self._chosen,
+                    state.slot, state.finished, state.eos, state.chosen,
                 ),
             ),
             padding, len(self._logits), len(state.eos), self._spec.logit_softcap,

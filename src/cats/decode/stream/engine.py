@@ -51,8 +51,8 @@ class StreamEngine:
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
-    ) -> Tensor:
-        return state.advance(prefill(model, state, ids, start), options)
+    ) -> None:
+        state.advance(prefill(model, state, ids, start), options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
         if state.padded or state.batch > 1 or must_be_deterministic():
@@ -68,9 +68,9 @@ class StreamEngine:
             if key not in state.captured:
                 state.captured[key] = capture(partial(_step, chain, window, state, options), state)
 
-    def step(self, model: nn.Module, state: State, length: int, options: Options) -> Tensor:
+    def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
         window = window_of(length, state.capacity)
-        return replay(state, graph_key(self.name, window, options))
+        replay(state, graph_key(self.name, window, options))
 
     def chain(self, state: State, *, traced: bool = False) -> Chain:
         """The launches of a token of a conversation, apart from those that :meth:`step` runs.
@@ -93,9 +93,10 @@ def _lay_out(spec: ModelSpec) -> None:
             down.data = down.data.t().contiguous().t()
 
 
-def _step(chain: Chain, window: int, state: State, options: Options) -> Tensor:
-    """Run the newest token and choose the next one; returns it, ``[1]``."""
+def _step(chain: Chain, window: int, state: State, options: Options) -> None:
+    """Run the newest token and choose the next one."""
     sampling = options.sampling
     if sampling.do_sample or sampling.repetition_penalty != 1 or state.logits is not None:
-        return state.advance(chain.run(window)[None], options)
-    return chain.run_greedily(window, options.pad_token_id)
+        state.advance(chain.run(window)[None], options)
+    else:
+        chain.run_greedily(window, options.pad_token_id)

@@ -21,7 +21,7 @@ struct Arguments : Traced {
     int64* slot;
     unsigned char* finished;  // whether the row has ended
     const int64* ends;        // [end_count], tokens that end a row
-    int64* chosen;            // the choice, as the host reads it
+    int64* chosen;            // the choice of each slot, as the host reads it
     int64 padding;
     int count;
     int end_count;
@@ -50,9 +50,10 @@ __device__ void finish(const Arguments& a, int best) {
     int64 token = *a.finished ? a.padding : best;
     for (int i = 0; i < a.end_count; ++i)
         if (token == a.ends[i]) *a.finished = 1;
-    *a.token = *a.chosen = token;
+    int64 slot = *a.slot + 1;
+    *a.slot = slot;
     *a.position += 1;
-    *a.slot += 1;
+    *a.token = a.chosen[slot] = token;
     *a.arrived = 0;
 }
 
