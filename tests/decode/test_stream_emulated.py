@@ -168,7 +168,7 @@ def test_linear_layer_of_long_rows_is_cut_into_parts(chain_module, dtype, width,
     weight, x = torch.randn(rows, width).to(dtype) / width**0.5, torch.randn(width).to(dtype)
     bias, add = torch.randn(rows).to(dtype), torch.randn(rows)
     out, copy = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
-    function = chain_module._linear_function(0, width, dtype, normed=False, paced=False)
+    function = chain_module._linear_function(0, width, dtype, normed=False)
     defines = dict(function.defines) | {"EARLY_PARTS": early_parts}
     function = EmulatedFunction(
         0, "linear", defines, threads=function.threads, shared_bytes=function.shared_bytes
@@ -205,9 +205,8 @@ def test_a_window_that_is_split_gives_the_layers_of_the_model(chain_module):
     probe(sparse_model(Gemma2Config, sliding_window=270, max_position_embeddings=512))
 
 
-def test_paced_requests_of_every_linear_layer_give_the_layers_of_the_model(
-    chain_module, monkeypatch
-):
-    for name, value in (("_BURDEN_BYTES", 0), ("_PACED_ROW_BYTES", 0), ("_EARLY_BYTES", 1)):
-        monkeypatch.setattr(chain_module, name, value)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_parts_that_wait_for_others_give_the_layers_of_the_model(chain_module, monkeypatch, parts):
+    # rows of 64 bytes
+    monkeypatch.setattr(chain_module, "_EARLY_BYTES", 64 * parts)
     probe(sparse_model(LlamaConfig))

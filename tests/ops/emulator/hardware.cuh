@@ -67,6 +67,12 @@ void copy_rows(char* target, const char* source, int count, uint64* barrier) {
 inline void copy_bytes(char* target, const char* source, int bytes, uint64* barrier) {
     if (threadIdx.x % 32 == 0) start_copy(target, source, bytes, barrier);
 }
+inline void copy_by_lane(char* target, const char* source, int bytes, uint64* barrier, bool takes_part) {
+    if (!takes_part) return;
+    expect_bytes(barrier, bytes);
+    start_copy(target, source, bytes, barrier);
+    barrier_arrive(barrier);
+}
 inline void wait_for_own_copies() {}
 inline void prefetch_to_l2(const char* source, int bytes) {
     if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(source) % 16) __builtin_trap();

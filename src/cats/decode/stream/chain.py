@@ -39,11 +39,8 @@ _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
 # On their way to one multiprocessor while the kernel in front still runs: about what keeps the
 # memory busy, so that little of what that kernel reads and adds, and of what it leaves to be read,
-# waits behind them. Less than so much in all is no burden.
+# waits behind them.
 _EARLY_BYTES = 32 * 1024
-_BURDEN_BYTES = 16 * 2**20
-# Of shorter rows the warp that fills the rings asks for less than the memory gives.
-_PACED_ROW_BYTES = 8192
 # Shared memory that a ring leaves to the block of attention beside it, and to the system.
 _SPARE_BYTES = 24 * 1024
 _MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
@@ -282,13 +279,9 @@ class Chain:
         width = matrices[0].weight.shape[1]
         rows = [len(matrix.weight) for matrix in matrices]
         normed = residual is not None
-        large = sum(m.weight.nbytes for m in matrices) > _BURDEN_BYTES
-        long_rows = width * self._spec.dtype.itemsize >= _PACED_ROW_BYTES
-        paced = large and (long_rows or not normed)
         function = _linear_function(
-            self._device, width, self._spec.dtype, normed=normed, paced=paced,
-            traced=self._traced,
-        )  # fmt: skip
+            self._device, width, self._spec.dtype, normed=normed, traced=self._traced
+        )
         ends = [sum(rows[: i + 1]) for i in range(len(rows))]
         missing = 3 - len(rows)
         blocks = min(self._multiprocessors, ends[-1])
@@ -408,7 +401,7 @@ def _choice_function(device: int, *, traced: bool = False) -> Function:
 
 @cache
 def _linear_function(
-    device: int, width: int, dtype: torch.dtype, *, normed: bool, paced: bool, traced: bool = False
+    device: int, width: int, dtype: torch.dtype, *, normed: bool, traced: bool = False
 ) -> Function:
     row = width * dtype.itemsize
     if row % VECTOR_BYTES:
@@ -424,8 +417,7 @@ def _linear_function(
     stages = min(_MAX_STAGES, room // part)
     defines = dict(
         DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
-        PARTS=parts, EARLY_PARTS=max(1, _EARLY_BYTES // part) if paced else _WARPS * stages,
-        TRACE=int(traced),
+        PARTS=parts, EARLY_PARTS=max(1, _EARLY_BYTES // part), TRACE=int(traced),
     )  # fmt: skip
     # parts, x, barriers, slots, and what alignment may add
     shared = _WARPS * stages * (part + 8) + row + 4 * _WARPS + 256

@@ -148,6 +148,29 @@ __device__ __forceinline__ void copy_bytes(char* target, const char* source, int
 #endif
 }
 
+// Each lane that takes part announces and copies `bytes`, a multiple of 16, of its own, and arrives at its barrier for the
+// warp.
+__device__ __forceinline__ void copy_by_lane(char* target, const char* source, int bytes, uint64* barrier, bool takes_part) {
+#if HAS_BULK_COPY && !EVERY_LANE_ARRIVES
+    if (!takes_part) return;
+    expect_bytes(barrier, bytes);
+    bulk_copy(target, source, bytes, barrier);
+    barrier_arrive(barrier);
+#else
+    for (uint32 lanes = __ballot_sync(~0u, takes_part); lanes; lanes &= lanes - 1) {
+        int lane = __ffs(lanes) - 1;
+        char* to = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64>(target), lane));
+        const char* from = reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64>(source), lane));
+        uint64* full = reinterpret_cast<uint64*>(__shfl_sync(~0u, reinterpret_cast<uint64>(barrier), lane));
+        int count = __shfl_sync(~0u, bytes, lane);
+        if (threadIdx.x % 32 == 0) expect_bytes(full, count);
+        __syncwarp();
+        copy_bytes(to, from, count, full);
+        warp_arrive(full);
+    }
+#endif
+}
+
 // Brings bytes, a multiple of 16, to the L2 cache; called by one lane. Nothing where there are no bulk copies.
 __device__ __forceinline__ void prefetch_to_l2(const char* source, int bytes) {
 #if HAS_BULK_COPY

@@ -65,11 +65,19 @@ struct Warp {
         warp_arrive(full);
     }
 
+    // Part i is number i / WARPS of worker i % WARPS. A lane asks for one part, since a single lane that asks for all of them
+    // is slower than the memory.
     __device__ void fill_rings() {
         if (!a.request_early) wait_for_previous_kernel();
-        for (int i = 0; i < WARPS * STAGES; ++i) {
-            if (a.request_early && i >= EARLY_PARTS) wait_for_part(i - EARLY_PARTS);
-            request(i % WARPS, i / WARPS, i / WARPS);
+        constexpr int ALL = WARPS * STAGES, AT_ONCE = EARLY_PARTS < 2 ? 1 : EARLY_PARTS < 64 ? EARLY_PARTS / 2 : 32;
+        for (int first = 0; first < ALL; first += AT_ONCE) {
+            if (a.request_early && first + AT_ONCE > EARLY_PARTS) wait_for_part(first + AT_ONCE - 1 - EARLY_PARTS);
+            int i = first + lane, worker = i % WARPS, n = i / WARPS, row = row_of(worker, n), part = n % PARTS;
+            bool there = lane < AT_ONCE && i < ALL && row < rows;
+            int matrix = matrix_of(a, there ? row : 0), bytes = min(PART_BYTES, ROW_BYTES - part * PART_BYTES);
+            const char* from = a.weights[matrix] + (size_t)(row - first_row(a, matrix)) * ROW_BYTES + part * PART_BYTES;
+            int stage = there ? n : 0;
+            copy_by_lane(shared.parts[worker][stage], from, bytes, &shared.full[worker][stage], there);
         }
         wait_for_own_copies();
     }
