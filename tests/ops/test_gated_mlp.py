@@ -319,7 +319,9 @@ def test_graph_replays_with_new_inputs(backend, batch, device, mode):
 
 @gpu_only
 def test_two_graphs_on_two_streams_do_not_disturb_each_other(sparse_backend, device, mode):
-    # not `dense`: graphs captured on one stream share the workspace of cuBLAS, in torch itself
+    # graphs captured on one stream share the workspace of cuBLAS, in torch itself
+    if sparse_backend == "reference":
+        pytest.skip("runs torch's operators alone, like dense")
     backend = sparse_backend
     cases = [make_inputs(2048, 8192, dtype=BF16, device=device) for _ in range(2)]
     check_taken(backend, cases[0])
