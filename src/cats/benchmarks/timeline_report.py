@@ -42,17 +42,21 @@ def panels(results: Iterable[Result]) -> list[Panel]:
 
 def table(panel: Panel) -> Table:
     """Microseconds behind the end of the layer before: the median warp, the first and the last."""
-    out = Table(title=panel.title)
+    caption = "us behind the layer before: the median warp, below it the first and the last"
+    out = Table(title=panel.title, caption=caption)
     for column in ("launch", "starts", "has its input", "last weights", "ends"):
         out.add_column(column, justify="left" if column == "launch" else "right")
     for launch in LAUNCHES:
         cells = []
         for event in EVENTS:
-            found = panel.moments.get((launch, event))
-            text = "" if found is None else f"{found.value:.1f} ({found.low:.1f}, {found.high:.1f})"
-            cells.append(text)
+            moment = panel.moments.get((launch, event))
+            cells.append("" if moment is None else _cell(moment))
         out.add_row(launch, *cells)
     return out
+
+
+def _cell(moment: Result) -> str:
+    return f"{moment.value:.1f}\n{moment.low:.1f} .. {moment.high:.1f}"
 
 
 def plot(panels: list[Panel], path: Path) -> None:
