@@ -178,11 +178,12 @@ def plot(panels: list[Panel], path: Path) -> None:
     colors = {name: f"C{number}" for number, name in enumerate(names)}  # the same in all pictures
     for panel, axis in zip(panels, axes, strict=True):
         lines: defaultdict[str, list[tuple[float, Result]]] = defaultdict(list)
-        limits: list[tuple[float, float]] = []
-        for (variant, _), step in panel.times().items():
+        limits: dict[float, tuple[float, float]] = {}  # by target: the highest of any run
+        for (variant, target), step in panel.times().items():
             dropped = _number(step.settings["realized_sparsity"])
             lines[variant].append((dropped, step))
-            limits.append((dropped, panel.batch * 1e3 / _number(step.settings["limit_ms"])))
+            limit = dropped, panel.batch * 1e3 / _number(step.settings["limit_ms"])
+            limits[target] = max(limits.get(target, limit), limit, key=lambda point: point[1])
         for variant, points in lines.items():
             points.sort(key=lambda point: point[0])
             rates = [panel.batch * 1e3 / r.value for _, r in points]
@@ -197,7 +198,8 @@ def plot(panels: list[Panel], path: Path) -> None:
                 ],
                 label=variant, color=colors[variant], marker="o", capsize=2,
             )  # fmt: skip
-        axis.plot(*zip(*sorted(limits), strict=True), "k--", linewidth=1, label="memory limit")
+        line = zip(*sorted(limits.values()), strict=True)
+        axis.plot(*line, "k--", linewidth=1, label="memory limit")
         axis.set(
             title=panel.title.replace(", on ", "\n"),
             xlabel="dropped neurons, share",
