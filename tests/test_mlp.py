@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig
 
 import cats
-from cats.errors import UnsupportedModelError
+from cats.errors import ConfigError, UnsupportedModelError
 from cats.mlp import CatsActivation, activation_kind, find_gated_mlps
 from tests import models
 
@@ -111,6 +111,16 @@ def test_excluded_modules_are_left_out():
 def test_one_pattern_may_be_given_without_a_list():
     names = [m.name for m in find_gated_mlps(models.make_model(), exclude="model.layers.0.mlp")]
     assert names == ["model.layers.1.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [("*.0.mpl", r"'\*\.0\.mpl' matches no MLP .* like 'model.layers.0.mlp'"),
+     (["*.0.*", "*.1.*"], r"\*\.0\.\* \*\.1\.\* leaves no MLP")],
+)  # fmt: skip
+def test_patterns_that_match_nothing_or_everything_are_refused(patterns, message):
+    with pytest.raises(ConfigError, match=message):
+        find_gated_mlps(models.make_model(), exclude=patterns)
 
 
 @pytest.mark.parametrize("refused", [False, True])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats.errors import UnsupportedModelError
+from cats.errors import ConfigError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, cats_activation
 
 # Scales of the probe's inputs: some models clamp, and a clamp shows only far from zero.
@@ -123,8 +123,10 @@ def find_gated_mlps(
     Raises:
         UnsupportedModelError: If the model has no gated MLP, or if a candidate calls its activation
             in a way that CATS cannot use; the message names the module and the reason.
+        ConfigError: If a pattern matches no MLP, or the patterns leave none.
     """
     exclude = [exclude] if isinstance(exclude, str) else exclude
+    check_patterns(model, exclude)
     found: list[GatedMLP] = []
     passed_over = []
     for name, module in model.named_modules():
@@ -164,6 +166,26 @@ def find_gated_mlps(
             f"an activation module and linear layers{seen}"
         )
     return found
+
+
+def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: If a pattern matches no MLP of the model, gated or not, or all match each.
+    """
+    mlps = [
+        n for n, module in model.named_modules() if any(map(activation_kind, module.children()))
+    ]
+    if not mlps:
+        return
+    for pattern in exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in mlps):
+            raise ConfigError(
+                f"exclude {pattern!r} matches no MLP of this model, which are named like "
+                f"{mlps[0]!r}"
+            )
+    if all(any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude) for name in mlps):
+        raise ConfigError(f"exclude {' '.join(exclude)} leaves no MLP of this model")
 
 
 def is_sparse(model: nn.Module) -> bool:

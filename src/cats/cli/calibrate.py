@@ -98,7 +98,9 @@ def calibrate(
     loaded, tokenizer = options.load(
         model, dtype=dtype, device=options.process_device(device), dense=True
     )
-    _check_patterns(loaded, exclude or [])
+    from cats.mlp import check_patterns
+
+    check_patterns(loaded, exclude or [])
     with options.err.status("reading the text ..."):
         blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
     with resumable(statistics if rank == 0 else None):
@@ -179,30 +181,6 @@ def _is_folder(output: Path) -> bool:
             f"thresholds alone, or a name without {output.suffix} for a whole checkpoint"
         )
     return output.suffix != ".safetensors"
-
-
-def _check_patterns(model: Any, patterns: list[str]) -> None:
-    from fnmatch import fnmatchcase
-
-    from cats.errors import ConfigError
-    from cats.mlp import activation_kind
-
-    # gated or not: what has an activation module
-    mlps = [
-        n for n, module in model.named_modules() if any(map(activation_kind, module.children()))
-    ]
-    if not mlps:
-        return
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in mlps):
-            raise ConfigError(
-                f"--exclude {pattern!r} matches no MLP of this model, which are named like "
-                f"{mlps[0]!r}"
-            )
-    if all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in mlps):
-        raise ConfigError(
-            f"--exclude {' '.join(patterns)} leaves no MLP of this model to calibrate"
-        )
 
 
 def _start_processes() -> tuple[int, int]:
