@@ -1,6 +1,8 @@
 import pytest
+from typer.testing import CliRunner
 
 from cats.benchmarks.quotes import requote
+from cats.cli import app
 from cats.errors import DataError
 from cats.history import History, Point
 from cats.results import Result, append_results
@@ -45,6 +47,16 @@ def test_quoting_again_changes_nothing(document):
     text = requote(document)
     document.write_text(text)
     assert requote(document) == text
+
+
+def test_check_shows_the_line_that_differs(document):
+    run = CliRunner().invoke(app, ["bench", "quote", str(document), "--check"])
+    assert isinstance(run.exception, DataError)
+    assert "line 3" in str(run.exception)
+    assert "\n- old\n+ a GPU, bfloat16" in str(run.exception)
+    assert "\nold\n" in document.read_text()
+    assert CliRunner().invoke(app, ["bench", "quote", str(document)]).exit_code == 0
+    assert CliRunner().invoke(app, ["bench", "quote", str(document), "--check"]).exit_code == 0
 
 
 def token_time(value, device="a GPU", **settings):

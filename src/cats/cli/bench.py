@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -386,11 +386,18 @@ def quote(
     for document in documents:
         if not document.is_file():
             raise StorageError(f"{document}: no such file")
-        text = requote(document)
-        if text == document.read_text(encoding="utf-8"):
+        text, old = requote(document), document.read_text(encoding="utf-8")
+        if text == old:
             continue
         if check:
-            raise DataError(f"{document} does not say what its results files say: cats bench quote")
+            differing = zip_longest(old.splitlines(), text.splitlines(), fillvalue="")
+            line, (said, wanted) = next(
+                (number, pair) for number, pair in enumerate(differing, 1) if pair[0] != pair[1]
+            )
+            raise DataError(
+                f"{document}, line {line}, does not say what its results file says; "
+                f"cats bench quote {document} mends that:\n- {said}\n+ {wanted}"
+            )
         with replacing(document) as temporary:
             temporary.write_text(text, encoding="utf-8")
         options.out.print(f"wrote {document}", markup=False)
