@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import math
 
 import pytest
 import torch
@@ -79,6 +80,14 @@ def test_engine_that_computes_something_else_shows_in_its_check(monkeypatch):
     settings = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.5,)})))
     assert settings["eager", 0.5].settings["kl"] > 0.01
     assert settings["eager", 0.5].settings["same_choice"] < 0.5
+
+
+def test_divergence_of_nan_is_nan_and_of_equals_is_zero():
+    logits = torch.randn(1, 3, 5)
+    exact = logits.log_softmax(-1)
+    assert decode._divergence(exact, logits) == pytest.approx(0, abs=1e-6)
+    logits[0, 1, 2] = torch.nan
+    assert math.isnan(decode._divergence(exact, logits))
 
 
 def test_start_up_is_a_time_that_passed(results):
@@ -269,6 +278,26 @@ def test_plot_draws_every_variant_and_the_limit(results, tmp_path):
     text = picture.read_text()
     for label in ("eager", "generate", "memory limit", "tokens a second"):
         assert f"<!-- {label} -->" in text
+
+
+def test_plot_has_one_limit_a_target_the_highest_of_any_run(results, tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    slower = [
+        dataclasses.replace(
+            r, settings=r.settings | {"variant": "other", "limit_ms": 2 * r.settings["limit_ms"]}
+        )
+        for r in results
+        if r.quantity == "time"
+    ]
+    lines = []
+    plot = axes.Axes.plot
+    monkeypatch.setattr(
+        axes.Axes, "plot", lambda axis, x, y, *a, **k: lines.append(y) or plot(axis, x, y, *a, **k)
+    )
+    for all_results in (results, [*results, *slower]):
+        decode_report.plot(decode_report.panels(all_results), tmp_path / "decode.svg")
+    assert lines[0] == lines[-1]
+    assert len(lines[0]) == 2
 
 
 def test_command_appends_results_and_shows_and_plots_them(results, tmp_path):
