@@ -414,6 +414,7 @@ def _linear_function(
         raise UnsupportedModelError(f"rows of {row} bytes are too long for the shared memory")
     parts = math.ceil(row / most)
     part = math.ceil(row / VECTOR_BYTES / parts) * VECTOR_BYTES
+    parts = math.ceil(row / part)  # fewer, where rounding up made the last ones empty
     stages = min(_MAX_STAGES, room // part)
     defines = dict(
         DTYPE=DTYPES[dtype], WIDTH=width, NORMED=int(normed), WARPS=_WARPS, STAGES=stages,
