@@ -21,7 +21,7 @@ struct Arguments : Traced {
     int64* slot;
     unsigned char* finished;  // whether the row has ended
     const int64* ends;        // [end_count], tokens that end a row
-    int64* chosen;            // the choice of each slot, as the host reads it
+    int64* chosen;            // [capacity + 1], the choice of each slot, as the host reads it
     int64 padding;
     int count;
     int end_count;

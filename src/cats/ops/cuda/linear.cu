@@ -52,12 +52,18 @@ struct Warp {
 
     __device__ int row_of(int worker, int n) { return worker * gridDim.x + blockIdx.x + n / PARTS * step; }
 
+    static __device__ int bytes_of(int part) { return min(PART_BYTES, ROW_BYTES - part * PART_BYTES); }
+
+    __device__ const char* source_of(int row, int part) {
+        int matrix = matrix_of(a, row);
+        return a.weights[matrix] + (size_t)(row - first_row(a, matrix)) * ROW_BYTES + part * PART_BYTES;
+    }
+
     __device__ void request(int worker, int n, int stage) {
         int row = row_of(worker, n), part = n % PARTS;
         if (row >= rows) return;
-        int matrix = matrix_of(a, row), bytes = min(PART_BYTES, ROW_BYTES - part * PART_BYTES);
-        const char* from =
-            a.weights[matrix] + (size_t)(row - first_row(a, matrix)) * ROW_BYTES + part * PART_BYTES;
+        int bytes = bytes_of(part);
+        const char* from = source_of(row, part);
         uint64* full = &shared.full[worker][stage];
         if (lane == 0) expect_bytes(full, bytes);
         __syncwarp();
@@ -66,7 +72,8 @@ struct Warp {
     }
 
     // Part i is number i / WARPS of worker i % WARPS. A lane asks for one part, since a single lane that asks for all of them
-    // is slower than the memory.
+    // is slower than the memory: for half of what may be on its way, so that one half comes while the other is asked for.
+    // Parts come about in order, so the last of a half stands for it.
     __device__ void fill_rings() {
         if (!a.request_early) wait_for_previous_kernel();
         constexpr int ALL = WARPS * STAGES, AT_ONCE = EARLY_PARTS < 2 ? 1 : EARLY_PARTS < 64 ? EARLY_PARTS / 2 : 32;
@@ -74,9 +81,8 @@ struct Warp {
             if (a.request_early && first + AT_ONCE > EARLY_PARTS) wait_for_part(first + AT_ONCE - 1 - EARLY_PARTS);
             int i = first + lane, worker = i % WARPS, n = i / WARPS, row = row_of(worker, n), part = n % PARTS;
             bool there = lane < AT_ONCE && i < ALL && row < rows;
-            int matrix = matrix_of(a, there ? row : 0), bytes = min(PART_BYTES, ROW_BYTES - part * PART_BYTES);
-            const char* from = a.weights[matrix] + (size_t)(row - first_row(a, matrix)) * ROW_BYTES + part * PART_BYTES;
-            int stage = there ? n : 0;
+            int bytes = bytes_of(part), stage = there ? n : 0;
+            const char* from = source_of(there ? row : 0, part);
             copy_by_lane(shared.parts[worker][stage], from, bytes, &shared.full[worker][stage], there);
         }
         wait_for_own_copies();
