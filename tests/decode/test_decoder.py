@@ -472,6 +472,12 @@ def test_logits_of_given_tokens_are_those_of_one_pass_over_them(llama, engine):
     )
 
 
+def test_logits_of_as_many_tokens_as_a_window_holds(llama):
+    ids = make_ids(1, 256)
+    found = cats.Decoder(llama).logits(ids, prompt_length=250)
+    torch.testing.assert_close(found, logits(llama, ids)[:, 250:])
+
+
 def test_asking_for_logits_leaves_the_conversation_alone(llama):
     ids = make_ids(1, 9)
     decoder, expected = cats.Decoder(llama), cats.generate(llama, ids, max_new_tokens=8, **GREEDY)

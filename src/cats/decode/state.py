@@ -45,8 +45,10 @@ class State:
         self.tokens = self._zeros(batch, 1)
         self.positions = self._zeros(batch, 1)
         self.slot = self._zeros(1)
-        self.reader = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.chosen = self._places(batch)
+        # streams of another priority are other ones than those that captures and callers get
+        cuda = self.device.type == "cuda"
+        self.reader = torch.cuda.Stream(self.device, priority=-1) if cuda else None
+        self.chosen = self._places()
         self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.seen: Tensor | None = None
@@ -72,7 +74,7 @@ class State:
         self.cache.grow(capacity)
         more = self.valid.new_ones(self.batch, capacity - self.valid.shape[1])
         self.valid = torch.cat([self.valid, more], dim=1)
-        self.chosen = self._places(self.batch)
+        self.chosen = self._places()
         self.captured.clear()
 
     def begin(self, ids: Tensor, mask: Tensor, vocabulary: int, options: Options) -> None:
@@ -125,13 +127,13 @@ class State:
         self.chosen.index_copy_(0, self.slot, chosen[None])
 
     def moving(self) -> list[Tensor]:
-        """The buffers that :meth:`advance` changes."""
+        """The buffers of which a step reads what :meth:`advance` made of them."""
         buffers = [self.tokens, self.positions, self.slot, self.finished]
         return buffers if self.seen is None else [*buffers, self.seen]
 
-    def _places(self, batch: int) -> Tensor:
+    def _places(self) -> Tensor:
         # the last token of a conversation is not written to the cache
-        chosen = self._zeros(self.capacity + 1, batch)
+        chosen = self._zeros(self.capacity + 1, self.batch)
         if self.reader is not None:
             chosen.record_stream(self.reader)
         return chosen
