@@ -132,7 +132,7 @@ def find_gated_mlps(
     for name, module in model.named_modules():
         if names is not None and name not in names:
             continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        if _matches(name, exclude):
             continue
         acts = [(n, kind) for n, c in module.named_children() if (kind := activation_kind(c))]
         if not acts or not _holds_only_linear_layers(module):
@@ -171,21 +171,27 @@ def find_gated_mlps(
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
     """
     Raises:
-        ConfigError: If a pattern matches no MLP of the model, gated or not, or all match each.
+        ConfigError: If a pattern matches no MLP of the model, gated or not, or if none is left.
     """
+    if not exclude:
+        return  # each activation is run to find the MLPs
     mlps = [
         n for n, module in model.named_modules() if any(map(activation_kind, module.children()))
     ]
     if not mlps:
         return
     for pattern in exclude:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in mlps):
+        if not any(_matches(name, [pattern]) for name in mlps):
             raise ConfigError(
                 f"exclude {pattern!r} matches no MLP of this model, which are named like "
                 f"{mlps[0]!r}"
             )
-    if all(any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude) for name in mlps):
+    if all(_matches(name, exclude) for name in mlps):
         raise ConfigError(f"exclude {' '.join(exclude)} leaves no MLP of this model")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_sparse(model: nn.Module) -> bool:
