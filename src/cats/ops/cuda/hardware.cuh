@@ -138,18 +138,20 @@ __device__ __forceinline__ void copy_rows(char* target, const char* source, int 
 #endif
 }
 
-// Copies `bytes`, a multiple of 16, from one place; the arguments are the same in all lanes.
-__device__ __forceinline__ void copy_bytes(char* target, const char* source, int bytes, uint64* barrier) {
+// Announces and copies `bytes`, a multiple of 16, and arrives for the warp; the arguments are the same in all lanes.
+__device__ __forceinline__ void copy_by_warp(char* target, const char* source, int bytes, uint64* barrier) {
+    if (threadIdx.x % 32 == 0) expect_bytes(barrier, bytes);
+    __syncwarp();
 #if HAS_BULK_COPY
     if (threadIdx.x % 32 == 0) bulk_copy(target, source, bytes, barrier);
 #else
     async_copy(shared_address(target), source, bytes);
     arrive_behind_copies(barrier);
 #endif
+    warp_arrive(barrier);
 }
 
-// Each lane that takes part announces and copies `bytes`, a multiple of 16, of its own, and arrives at its barrier for the
-// warp.
+// The same with arguments of its own for each lane that takes part.
 __device__ __forceinline__ void copy_by_lane(char* target, const char* source, int bytes, uint64* barrier, bool takes_part) {
 #if HAS_BULK_COPY && !EVERY_LANE_ARRIVES
     if (!takes_part) return;
@@ -162,11 +164,7 @@ __device__ __forceinline__ void copy_by_lane(char* target, const char* source, i
         char* to = reinterpret_cast<char*>(__shfl_sync(~0u, reinterpret_cast<uint64>(target), lane));
         const char* from = reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<uint64>(source), lane));
         uint64* full = reinterpret_cast<uint64*>(__shfl_sync(~0u, reinterpret_cast<uint64>(barrier), lane));
-        int count = __shfl_sync(~0u, bytes, lane);
-        if (threadIdx.x % 32 == 0) expect_bytes(full, count);
-        __syncwarp();
-        copy_bytes(to, from, count, full);
-        warp_arrive(full);
+        copy_by_warp(to, from, __shfl_sync(~0u, bytes, lane), full);
     }
 #endif
 }

@@ -62,13 +62,7 @@ struct Warp {
     __device__ void request(int worker, int n, int stage) {
         int row = row_of(worker, n), part = n % PARTS;
         if (row >= rows) return;
-        int bytes = bytes_of(part);
-        const char* from = source_of(row, part);
-        uint64* full = &shared.full[worker][stage];
-        if (lane == 0) expect_bytes(full, bytes);
-        __syncwarp();
-        copy_bytes(shared.parts[worker][stage], from, bytes, full);
-        warp_arrive(full);
+        copy_by_warp(shared.parts[worker][stage], source_of(row, part), bytes_of(part), &shared.full[worker][stage]);
     }
 
     // Part i is number i / WARPS of worker i % WARPS. A lane asks for one part, since a single lane that asks for all of them
@@ -81,9 +75,9 @@ struct Warp {
             if (a.request_early && first + AT_ONCE > EARLY_PARTS) wait_for_part(first + AT_ONCE - 1 - EARLY_PARTS);
             int i = first + lane, worker = i % WARPS, n = i / WARPS, row = row_of(worker, n), part = n % PARTS;
             bool there = lane < AT_ONCE && i < ALL && row < rows;
-            int bytes = bytes_of(part), stage = there ? n : 0;
+            int stage = there ? n : 0;
             const char* from = source_of(there ? row : 0, part);
-            copy_by_lane(shared.parts[worker][stage], from, bytes, &shared.full[worker][stage], there);
+            copy_by_lane(shared.parts[worker][stage], from, bytes_of(part), &shared.full[worker][stage], there);
         }
         wait_for_own_copies();
     }
