@@ -390,7 +390,7 @@ def quote(
         if text == old:
             continue
         if check:
-            differing = zip_longest(old.splitlines(), text.splitlines(), fillvalue="")
+            differing = zip_longest(old.split("\n"), text.split("\n"), fillvalue="")
             line, (said, wanted) = next(
                 (number, pair) for number, pair in enumerate(differing, 1) if pair[0] != pair[1]
             )
