@@ -1,5 +1,6 @@
 import importlib.util
 import shutil
+import time
 
 import pytest
 import torch
@@ -369,3 +370,29 @@ def test_every_gpu_works_at_once(gpu):
         for out, inputs in zip(round_of_outs, cases, strict=True):
             assert out.device == inputs.x.device
             assert_right(out, inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_workspace_of_a_graph_serves_another_when_the_graph_is_gone():
+    from cats.ops.cuda import workspace
+
+    inputs = make_inputs(64, 96, dtype=torch.float32, device=torch.device("cuda"))
+
+    def captured():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = cuda.gated_mlp(*inputs.args)
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph, out
+
+    cuda.gated_mlp(*inputs.args)
+    kept, wanted = captured()
+    for _ in range(300):
+        graph, out = captured()
+        assert torch.equal(out, wanted)
+        del graph, out
+        time.sleep(0.001)  # the driver tells of it from another thread
+    assert len(workspace._graphs) < 100
+    assert sum(map(len, workspace._unused.values())) < 100
+    kept.replay()

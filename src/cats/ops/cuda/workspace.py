@@ -3,9 +3,12 @@
 Calls that follow each other on a stream share a workspace. Calls that may run at the same time must
 not, so there is one for each device and stream, and one more for each stream of each captured
 graph: a graph keeps the addresses that it was captured with, and may be replayed beside anything.
-Workspaces live as long as the process; each takes 8 * B * D + 4096 bytes, or a little more.
+Those of streams live as long as the process. That of a graph serves a later graph when its own is
+gone. Each takes 8 * B * D + 4096 bytes, or a little more.
 """
 
+import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +29,9 @@ _MIN_FLOATS = 2 * 8192
 _NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 _Owner = tuple[int, int, int]
 _workspaces: dict[_Owner, list[Tensor]] = {}
+# Of graphs that are gone, by device.
+_unused: dict[int, list[Tensor]] = {}
+_graphs: dict[_Owner, "_GraphLife"] = {}
 _lock = threading.Lock()
 
 
@@ -43,15 +49,62 @@ def workspace(device: int, stream: int, capture: int, floats: int) -> int:
     found = _workspaces.get(owner)
     if found is None or found[-1].numel() < count:
         with _lock:
+            _collect()
             # smaller ones stay alive: calls on the GPU may still use them, and graphs always will
             found = _workspaces.setdefault(owner, [])
             if not found or found[-1].numel() < count:
-                found.append(_allocate(device, count))
+                found.append(_take(device, count))
+            if capture and owner not in _graphs and os.name == "posix":
+                _graphs[owner] = _GraphLife(stream)
     return found[-1].data_ptr()
 
 
-def _allocate(device: int, count: int) -> Tensor:
-    """Zeros that belong to no graph, even while one is captured.
+class _GraphLife:
+    """Tells whether a graph that is being captured, and all that was made of it, is gone.
+
+    The driver calls back from a thread of its own. What it calls is the C library's ``sem_post``:
+    Python may be gone by then.
+    """
+
+    def __init__(self, stream: int) -> None:
+        self._library = ctypes.CDLL(None)
+        self._semaphore = ctypes.create_string_buffer(64)
+        self._library.sem_init(self._semaphore, 0, 0)
+        post = ctypes.cast(self._library.sem_post, ctypes.c_void_p).value
+        graph = check(driver.cuStreamGetCaptureInfo(driver.CUstream(stream)))[2]
+        life = check(
+            driver.cuUserObjectCreate(
+                ctypes.addressof(self._semaphore), driver.CUhostFn(post), 1,
+                driver.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC,
+            )
+        )  # fmt: skip
+        moved = driver.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
+        check(driver.cuGraphRetainUserObject(graph, life, 1, moved))
+
+    def has_ended(self) -> bool:
+        value = ctypes.c_int()
+        self._library.sem_getvalue(self._semaphore, ctypes.byref(value))
+        return value.value > 0
+
+
+def _collect() -> None:
+    """Take back the workspaces of graphs that are gone."""
+    for owner in [owner for owner, life in _graphs.items() if life.has_ended()]:
+        del _graphs[owner]
+        _unused.setdefault(owner[0], []).extend(_workspaces.pop(owner, []))
+
+
+def _take(device: int, count: int) -> Tensor:
+    """Zeros: a workspace that no graph needs any more, or a new one."""
+    unused = _unused.get(device, [])
+    for index, found in enumerate(unused):
+        if found.numel() >= count:
+            return _zeros(device, unused.pop(index))
+    return _zeros(device, count)
+
+
+def _zeros(device: int, memory: int | Tensor) -> Tensor:
+    """So many zeros that belong to no graph, even while one is captured; or a tensor, zeroed.
 
     PyTorch sends allocations of a capturing stream, or of a whole thread, to the memory pool of the
     graph, which may reuse them once the capture ends. A stream and a thread of our own are outside
@@ -60,7 +113,9 @@ def _allocate(device: int, count: int) -> Tensor:
 
     def zeros(stream: int) -> Tensor:
         with relaxed_capture(), torch.cuda.stream(torch.cuda.ExternalStream(stream, device)):
-            return torch.zeros(count, dtype=torch.int32, device=device)
+            if isinstance(memory, Tensor):
+                return memory.zero_()
+            return torch.zeros(memory, dtype=torch.int32, device=device)
 
     with relaxed_capture():
         # not one of PyTorch's streams: it hands those out again and again, also the captured one
