@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cats.calibration import Statistics, calibrate, collect
     from cats.checkpoint import from_pretrained
     from cats.config import CatsConfig
-    from cats.decode import Decoder, generate
+    from cats.decode import Decoder, generate, release
     from cats.errors import CatsError
     from cats.fusion import fuse_, unfuse_
 
@@ -30,6 +30,7 @@ __all__ = [
     "generate",
     "metrics",
     "ops",
+    "release",
     "sparsify_",
     "unfuse_",
 ]
@@ -49,6 +50,7 @@ _HOME = {
     "generate": "cats.decode",
     "metrics": "cats.metrics",
     "ops": "cats.ops",
+    "release": "cats.decode",
     "sparsify_": "cats.apply",
     "unfuse_": "cats.fusion",
 }

@@ -1,4 +1,5 @@
 import copy
+import gc
 import importlib.util
 
 import pytest
@@ -334,3 +335,106 @@ def test_weight_written_right_before_a_step_is_seen():
             hidden = model.model.norm(model.model.embed_tokens.weight[token])
             token = int(model.lm_head(hidden).argmax())
             assert token == wanted
+
+
+@needs_gpu
+def test_dense_model_gets_its_memory_layout_back():
+    model, ids = gpu_model(sparsity=0), make_ids(1, 9).cuda()
+    before = {name: (p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
+    options = dict(engine="stream", max_new_tokens=9, **GREEDY)
+    first = cats.generate(model, ids, **options)
+    cats.release(model)
+    for name, p in model.named_parameters():
+        assert p.stride() == before[name][0]
+        assert torch.equal(p, before[name][1])
+    assert torch.equal(cats.generate(model, ids, **options), first)
+
+
+@needs_gpu
+def test_fused_model_keeps_its_layout_when_released():
+    model, ids = gpu_model(sparsity=0), make_ids(1, 9).cuda()
+    options = dict(engine="stream", max_new_tokens=9, **GREEDY)
+    cats.generate(model, ids, **options)
+    cats.sparsify_(model, cats.calibrate(model, [make_ids(8).cuda()], target_sparsity=0.5))
+    cats.fuse_(model)
+    first = cats.generate(model, ids, **options)
+    cats.release(model)
+    with torch.no_grad():
+        model(ids[:, :1])  # a single token, by the kernel
+    assert torch.equal(cats.generate(model, ids, **options), first)
+
+
+@needs_gpu
+def test_weights_that_are_replaced_during_a_stream_do_not_harm_it():
+    model, ids = gpu_model(sparsity=0), make_ids(1, 9).cuda()
+    wanted = cats.generate(model, ids, engine="stream", max_new_tokens=60, **GREEDY)[0, 9:]
+    stream = cats.Decoder(model, engine="stream").stream(ids, max_new_tokens=60, **GREEDY)
+    found = [int(next(stream)) for _ in range(3)]
+    for p in model.parameters():
+        p.data = torch.randn_like(p)
+    found += [int(token) for token in stream]
+    assert found == wanted.tolist()
+
+
+@needs_gpu
+@pytest.mark.parametrize("engine", ["stream", "auto"])
+@pytest.mark.parametrize("prompt", [30, 40, 55])
+def test_text_past_the_original_context_gives_the_tokens_of_transformers(engine, prompt):
+    from tests.decode.test_rotary import longrope, reference
+
+    ids = make_ids(1, prompt).cuda()
+    wanted = reference(lambda: longrope().cuda(), ids, 25)
+    model = longrope().cuda()
+    decoder = cats.Decoder(model, engine=engine)
+    assert_same_tokens(model, decoder.generate(ids, max_new_tokens=25, **GREEDY), wanted, tie=1e-3)
+    if engine == "stream":
+        again = decoder.generate(ids, max_new_tokens=25, **GREEDY)
+        assert_same_tokens(model, again, wanted, tie=1e-3)
+
+
+@needs_gpu
+def test_without_memory_for_the_probe_another_engine_runs(monkeypatch):
+    from cats.decode.stream import engine as stream_engine
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(stream_engine, "probe", full)
+    model = gpu_model(sparsity=0)
+    strides = [p.stride() for p in model.parameters()]
+    assert cats.Decoder(model).engine == "compiled"
+    assert [p.stride() for p in model.parameters()] == strides
+    with pytest.raises(BackendError, match="out of memory"):
+        cats.generate(model, make_ids(1, 4).cuda(), engine="stream", max_new_tokens=2)
+
+
+@needs_gpu
+def test_without_memory_for_a_graph_each_token_runs_without_it(monkeypatch):
+    from cats.decode.stream import engine as stream_engine
+
+    def full(*_):
+        raise BackendError("out of memory while a step was captured")
+
+    monkeypatch.setattr(stream_engine, "capture", full)
+    model, ids = gpu_model(sparsity=0), make_ids(1, 9).cuda()
+    with pytest.warns(UserWarning, match="goes on with eager"):
+        actual = cats.generate(model, ids, max_new_tokens=9, **GREEDY)
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, **GREEDY)
+    assert_same_tokens(model, actual, wanted, tie=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("engine", ["stream", "compiled", "eager"])
+def test_memory_stays_flat_over_many_conversations(engine):
+    model, ids = gpu_model(fuse=True), make_ids(1, 5).cuda()
+
+    def used(calls):
+        for _ in range(calls):
+            cats.generate(model, ids, engine=engine, max_new_tokens=4, **GREEDY)
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    before = used(40)
+    assert used(200) - before < 200 * 1024  # less than one workspace a conversation

@@ -2,5 +2,6 @@
 
 from cats.decode.decoder import Decoder, generate
 from cats.decode.engines import ENGINES
+from cats.decode.runner import release
 
-__all__ = ["ENGINES", "Decoder", "generate"]
+__all__ = ["ENGINES", "Decoder", "generate", "release"]

@@ -21,6 +21,8 @@ class SlotLayer(CacheLayerMixin):
 
     Attributes:
         owner: The cache, which says where the next tokens go and how many slots are read.
+        written: How many tokens each pass over the layer has written; see
+            :meth:`SlotCache.expecting`.
     """
 
     is_sliding = False
@@ -28,6 +30,7 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
+        self.written: list[int] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate both buffers in the shape and dtype of the first tokens."""
@@ -38,6 +41,8 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new tokens to their slots; returns views of all slots that are read."""
+        self.written.append(key_states.shape[2])
+        self.owner.check(self.written)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -45,8 +50,8 @@ class SlotLayer(CacheLayerMixin):
         keys, values = self.keys, self.values
         # into the buffers themselves: a traced step then changes its inputs, not views of them
         if self.owner.slot is not None:
-            keys.index_copy_(2, self.owner.slot, key_states)
-            values.index_copy_(2, self.owner.slot, value_states)
+            keys.index_copy_(2, self.owner.slot, key_states.to(keys.dtype))
+            values.index_copy_(2, self.owner.slot, value_states.to(values.dtype))
         else:
             start = self.owner.start
             assert isinstance(start, int)
@@ -111,8 +116,41 @@ class SlotCache(Cache):
         self.start: int | Tensor = 0
         self.slot: Tensor | None = None
         self.window = 0
+        self._expected: tuple[int, str] | None = None
         self.slots = [SlotLayer(self) for _ in kinds]
         super().__init__(layers=list(self.slots))
+
+    @contextmanager
+    def expecting(self, tokens: int, model: str) -> Iterator[None]:
+        """A forward pass that must write so many tokens, once in each layer.
+
+        Raises:
+            UnsupportedModelError: If the model wrote something else, or nothing.
+        """
+        self._expected = tokens, model
+        for layer in self.slots:
+            layer.written = []
+        try:
+            yield
+            for index, layer in enumerate(self.slots):
+                if not layer.written:
+                    raise UnsupportedModelError(
+                        f"layer {index} of {model} keeps nothing in its cache of keys and values, "
+                        "so that earlier tokens would be forgotten: use model.generate"
+                    )
+        finally:
+            self._expected = None
+
+    def check(self, written: list[int]) -> None:
+        """Complain about a layer that has not written what the running pass must write."""
+        if self._expected is None or written == [self._expected[0]]:
+            return
+        tokens, model = self._expected
+        found = f"{len(written)} times in one pass" if len(written) > 1 else f"{written[0]} tokens"
+        raise UnsupportedModelError(
+            f"{model} writes a layer's keys and values {found}, expected {tokens} tokens once "
+            "(loops over layers, or virtual tokens of an adapter): use model.generate"
+        )
 
     def grow(self, capacity: int) -> None:
         """Keep what is stored, in larger buffers."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
 from cats.decode.capture import window_of
-from cats.decode.engines import AutoEngine, Engine, check_engine, make_engine
+from cats.decode.engines import check_engine
+from cats.decode.extras import extras_of, extras_on
 from cats.decode.inputs import Prompts, batch_of
+from cats.decode.marks import Marks
 from cats.decode.options import Options, resolve
+from cats.decode.rotary import LengthRule
+from cats.decode.runner import Runner, runner_of
 from cats.decode.state import State
 from cats.decode.stop import StopStrings
 from cats.decode.turns import Turn, Turns
@@ -82,6 +86,8 @@ class Decoder:
                 :meth:`reset` after those; the next prompt then runs whole.
             engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         """
+        # what torch.compile(model) wraps
+        model = getattr(model, "_orig_mod", model)
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "get_text_config"):
             raise UnsupportedModelError(
@@ -93,7 +99,7 @@ class Decoder:
         self._engine_name = engine
         self._turns = Turns()
         self._state: State | None = None
-        self._marks: Hashable = None
+        self._marks: Marks | None = None
         self._stored: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -103,8 +109,7 @@ class Decoder:
 
     def engine_for(self, batch: int) -> str:
         """Name of the engine that runs so many rows without padding; a forced one's, always."""
-        engine, _ = _engine(self.model, self._engine_name)
-        return engine.name_for(batch) if isinstance(engine, AutoEngine) else engine.name
+        return runner_of(self.model, self._engine_name)[0].name_for(batch)
 
     def reset(self) -> None:
         """Forget the conversation and free its memory; needed after writes through ``.data``."""
@@ -124,7 +129,8 @@ class Decoder:
         with self._turns.take() as turn:
             ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
             columns = []
-            for tokens in self._run(turn, ids, mask, resolved, tokenizer):
+            extras = extras_of(inputs, self.model)
+            for tokens in self._run(turn, ids, mask, resolved, tokenizer, extras):
                 columns.append(tokens)
                 if callback is not None:
                     callback(tokens)
@@ -147,7 +153,8 @@ class Decoder:
         def tokens() -> Generator[Tensor]:
             with self._turns.take() as turn:
                 ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
-                yield from self._run(turn, ids, mask, resolved, tokenizer)
+                extras = extras_of(inputs, self.model)
+                yield from self._run(turn, ids, mask, resolved, tokenizer, extras)
 
         return _Stream(tokens())
 
@@ -177,17 +184,18 @@ class Decoder:
             mask = torch.ones_like(ids, dtype=torch.bool)
             given = {**_PLAIN, "max_new_tokens": length - prompt_length + 1}
             prompt, _, options = self._prepare(ids[:, :prompt_length], None, given)
-            engine, _ = _engine(self.model, self._engine_name)
+            runner, _ = runner_of(self.model, self._engine_name)
             state = State(self.model, self._config, len(ids), window_of(length))
             shape = state.capacity, len(ids), self._config.vocab_size
             state.logits = torch.full(shape, torch.nan, device=state.device)
-            self._first(engine, state, prompt, mask[:, :prompt_length], 0, options)
+            self._first(runner, state, prompt, mask[:, :prompt_length], 0, options)
             for end in range(prompt_length + 1, length + 1):
                 state.tokens.copy_(ids[:, end - 1 : end])
-                engine.step(self.model, state, end, options)
+                self._step(runner, state, ids[:, :end].to(state.device), end, options)
             found = state.logits[prompt_length:length]
         if found.isnan().all():
-            raise BackendError(f"the engine {engine.name} does not show its logits")
+            name = runner.name_for(len(ids))
+            raise BackendError(f"the engine {name} does not show its logits")
         return found.transpose(0, 1)
 
     def _prepare(
@@ -203,7 +211,10 @@ class Decoder:
             tokenizer=tokenizer,
         )  # fmt: skip
         resolved = resolve(self.model, ids.shape[1], options)
-        context = getattr(self._config, "max_position_embeddings", None)
+        rule = LengthRule.of(self._config)
+        context = (
+            getattr(self._config, "max_position_embeddings", None) if rule is None else rule.limit
+        )
         length = ids.shape[1] + resolved.max_new_tokens
         if context is not None and length > context:
             raise ConfigError(
@@ -213,15 +224,22 @@ class Decoder:
         return ids, mask, resolved
 
     def _run(
-        self, turn: Turn, ids: Tensor, mask: Tensor, options: Options, tokenizer: Any
+        self,
+        turn: Turn,
+        ids: Tensor,
+        mask: Tensor,
+        options: Options,
+        tokenizer: Any,
+        extras: Mapping[str, Any],
     ) -> Iterator[Tensor]:
         """The tokens of each step, on the CPU; keeps account of what the cache holds."""
         stop = (
             StopStrings(options.stop_strings, tokenizer, len(ids)) if options.stop_strings else None
         )
         length, count = ids.shape[1], options.max_new_tokens
-        engine, marks = _engine(self.model, self._engine_name)
-        state, start = self._ready_state(ids, mask, length + count, marks)
+        runner, marks = runner_of(self.model, self._engine_name)
+        state, start = self._ready_state(runner, ids, mask, length + count, marks, bool(extras))
+        given = ids.to(state.device)
         # until this call's account is complete, another one finds no prefix
         self._stored = None
         started = 1  # steps whose tokens are chosen; all but the newest are in the cache
@@ -229,12 +247,15 @@ class Decoder:
         ended = torch.zeros(len(ids), dtype=torch.bool)
         try:
             with torch.inference_mode():
-                pending = deque([self._first(engine, state, ids, mask, start, options)])
+                if extras:
+                    state.extras = extras_on(extras, state.device)
+                    runner.check_extras(self.model, given, mask.to(state.device), state.extras)
+                pending = deque([self._first(runner, state, ids, mask, start, options)])
             for number in range(count):
                 turn.check()
                 with torch.inference_mode():
-                    while started <= min(number + engine.lag, count - 1):
-                        engine.step(self.model, state, length + started, options)
+                    while started <= min(number + runner.engine.lag, count - 1):
+                        self._step(runner, state, given, length + started, options)
                         pending.append(_Read(state, length + started))
                         started += 1
                     tokens = pending.popleft().wait()
@@ -248,7 +269,8 @@ class Decoder:
                 if ended.all():
                     break
         finally:
-            if read and turn.is_valid():
+            # a text with images is not recognised by its ids
+            if read and turn.is_valid() and not extras:
                 new = torch.stack(read[: started - 1], 1) if started > 1 else ids[:, :0].cpu()
                 self._stored = (
                     torch.cat([ids.cpu(), new], dim=1),
@@ -257,7 +279,7 @@ class Decoder:
 
     def _first(
         self,
-        engine: Engine,
+        runner: Runner,
         state: State,
         ids: Tensor,
         mask: Tensor,
@@ -267,28 +289,73 @@ class Decoder:
         """Run the prompt, and prepare every step that may follow."""
         ids, mask = ids.to(state.device), mask.to(state.device)
         state.begin(ids, mask, self._config.vocab_size, options)
-        engine.prefill(self.model, state, ids[:, start:], start, options)
+        state.frequencies = runner.frequencies(ids.shape[1])
+        engine = runner.engine
+        with runner.running():
+            engine.prefill(self.model, state, ids[:, start:], start, options)
         first = _Read(state, ids.shape[1])
         if options.max_new_tokens > 1:
             lengths = range(ids.shape[1] + 1, ids.shape[1] + options.max_new_tokens)
             engine.prepare(self.model, state, lengths, options)
         return first
 
+    def _step(
+        self, runner: Runner, state: State, ids: Tensor, length: int, options: Options
+    ) -> None:
+        """Run the newest tokens, which make ``length`` a row, and choose the next ones.
+
+        Args:
+            runner: Of the model.
+            state: The conversation.
+            ids: What came before the chosen tokens, ``[B, T]``, on the model's device.
+            length: Of a row.
+            options: Of this call.
+        """
+        with runner.running():
+            if runner.runs_again_at(self.model, length):
+                chosen = state.chosen[ids.shape[1] : length].T
+                state.frequencies = runner.frequencies(length)
+                whole = torch.cat([ids, chosen], dim=1)
+                runner.engine.prefill(self.model, state, whole, 0, options)
+                return
+            if state.frequencies != runner.frequencies(length):
+                state.frequencies = None  # its keys are of two kinds
+            runner.engine.step(self.model, state, length, options)
+
     def _ready_state(
-        self, ids: Tensor, mask: Tensor, length: int, marks: Hashable
+        self,
+        runner: Runner,
+        ids: Tensor,
+        mask: Tensor,
+        length: int,
+        marks: Marks,
+        extras: bool,
     ) -> tuple[State, int]:
         """Buffers for ``length`` tokens a row, and how many tokens of the prompt they hold."""
-        state, stored = self._state, self._stored
+        state, stored, known = self._state, self._stored, self._marks
         capacity = window_of(length)
-        if state is None or marks != self._marks or state.batch != len(ids):
+        if (
+            state is None
+            or known is None
+            or known.structure != marks.structure
+            or state.batch != len(ids)
+        ):
             with torch.inference_mode():
                 self._state = State(self.model, self._config, len(ids), capacity)
             self._marks = marks
             return self._state, 0
+        same_weights, self._marks = known.content == marks.content, marks
         if capacity > state.capacity:
             with torch.inference_mode():
                 state.grow(capacity)
-        if stored is None:
+        frequencies = runner.frequencies(ids.shape[1])
+        if (
+            stored is None
+            or extras
+            or not same_weights
+            or frequencies is None
+            or frequencies != state.frequencies
+        ):
             return state, 0
         return state, min(_common_columns(stored, (ids.cpu(), mask.cpu())), ids.shape[1] - 1)
 
@@ -334,61 +401,3 @@ def _common_columns(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> int:
     n = min(a[0].shape[1], b[0].shape[1])
     equal = (a[0][:, :n] == b[0][:, :n]) & (a[1][:, :n] == b[1][:, :n])
     return int(equal.all(0).long().cumprod(0).sum())
-
-
-# What was traced or compiled of each model, by the name of the engine. An engine holds weights,
-# not the model, so that an entry goes when its model goes.
-_ENGINES: WeakKeyDictionary[nn.Module, dict[str, tuple[Hashable, Engine]]] = WeakKeyDictionary()
-
-
-def _engine(model: nn.Module, name: str) -> tuple[Engine, Hashable]:
-    """The engine for a model as it is now, and the fingerprint of that."""
-    engines = _ENGINES.setdefault(model, {})
-    marks = _fingerprint(model)
-    if name not in engines or engines[name][0] != marks:
-        engine = make_engine(name, model)
-        # an engine may lay out weights anew
-        engines[name] = _fingerprint(model), engine
-    marks, engine = engines[name]
-    return engine, marks
-
-
-def _fingerprint(model: nn.Module) -> Hashable:
-    """Differs where a module, tensor, hook or setting of a module was added, changed or replaced.
-
-    A trace keeps what modules decide by their settings, such as whether an adapter is merged.
-    """
-    modules = tuple(
-        (id(m), len(m._forward_hooks), len(m._forward_pre_hooks), _settings(m))
-        for m in model.modules()
-    )
-    tensors = tuple(
-        (t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version)
-        for t in (*model.parameters(), *model.buffers())
-    )
-    config: Any = model.config
-    return modules, tensors, getattr(config, "_attn_implementation", None)
-
-
-# What every module has, but for its mode.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-
-
-def _settings(module: nn.Module) -> Hashable:
-    """Attributes that are numbers, texts, or lists and dictionaries of these."""
-    found: list[tuple[str, Hashable]] = []
-    # called for every module before each generation: nothing is built for what does not count
-    for name, value in vars(module).items():
-        if value is None or type(value) in (bool, int, float, str):
-            found.append((name, value))
-        elif name not in _OF_EVERY_MODULE and _is_plain(value):
-            found.append((name, repr(value)))
-    return tuple(found)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache as remembered
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from cats.decode.cache import SlotCache
 from cats.decode.state import State
+from cats.errors import UnsupportedModelError
 
 # Tokens, positions, slot, valid, then keys and values of each layer in turn; to logits [B, V].
 StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
@@ -21,17 +23,40 @@ StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
 _TRACED_SLOTS = 59
 
 
-def prefill(model: nn.Module, state: State, ids: Tensor, start: int) -> Tensor:
+def prefill(
+    model: nn.Module,
+    state: State,
+    ids: Tensor,
+    start: int,
+    extras: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Logits of the last token, ``[B, V]``, after tokens ``[B, T]`` went to the slots at ``start``.
 
     Attention reads the slots up to the last new one, without a mask where there is no padding.
+
+    Args:
+        model: Runs module by module.
+        state: The conversation.
+        ids: Token ids ``[B, T]``.
+        start: Slots in use before them.
+        extras: What the model takes of a prompt beside ids and mask, such as ``pixel_values``.
+
+    Raises:
+        UnsupportedModelError: If the model did not write its keys and values as decoding needs.
     """
     end = start + ids.shape[1]
     cache = state.cache
     cache.start, cache.slot, cache.window = start, None, end
     valid = state.valid[:, :end]
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, start:]
-    return _logits(model, ids, positions, valid, cache)
+    if state.padded and "attention_mask" not in arguments_of(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no attention_mask, so that padding cannot be hidden: "
+            "give prompts of one length"
+        )
+    with cache.expecting(ids.shape[1], type(model).__name__):
+        logits = _logits(model, ids, positions, valid, cache, extras or {})
+    return logits.to(state.device)
 
 
 def step_inputs(
@@ -97,6 +122,14 @@ def _trace(step: StepFunction, inputs: tuple[Any, ...]) -> fx.GraphModule:
     return graph
 
 
+def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same operators on the same weights, to be changed apart."""
+    nodes = fx.Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {}))
+    nodes.set_codegen(graph.graph._codegen)  # which takes the list of keys and values apart
+    return fx.GraphModule(graph, nodes)
+
+
 def _mentions(graph: fx.GraphModule, numbers: set[int]) -> bool:
     found: list[bool] = []
 
@@ -110,24 +143,60 @@ def _mentions(graph: fx.GraphModule, numbers: set[int]) -> bool:
 
 
 def _logits(
-    model: nn.Module, ids: Tensor, positions: Tensor, valid: Tensor | None, cache: SlotCache
+    model: nn.Module,
+    ids: Tensor,
+    positions: Tensor,
+    valid: Tensor | None,
+    cache: SlotCache,
+    extras: Mapping[str, Any] | None = None,
 ) -> Tensor:
+    takes = arguments_of(model)
+    given: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": valid,
+        "position_ids": positions,
+        "use_cache": True,
+        # the logits of the last token alone
+        "logits_to_keep": 1,
+        **(extras or {}),
+    }
     output: Any = model(
-        input_ids=ids,
-        attention_mask=valid,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **_last_only(model),
+        **{name: value for name, value in given.items() if name in takes},
+        **{cache_argument(model): cache},
     )
     logits: Tensor = output.logits[:, -1]
     return logits
 
 
-def _last_only(model: nn.Module) -> dict[str, int]:
-    """The argument that asks for the logits of the last token alone, where there is one."""
-    parameters = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+def arguments_of(model: nn.Module) -> frozenset[str]:
+    """The named arguments of a model's forward pass; those of its base where it is a wrapper."""
+    found = _parameters(type(model))
+    base: Any = getattr(model, "get_base_model", None)
+    inner = None if base is None else base()
+    return found if inner is None or inner is model else found | arguments_of(inner)
+
+
+@remembered
+def _parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls the argument for its keys and values.
+
+    ``cache`` since transformers 5.24, ``past_key_values`` before.
+
+    Raises:
+        UnsupportedModelError: If its forward pass takes none.
+    """
+    takes = arguments_of(model)
+    name = next((name for name in ("cache", "past_key_values") if name in takes), None)
+    if name is None:
+        raise UnsupportedModelError(
+            f"the forward pass of {type(model).__name__} takes no keys and values of earlier "
+            "tokens (past_key_values): use model.generate"
+        )
+    return name
 
 
 def _drop_copies(graph: fx.GraphModule) -> None:

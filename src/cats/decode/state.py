@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cats.decode.cache import SlotCache
 from cats.decode.options import Options
 from cats.decode.sampling import choose, process
+from cats.errors import UnsupportedModelError
 
 
 class State:
@@ -34,13 +35,16 @@ class State:
         logits: What the token of each slot gave, ``[capacity, B, V]``, float32; None where no one
             asks for them.
         padded: Whether a row has padding.
+        extras: What the model takes of the next prompt beside ids and mask.
+        frequencies: Which rotary frequencies the stored keys have, see :class:`LengthRule`; None
+            where no later pass has the same.
         unmasked_slots: How many slots a new token may see before some layer masks any of them.
         eos: Tokens that end a row, ``[E]``.
         captured: CUDA graphs over these very buffers; empty after each change of them.
     """
 
     def __init__(self, model: nn.Module, config: Any, batch: int, capacity: int) -> None:
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.cache = SlotCache(config, capacity)
         self.tokens = self._zeros(batch, 1)
         self.positions = self._zeros(batch, 1)
@@ -55,6 +59,8 @@ class State:
         self.noise: Tensor | None = None
         self.logits: Tensor | None = None
         self.padded = False
+        self.frequencies: int | None = 0
+        self.extras: Mapping[str, Any] = {}
         spans = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self.unmasked_slots = min((span - 1 for span in spans if span), default=2**62)
         self.eos = self._zeros(0)
@@ -104,6 +110,11 @@ class State:
             seed = options.seed
             self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
+    def take_extras(self) -> Mapping[str, Any]:
+        """The extras, once: no later pass gets them."""
+        extras, self.extras = self.extras, {}
+        return extras
+
     def advance(self, logits: Tensor, options: Options) -> None:
         """Choose the next tokens from logits ``[B, V]``, and move on."""
         if self.logits is not None:
@@ -140,3 +151,24 @@ class State:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs.
+
+    Its weights may lie on several devices, or be loaded when they are needed.
+
+    Raises:
+        UnsupportedModelError: If its weights are nowhere.
+    """
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    where = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if where is not None:
+        return torch.device(where)
+    device = next(embedding.parameters()).device
+    if device.type == "meta":
+        raise UnsupportedModelError(
+            f"the weights of {type(model).__name__} are on the meta device, which holds no "
+            "numbers: load them, for example with from_pretrained"
+        )
+    return device

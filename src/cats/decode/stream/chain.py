@@ -87,6 +87,8 @@ class Chain:
             UnsupportedModelError: If a shape does not fit the kernels.
         """
         device, D = state.device, spec.hidden_size
+        # graphs read these very weights: they stay alive even if the model gets others
+        spec = spec.detached()
         self._spec, self._state, self._scale = spec, state, embedding_scale
         self._device = int(device.index or 0)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -109,10 +111,29 @@ class Chain:
         self._best = floats(2, _CHOICE_BLOCKS)
         self.stamps = self._empty_stamps() if traced else None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._rotary = {
-            kind: _rotary_table(spec, kind, state.capacity)
-            for kind in {layer.rotary for layer in spec.layers}
-        }
+        self._frequencies: int | None = None
+        self._rotary: dict[str, tuple[Tensor, Tensor]] = {}
+        self.use_frequencies_of(1)
+
+    def use_frequencies_of(self, length: int) -> None:
+        """Rotate positions as the model does in a pass over so many tokens.
+
+        Captured launches read the tables from the same place afterwards.
+        """
+        rule, capacity = self._spec.length_rule, self._state.capacity
+        number = 0 if rule is None else rule.range_of(length)
+        if number == self._frequencies:
+            return
+        # a model chooses its frequencies by the largest position of a pass
+        slots = capacity if rule is None or number else min(capacity, rule.original)
+        for kind in {layer.rotary for layer in self._spec.layers}:
+            tables = _rotary_table(self._spec, kind, slots)
+            if kind not in self._rotary:
+                empty = [t.new_zeros(capacity, t.shape[1]) for t in tables]
+                self._rotary[kind] = empty[0], empty[1]
+            for table, new in zip(self._rotary[kind], tables, strict=True):
+                table[:slots] = new
+        self._frequencies = number
 
     def _empty_stamps(self) -> Tensor:
         """``[launches, blocks, warps, events]``, int64, nanoseconds; 0 where nothing was noted."""
@@ -373,10 +394,10 @@ def _most_splits(slots: int, columns: int, multiprocessors: int) -> int:
     return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), blocks // columns, _MAX_SPLITS))
 
 
-def _rotary_table(spec: ModelSpec, kind: str, capacity: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, ``[capacity, R]``, float32, as the model's own module computes them."""
+def _rotary_table(spec: ModelSpec, kind: str, slots: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, ``[slots, R]``, float32, as the model's own module computes them."""
     rotary: Any = spec.base.rotary_emb
-    positions = torch.arange(capacity, device=spec.norm.device)[None]
+    positions = torch.arange(slots, device=spec.norm.device)[None]
     like = torch.zeros(1, 1, 1, device=spec.norm.device)
     if "layer_type" in inspect.signature(rotary.forward).parameters:
         cosines, sines = rotary(like, positions, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,16 @@ from cats.decode.state import State
 from cats.decode.stream.chain import Chain
 from cats.decode.stream.probe import probe
 from cats.decode.stream.spec import ModelSpec, read_spec
+from cats.decode.tracing import exclusion
 from cats.errors import BackendError, UnsupportedModelError
+from cats.fusion import fused_mlps
 
 
 class StreamEngine:
     """Kernels that stream the weights, chained over the whole token, in one CUDA graph.
 
-    One row without padding. ``down`` of each MLP is laid out column by column, in place.
+    One row without padding. ``down`` of each MLP is laid out column by column, in place, until
+    :meth:`reset`.
     """
 
     name = "stream"
@@ -41,18 +45,26 @@ class StreamEngine:
         Raises:
             BackendError: If its layers are not of the common form, or differ from the kernels.
         """
+        self._model = ref(model)
+        self._laid_out: list[ref[nn.Parameter]] = []
         try:
             self._spec = read_spec(model)
-            _lay_out(self._spec)
+            _lay_out(self._spec, self._laid_out)
             with torch.cuda.device(self._spec.norm.device):
                 self._embedding_scale = probe(model, self._spec)
         except (UnsupportedModelError, AttributeError) as error:
+            self.reset()
             raise BackendError(f"the engine stream cannot run this model: {error}") from error
+        except torch.cuda.OutOfMemoryError as error:
+            self.reset()
+            raise BackendError(
+                "the engine stream cannot run: out of memory while it was compared with the model"
+            ) from error
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
     ) -> None:
-        state.advance(prefill(model, state, ids, start), options)
+        state.advance(prefill(model, state, ids, start, state.take_extras()), options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:
         if state.padded or state.batch > 1 or must_be_deterministic():
@@ -60,16 +72,24 @@ class StreamEngine:
                 "the engine stream runs one row without padding, and adds up in any order; "
                 "engine='auto' takes another engine for batches and deterministic algorithms"
             )
-        if "chain" not in state.captured:
-            state.captured["chain"] = self.chain(state)
-        chain = state.captured["chain"]
-        for window in windows_of(state, lengths):
-            key = graph_key(self.name, window, options)
-            if key not in state.captured:
-                state.captured[key] = capture(partial(_step, chain, window, state, options), state)
+        windows = {
+            window: graph_key(self.name, window, options) for window in windows_of(state, lengths)
+        }
+        if all(key in state.captured for key in windows.values()):
+            return
+        with exclusion.tracing():
+            if "chain" not in state.captured:
+                state.captured["chain"] = self.chain(state)
+            chain = state.captured["chain"]
+            chain.use_frequencies_of(lengths[0])
+            for window, key in windows.items():
+                if key not in state.captured:
+                    step = partial(_step, chain, window, state, options)
+                    state.captured[key] = capture(step, state)
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
         window = window_of(length, state.capacity)
+        state.captured["chain"].use_frequencies_of(length)
         replay(state, graph_key(self.name, window, options))
 
     def chain(self, state: State, *, traced: bool = False) -> Chain:
@@ -82,15 +102,29 @@ class StreamEngine:
         return Chain(self._spec, state, self._embedding_scale, traced=traced)
 
     def reset(self) -> None:
-        """Nothing: all that depends on the model belongs to a conversation."""
+        """Give the weights that were laid out here their own memory layout back."""
+        model = self._model()
+        # fused MLPs need the layout themselves
+        fused = {
+            id(parameter)
+            for _, mlp in (() if model is None else fused_mlps(model))
+            for parameter in mlp.parameters()
+        }
+        for known in self._laid_out:
+            down = known()
+            if down is not None and id(down) not in fused and down.t().is_contiguous():
+                down.data = down.data.contiguous()
+        self._laid_out.clear()
 
 
-def _lay_out(spec: ModelSpec) -> None:
-    """Make the weights of each neuron contiguous, in place."""
+def _lay_out(spec: ModelSpec, done: list[ref[nn.Parameter]] | None = None) -> None:
+    """Make the weights of each neuron contiguous, in place; notes which ones were not."""
     for layer in spec.layers:
         down = layer.mlp.down
         if not down.t().is_contiguous():
             down.data = down.data.t().contiguous().t()
+            if done is not None and isinstance(down, nn.Parameter):
+                done.append(ref(down))
 
 
 def _step(chain: Chain, window: int, state: State, options: Options) -> None:

@@ -59,7 +59,9 @@ def probe(model: nn.Module, spec: ModelSpec) -> float:
         wanted = prefill(model, state, ids, lengths[0]).float()[0]
         state.slot.fill_(lengths[0])
         state.positions.fill_(lengths[0])
-        found = Chain(spec, state, scale).run(lengths[0] + 1)
+        whole_token = Chain(spec, state, scale)
+        whole_token.use_frequencies_of(lengths[0] + 1)
+        found = whole_token.run(lengths[0] + 1)
         error = float((found - wanted).norm() / wanted.norm())
         if not error <= _LOGITS_TOLERANCE[spec.dtype]:
             raise UnsupportedModelError(f"its logits differ from the kernels' by {error:.1%}")
@@ -84,6 +86,7 @@ def _probe_layers(
     model: nn.Module, spec: ModelSpec, state: State, chain: Chain, length: int
 ) -> None:
     """Each layer on inputs of its own, behind ``length`` other tokens."""
+    chain.use_frequencies_of(length + 1)
     dtype, ids = spec.dtype, torch.zeros(1, 1, dtype=torch.int64, device=state.device)
     state.slot.fill_(length)
     state.positions.fill_(length)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cats.decode.rotary import LengthRule
 from cats.errors import UnsupportedModelError
 from cats.functional import ACTIVATIONS
 from cats.fusion import FusedGatedMLP
@@ -96,6 +97,7 @@ class ModelSpec:
         key_heads: Key and value heads.
         head_size: Columns of each.
         logit_softcap: Largest logit, by tanh; 0 for none.
+        length_rule: How rotary frequencies depend on the length; None where they do not.
     """
 
     base: nn.Module
@@ -107,6 +109,12 @@ class ModelSpec:
     key_heads: int
     head_size: int
     logit_softcap: float
+    length_rule: LengthRule | None
+
+    def detached(self) -> ModelSpec:
+        """The same over tensors that share the memory of the weights, whatever becomes of these."""
+        found: ModelSpec = _detached(self)
+        return found
 
     @property
     def hidden_size(self) -> int:
@@ -129,6 +137,9 @@ def read_spec(model: nn.Module) -> ModelSpec:
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rule = LengthRule.of(config)
+    if rule is not None and rule.kind != "longrope":
+        raise UnsupportedModelError("its rotary frequencies change with each length")
     _norm(base.norm)
     kinds = {(p.dtype, p.device) for p in base.parameters()}
     if len(kinds) != 1:
@@ -148,7 +159,18 @@ def read_spec(model: nn.Module) -> ModelSpec:
         key_heads=key_heads,
         head_size=head_size,
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0),
+        length_rule=rule,
     )
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, list):
+        return [_detached(item) for item in value]
+    if isinstance(value, Matrix | MLPSpec | LayerSpec | ModelSpec):
+        return replace(value, **{f.name: _detached(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def _layer(
@@ -224,9 +246,18 @@ def _matrix(linear: Any, name: str) -> Matrix:
         raise UnsupportedModelError(
             f"{name} is {type(linear).__name__}, expected nn.Linear (merge adapters first)"
         )
+    _check_plain(linear.weight, name)
     if not linear.weight.is_contiguous():
         raise UnsupportedModelError(f"the weight of {name} is not row-major")
     return Matrix(linear.weight, linear.bias)
+
+
+def _check_plain(weight: Tensor, name: str) -> None:
+    """Complain about a tensor that keeps its numbers in others, as some quantised ones do."""
+    if type(weight.data) is not Tensor:
+        raise UnsupportedModelError(
+            f"the weight of {name} is {type(weight.data).__name__}, expected a plain tensor"
+        )
 
 
 def _rows(matrix: Matrix, sizes: list[int]) -> list[Matrix]:
@@ -244,6 +275,7 @@ def _projections(attention: Any, queries: int, keys: int) -> list[Matrix]:
 def _mlp(mlp: Any) -> MLPSpec:
     if isinstance(mlp, FusedGatedMLP):
         gate, up, down, *biases = mlp.operands()
+        _check_plain(down, "down")
         if biases[2] is not None:
             raise UnsupportedModelError("down has a bias")
         matrices = Matrix(gate, biases[0]), Matrix(up, biases[1])
@@ -263,6 +295,7 @@ def _mlp(mlp: Any) -> MLPSpec:
     linear = mlp.down_proj
     if type(linear) is not nn.Linear or linear.bias is not None:
         raise UnsupportedModelError("down_proj is no nn.Linear without bias")
+    _check_plain(linear.weight, "down_proj")
     neurons = len(gate_up[0].weight)
     threshold = act.threshold if isinstance(act, CatsActivation) else torch.zeros(())
     thresholds = threshold.to(linear.weight.device).expand(neurons).contiguous()
