@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import LlamaConfig, Phi3Config
 
 import cats
@@ -74,6 +76,10 @@ def test_padded_rows_past_the_original_context_are_those_of_transformers():
     assert_same_tokens(model, actual, wanted, mask)
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="there, this model's forward pass branches on its length: it is refused",
+)
 def test_compiled_step_follows_the_lengths():
     ids = make_ids(1, 36)
     wanted = reference(longrope, ids, 12)
@@ -91,11 +97,11 @@ def test_continued_conversation_gives_the_tokens_of_a_fresh_one(name):
     for turn in range(3):  # the second one crosses the original context, the third begins beyond it
         wanted = reference(make, text, 15)
         actual = decoder.generate(text, max_new_tokens=15, **GREEDY)
-        assert torch.equal(actual, wanted), f"turn {turn}"
+        assert_same_tokens(model, actual, wanted)
         text = torch.cat([actual, make_ids(1, 3, seed=turn)], 1)
     # and back: keys with frequencies of a long text are of no use to a short one
     short = decoder.generate(text[:, :30], max_new_tokens=5, **GREEDY)
-    assert torch.equal(short, reference(make, text[:, :30], 5))
+    assert_same_tokens(model, short, reference(make, text[:, :30], 5))
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be traced")

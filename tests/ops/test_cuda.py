@@ -381,12 +381,12 @@ def test_workspace_of_a_graph_serves_another_when_the_graph_is_gone():
     def captured():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = cuda.gated_mlp(*inputs.args)
+            out = cuda.gated_mlp(*inputs.args())
         graph.replay()
         torch.cuda.synchronize()
         return graph, out
 
-    cuda.gated_mlp(*inputs.args)
+    cuda.gated_mlp(*inputs.args())
     kept, wanted = captured()
     for _ in range(300):
         graph, out = captured()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
@@ -20,7 +21,6 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[B, heads, capacity, head_dim]``, one slot a token.
 
     Attributes:
-        owner: The cache, which says where the next tokens go and how many slots are read.
         written: How many tokens each pass over the layer has written; see
             :meth:`SlotCache.expecting`.
     """
@@ -29,8 +29,16 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.owner = owner
+        # a cycle would leave the buffers to the garbage collector
+        self._owner = ref(owner)
         self.written: list[int] = []
+
+    @property
+    def owner(self) -> SlotCache:
+        """The cache, which says where the next tokens go and how many slots are read."""
+        owner = self._owner()
+        assert owner is not None, "a layer lives in its cache"
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate both buffers in the shape and dtype of the first tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
@@ -75,12 +76,19 @@ def _capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
         tensor.copy_(old)
     state.generator.set_state(draws)
     graph = torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
     if state.noise is not None:
         # fills the seed before each replay, which greedy tokens need not wait for
         graph.register_generator_state(state.generator)
     # by itself, torch captures on a stream of the GPU of the first capture, whatever the model's is
-    with torch.cuda.graph(graph, stream=stream):
-        step()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            # it may find other graphs, which must not be destroyed while one is captured
+            gc.disable()
+            step()
+    finally:
+        if collects:
+            gc.enable()
     return graph
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -89,7 +90,8 @@ class Chain:
         device, D = state.device, spec.hidden_size
         # graphs read these very weights: they stay alive even if the model gets others
         spec = spec.detached()
-        self._spec, self._state, self._scale = spec, state, embedding_scale
+        # the conversation keeps this: a cycle would leave both to the garbage collector
+        self._spec, self._state, self._scale = spec, proxy(state), embedding_scale
         self._device = int(device.index or 0)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
