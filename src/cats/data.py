@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,40 +50,112 @@ def sample_text() -> str:
         return read_text(path)
 
 
+def text_start(tokenizer: Any, bos: bool | None = None) -> list[int]:
+    """Ids of the special tokens that stand before a text: none, or a beginning-of-sequence token.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        bos: None: what the tokenizer puts before a text when it is called, whatever its settings
+            say. True: the same, and its ``bos_token`` where it puts none. False: none.
+
+    Raises:
+        DataError: If the tokenizer has no such token, or does not show what it puts before a text.
+    """
+    if bos is False:
+        return []
+    text, whole = (
+        list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+    )
+    starts = [i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text]
+    if not starts or (not text and whole):
+        raise DataError(
+            f"the tokenizer makes {text} of the text 'a', and {whole} with its special tokens: "
+            "which of them begin a text cannot be told; say bos=False (--no-bos) to have none"
+        )
+    start = whole[: starts[0]]
+    if bos and not start:
+        if tokenizer.bos_token_id is None:
+            raise DataError(
+                "the tokenizer has no beginning-of-sequence token: leave out bos=True (--bos)"
+            )
+        start = [tokenizer.bos_token_id]
+    return start
+
+
+def cut_blocks(
+    pieces: Iterable[list[int]], *, length: int, start: list[int]
+) -> Iterator[list[int]]:
+    """Token ids, one piece after the other, in blocks of ``length`` that begin with ``start``.
+
+    Where the next ids begin with ``start`` themselves, it is not put before them again. A rest
+    shorter than a block is left out.
+
+    Raises:
+        DataError: If a block has no room for a token after ``start``.
+    """
+    if length <= len(start):
+        beside = f" after the {len(start)} that begin it" if start else ""
+        raise DataError(f"a block needs at least one token{beside}, got length {length}")
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece
+        at = 0
+        while True:
+            begin = [] if ids[at : at + len(start)] == start else start
+            end = at + length - len(begin)
+            if end > len(ids):
+                break
+            yield begin + ids[at:end]
+            at = end
+        del ids[:at]
+
+
 def token_blocks(
-    tokenizer: Any, texts: str | Iterable[str], *, length: int = 512, limit: int | None = None
+    tokenizer: Any,
+    texts: str | Iterable[str],
+    *,
+    length: int = 512,
+    limit: int | None = None,
+    bos: bool | None = None,
 ) -> Tensor:
     """Pack texts into blocks of equal length, so that there is no padding.
+
+    Where the tokenizer begins a text with a beginning-of-sequence token, so does every block:
+    models that were trained with it are far worse without.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: One text, or several that are joined with the tokenizer's end-of-text token.
-        length: Tokens a block, ``T``.
+        length: Tokens a block, ``T``, those of :func:`text_start` among them.
         limit: At most so many blocks.
+        bos: How each block begins; see :func:`text_start`.
 
     Returns:
         Token ids ``[N, T]``, int64; a rest shorter than a block is left out.
 
     Raises:
-        DataError: If the texts fill no block.
+        DataError: If the texts fill no block, or cannot begin as ``bos`` says.
     """
-    if length < 1:
-        raise DataError(f"a block needs at least one token, got length {length}")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    for i, text in enumerate([texts] if isinstance(texts, str) else texts):
-        # verbose: no warning that a whole book is longer than the model's context
-        piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += (end if i else []) + piece
-        if limit is not None and len(ids) >= limit * length:
-            break
-    blocks = len(ids) // length if limit is None else min(len(ids) // length, limit)
+    tokens = 0
+
+    def pieces() -> Iterator[list[int]]:
+        nonlocal tokens
+        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+            # verbose: no warning that a whole book is longer than the model's context
+            piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            piece = (end if i else []) + piece
+            tokens += len(piece)
+            yield piece
+
+    start = text_start(tokenizer, bos)
+    blocks = list(islice(cut_blocks(pieces(), length=length, start=start), limit))
     if not blocks:
         raise DataError(
-            f"the text has {len(ids)} tokens, too few for one block of {length}: "
+            f"the text has {tokens} tokens, too few for one block of {length}: "
             "give more text or a smaller block length"
         )
-    return torch.tensor(ids[: blocks * length]).view(blocks, length)
+    return torch.tensor(blocks)
 
 
 def as_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:

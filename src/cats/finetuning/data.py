@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from cats.data import token_blocks
+from cats.data import cut_blocks, text_start, token_blocks
 from cats.errors import DataError
 
 # input_ids and labels, both [T], int64; a label of -100 is not learnt.
@@ -40,10 +40,16 @@ class Blocks(Dataset[Row]):
 
     @classmethod
     def of_texts(
-        cls, tokenizer: Any, texts: Iterable[str], *, length: int = 1024, limit: int | None = None
+        cls,
+        tokenizer: Any,
+        texts: Iterable[str],
+        *,
+        length: int = 1024,
+        limit: int | None = None,
+        bos: bool | None = None,
     ) -> Blocks:
         """Pack texts; see :func:`cats.data.token_blocks`."""
-        return cls(token_blocks(tokenizer, texts, length=length, limit=limit))
+        return cls(token_blocks(tokenizer, texts, length=length, limit=limit, bos=bos))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,23 +65,33 @@ class StreamedBlocks(IterableDataset[Row]):
         tokenizer: A Hugging Face tokenizer.
         texts: Opens the stream; called once a pass; a resumed run skips what it has seen.
         length: Tokens a block.
+        bos: How each block begins; see :func:`cats.data.text_start`.
+
+    Attributes:
+        start: Ids with which each block begins.
     """
 
     def __init__(
-        self, tokenizer: Any, texts: Callable[[], Iterable[str]], *, length: int = 1024
+        self,
+        tokenizer: Any,
+        texts: Callable[[], Iterable[str]],
+        *,
+        length: int = 1024,
+        bos: bool | None = None,
     ) -> None:
         self._tokenizer, self._texts, self.length = tokenizer, texts, length
+        self.start = text_start(tokenizer, bos)
 
     def __iter__(self) -> Iterator[Row]:
+        for ids in cut_blocks(self._pieces(), length=self.length, start=self.start):
+            block = torch.tensor(ids)
+            yield {"input_ids": block, "labels": block}
+
+    def _pieces(self) -> Iterator[list[int]]:
         end = self._tokenizer.eos_token_id
-        ids: list[int] = []
         for text in self._texts():
-            ids += self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            ids += [] if end is None else [end]
-            while len(ids) >= self.length:
-                block = torch.tensor(ids[: self.length])
-                del ids[: self.length]
-                yield {"input_ids": block, "labels": block}
+            ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield ids if end is None else [*ids, end]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,35 +161,63 @@ class Pairs(Dataset[Row]):
         prompts: Token ids of each prompt, with the chat template where the tokenizer has one.
         answers: Token ids of each answer and its end.
         references: Text of each answer.
+        start: Ids of the special tokens with which all prompts begin, such as a
+            beginning-of-sequence token.
     """
 
     prompts: list[list[int]] = field(repr=False)
     answers: list[list[int]] = field(repr=False)
     references: list[str] = field(repr=False)
+    start: list[int] = field(default_factory=list)
 
     @classmethod
     def of_texts(
-        cls, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, length: int = 1024
+        cls,
+        tokenizer: Any,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        length: int = 1024,
+        bos: bool | None = None,
     ) -> Pairs:
-        """Tokenise prompts and answers.
+        """Tokenise prompts and answers as a served model sees them.
+
+        The ids of a prompt are those that ``tokenizer(prompt + "\\n")`` or ``apply_chat_template``
+        gives, so that they are the same in training and in use. The ids of its answer are what
+        follows them when prompt and answer are tokenised as one text. Where the answer would
+        change the prompt's last tokens (one token may span both), the prompt keeps its own, and
+        the answer is tokenised as it stands behind other text.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
             pairs: Prompts and answers.
             length: Most tokens of a prompt with its answer.
+            bos: None: a prompt begins as the tokenizer begins a text, or as the chat template
+                says. True or False: with or without a beginning-of-sequence token, chat templates
+                too. There are never two of them.
 
         Raises:
-            DataError: If there are no pairs, or one is empty or longer than ``length``.
+            DataError: If there are no pairs, or one is empty, longer than ``length``, or cannot be
+                told apart into the tokens of its prompt and of its answer.
         """
         if not pairs:
             raise DataError("no pairs of prompt and answer")
+        chat, end = tokenizer.chat_template is not None, tokenizer.eos_token_id
+        start = text_start(tokenizer, bos)
         prompts, answers = [], []
         for number, (prompt, answer) in enumerate(pairs, start=1):
             if not prompt.strip() or not answer.strip():
                 raise DataError(f"pair {number}: its prompt or answer is empty")
-            before, after = _render(tokenizer, prompt, answer)
-            prompts.append(tokenizer(before, add_special_tokens=False)["input_ids"])
-            answers.append(tokenizer(after, add_special_tokens=False)["input_ids"])
+            before, after = _render(tokenizer, prompt, answer) if chat else (f"{prompt}\n", answer)
+            try:
+                prompt_ids, answer_ids = _tokenise(tokenizer, before, after)
+            except DataError as error:
+                raise DataError(f"pair {number}: {error}") from error
+            if not chat or bos:
+                prompt_ids = start + prompt_ids[_starts(prompt_ids, start) :]
+            elif bos is False:
+                prompt_ids = prompt_ids[_starts(prompt_ids, text_start(tokenizer)) :]
+            prompts.append(prompt_ids)
+            answers.append(answer_ids if chat or end is None else [*answer_ids, end])
         sizes = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
         if long := sum(size > length for size in sizes):
             first = next(i for i, size in enumerate(sizes, start=1) if size > length)
@@ -181,7 +225,9 @@ class Pairs(Dataset[Row]):
                 f"{long} of {len(pairs)} pairs are longer than {length} tokens, such as pair "
                 f"{first} with {sizes[first - 1]}: raise the length, or leave them out"
             )
-        return cls(prompts, answers, [answer for _, answer in pairs])
+        # a chat template may begin without it
+        start = start if all(_starts(p, start) for p in prompts) else []
+        return cls(prompts, answers, [answer for _, answer in pairs], start)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -196,9 +242,7 @@ Examples: TypeAlias = Blocks | StreamedBlocks | Pairs
 
 
 def _render(tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
-    """The text before the answer, and the answer with what ends it."""
-    if tokenizer.chat_template is None:
-        return f"{prompt}\n", f"{answer}{tokenizer.eos_token or ''}"
+    """The chat template's text before the answer, and the answer with what ends it."""
     user = [{"role": "user", "content": prompt}]
     whole = [*user, {"role": "assistant", "content": answer}]
     before = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
@@ -211,17 +255,56 @@ def _render(tokenizer: Any, prompt: str, answer: str) -> tuple[str, str]:
     return before, text[len(before) :]
 
 
+def _tokenise(tokenizer: Any, before: str, after: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt on its own, and of the answer that follows it; no special tokens are added.
+
+    Raises:
+        DataError: If the answer has no tokens, or its tokens cannot be told from the prompt's.
+    """
+
+    def encode(text: str, **kwargs: Any) -> Any:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **kwargs)
+
+    prompt, whole = encode(before)["input_ids"], encode(before + after)["input_ids"]
+    if whole == prompt:
+        raise DataError("its answer has no tokens")
+    if whole[: len(prompt)] == prompt:
+        return prompt, whole[len(prompt) :]
+    # only fast tokenizers know which part of the text a token comes from
+    if getattr(tokenizer, "is_fast", False):
+        text = tokenizer.decode(whole)
+        # where a token spans both, any other text before the answer that shares no token with it
+        for other in (before, "\n", ".", "a"):
+            found = encode(other + after, return_offsets_mapping=True)
+            ends = [end for _, end in found["offset_mapping"]]
+            first = sum(end <= len(other) for end in ends)
+            answer = found["input_ids"][first:]
+            if answer and tokenizer.decode(prompt + answer) == text:
+                return prompt, answer
+    raise DataError(
+        "the answer changes the last tokens of its prompt, and what is left for the answer cannot "
+        "be told: end the prompt or begin the answer otherwise, or use a fast tokenizer"
+    )
+
+
+def _starts(ids: list[int], start: list[int]) -> int:
+    """Number of tokens in ``start`` where the ids begin with it, else 0."""
+    return len(start) if ids[: len(start)] == start else 0
+
+
 def pack(pairs: Pairs, *, length: int) -> Tensor:
     """The tokens of prompts and answers, one after the other, in blocks ``[N, length]``.
+
+    Every block begins as all prompts begin.
 
     Raises:
         DataError: If they fill no block.
     """
-    ids = [i for p, a in zip(pairs.prompts, pairs.answers, strict=True) for i in p + a]
-    number = len(ids) // length
-    if not number:
-        raise DataError(f"{len(ids)} tokens fill no block of {length}")
-    return torch.tensor(ids[: number * length]).view(number, length)
+    rows = [p + a for p, a in zip(pairs.prompts, pairs.answers, strict=True)]
+    blocks = list(cut_blocks(rows, length=length, start=pairs.start))
+    if not blocks:
+        raise DataError(f"{sum(map(len, rows))} tokens fill no block of {length}")
+    return torch.tensor(blocks)
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -245,9 +328,9 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def describe(examples: Examples) -> dict[str, Any]:
-    """Kind, size and hash of examples; of a stream only its kind."""
+    """Kind, size and hash of examples; of a stream its kind, and how it is cut into blocks."""
     if isinstance(examples, StreamedBlocks):
-        return {"kind": "stream"}
+        return {"kind": "stream", "length": examples.length, "start": examples.start}
     digest = hashlib.sha256()
     tokens = 0
     for i in range(len(examples)):
