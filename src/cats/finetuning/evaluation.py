@@ -134,12 +134,15 @@ def _generate(
     length = max(map(len, prompts))
     end = tokenizer.eos_token_id
     padding = 0 if end is None else end
+    # where a served model stops: chat models end an answer with another token than a text
+    served = model.generation_config.eos_token_id
+    ends = {end, *(served if isinstance(served, list) else [served])} - {None}
     ids = torch.tensor([[padding] * (length - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
     with evaluating(model), torch.no_grad():
         output = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, use_cache=True,
-            max_new_tokens=max_new_tokens, pad_token_id=padding, eos_token_id=end,
+            max_new_tokens=max_new_tokens, pad_token_id=padding, eos_token_id=sorted(ends) or None,
         )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
     return texts
