@@ -40,11 +40,12 @@ def quality_table(found: list[Result]) -> str:
     tasks = [t for t in dict.fromkeys(task for _, task in accuracy) if t != MEAN]
     first = found[0]
     about = first.settings
+    begin = ", every block begun with a beginning-of-sequence token" if about.get("bos") else ""
     lines = [
         f"{about['model']}, {about['dtype']}, on {first.environment['device']}; calibrated on "
         f"{about['calibration_samples']} blocks of {about['calibration_length']} tokens of "
-        f"{about['calibration_text']}, seed {about['calibration_seed']}; differences to dense are "
-        "paired, ± one standard error",
+        f"{about['calibration_text']}, seed {about['calibration_seed']}{begin}; differences to "
+        "dense are paired, ± one standard error",
         "",
     ]
     columns = ["MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]

@@ -63,6 +63,7 @@ def finetune(
     calibration_text: shared.CalibrationText = None,
     calibration_tokens: shared.CalibrationTokens = None,
     block: shared.Block = 1024,
+    bos: options.Bos = None,
     steps: shared.Steps = 200,
     epochs: shared.Epochs = None,
     batch_size: shared.BatchSize = 16,
@@ -95,6 +96,7 @@ def finetune(
         text=text, pairs=pairs, prompt=prompt, answer=answer, labels=labels, eval_text=eval_text,
         eval_pairs=eval_pairs, calibration_text=calibration_text,
         calibration_tokens=calibration_tokens, eval_tokens=eval_tokens, block=block, seed=seed,
+        bos=bos,
     )  # fmt: skip
     chosen = FinetuneOptions(
         steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=warmup_steps,

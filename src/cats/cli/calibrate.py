@@ -63,6 +63,7 @@ def calibrate(
         ),
     ] = None,
     block: options.Block = 512,
+    bos: options.Bos = None,
     batch_size: options.BatchSize = 4,
     seed: options.Seed = 0,
     exclude: Annotated[
@@ -98,11 +99,12 @@ def calibrate(
     loaded, tokenizer = options.load(
         model, dtype=dtype, device=options.process_device(device), dense=True
     )
+    from cats.data import text_start
     from cats.mlp import check_patterns
 
     check_patterns(loaded, exclude or [])
     with options.err.status("reading the text ..."):
-        blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed)
+        blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed, bos)
     with resumable(statistics if rank == 0 else None):
         counted = _collect(
             loaded, blocks, batch_size, method, exclude or [], statistics, rank, world
@@ -119,6 +121,7 @@ def calibrate(
         "model": model,
         "calibration_text": options.describe_texts(text),
         "held_out_tokens": held_out.numel(),
+        "bos": bool(text_start(tokenizer, bos)),
         "perplexity_dense": dense,
         "max_loss": limit,
         "seed": seed,
@@ -203,6 +206,7 @@ def split(
     tokens: int,
     eval_tokens: int,
     seed: int,
+    bos: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Calibration blocks and held-out blocks, drawn from the text by the seed."""
     import torch
@@ -210,11 +214,11 @@ def split(
     from cats.data import read_text, token_blocks
     from cats.errors import DataError
 
-    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block)
+    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, bos=bos)
     blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
     wanted = eval_tokens // block
     if eval_text is not None:
-        held_out = token_blocks(tokenizer, read_text(eval_text), length=block)[:wanted]
+        held_out = token_blocks(tokenizer, read_text(eval_text), length=block, bos=bos)[:wanted]
     else:
         wanted = min(wanted, max(1, len(blocks) // 5))
         blocks, held_out = blocks[wanted:], blocks[:wanted]
@@ -252,7 +256,7 @@ def _collect(
             )
         if sum(map(block_hash, blocks[: counted.blocks])) % (1 << 64) != counted.text_hash:
             raise DataError(
-                f"{path}: counts of another text, seed or block length; "
+                f"{path}: counts of another text, seed, block length or begin of a block (--bos); "
                 "delete it or name another file with --statistics"
             )
     left = blocks[_from_first_process(counted.blocks, world) :]

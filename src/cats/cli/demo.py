@@ -30,6 +30,7 @@ def demo(
     ),
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
     seed: options.Seed = 0,
+    bos: options.Bos = None,
     model: Annotated[
         str, typer.Option(help="Another model: a folder or Hugging Face id.")
     ] = "smollm2",
@@ -57,7 +58,7 @@ def demo(
         _check_plots()
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     report, profiles = _run(
-        loaded, tokenizer, sparsity, text, tokens, eval_tokens, prompt, max_new_tokens, seed,
+        loaded, tokenizer, sparsity, text, tokens, eval_tokens, prompt, max_new_tokens, seed, bos,
         profiled=output is not None,
     )  # fmt: skip
     report = {"model": model, "text": options.describe_texts(text), **report}
@@ -90,6 +91,7 @@ def _run(
     prompt: str,
     max_new_tokens: int,
     seed: int,
+    bos: bool | None,
     *,
     profiled: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -108,7 +110,8 @@ def _run(
     from cats.metrics import perplexity, perplexity_and_sparsity
 
     blocks, held_out = (
-        part.split(4) for part in split(tokenizer, text, None, _BLOCK, tokens, eval_tokens, seed)
+        part.split(4)
+        for part in split(tokenizer, text, None, _BLOCK, tokens, eval_tokens, seed, bos)
     )
     config = calibrate(model, options.progress(blocks, "calibrating"), target_sparsity=sparsity)
     profiles = {}

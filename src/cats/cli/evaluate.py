@@ -32,6 +32,7 @@ def evaluate(
         ),
     ] = None,
     block: options.Block = 512,
+    bos: options.Bos = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +75,7 @@ def evaluate(
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --tasks paper8 -o DIR[/b]
     """
     batch = parse_batch_size(batch_size)
-    _check_options(tasks, text, tokens, limit, data_dir, output)
+    _check_options(tasks, text, tokens, bos, limit, data_dir, output)
     options.check_output(output and output / "results.jsonl")
     options.check_tokens(tokens, block)
     names = [] if tasks is None else check_tasks(tasks, data_dir)
@@ -85,12 +86,19 @@ def evaluate(
                          output)  # fmt: skip
         _print_tasks(model, found, as_json)
         return
-    from cats.data import token_blocks
+    from cats.data import text_start, token_blocks
 
     most = None if tokens is None else tokens // block
     with options.err.status("reading the text ..."):
-        blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, limit=most)
-    report = {"model": model, "text": options.describe_texts(text), "tokens": blocks.numel()}
+        blocks = token_blocks(
+            tokenizer, options.texts_or_sample(text), length=block, limit=most, bos=bos
+        )
+    report = {
+        "model": model,
+        "text": options.describe_texts(text),
+        "tokens": blocks.numel(),
+        "bos": bool(text_start(tokenizer, bos)),
+    }
     report |= _measure(loaded, blocks.split(_BLOCKS if batch == "auto" else int(batch)))
     if as_json:
         options.print_json(report)
@@ -124,6 +132,7 @@ def _check_options(
     tasks: str | None,
     text: list[Path] | None,
     tokens: int | None,
+    bos: bool | None,
     limit: int | None,
     data_dir: Path | None,
     output: Path | None,
@@ -131,7 +140,7 @@ def _check_options(
     """Complain about an option that would be ignored."""
     from cats.errors import ConfigError
 
-    of_text = {"--text": text, "--tokens": tokens}
+    of_text = {"--text": text, "--tokens": tokens, "--bos/--no-bos": bos}
     of_tasks = {"--limit": limit, "--data-dir": data_dir, "--output": output}
     for name, value in (of_tasks if tasks is None else of_text).items():
         if value is not None:

@@ -54,6 +54,7 @@ def finetune(
     calibration_text: shared.CalibrationText = None,
     calibration_tokens: shared.CalibrationTokens = None,
     block: shared.Block = 1024,
+    bos: options.Bos = None,
     steps: shared.Steps = 500,
     epochs: shared.Epochs = None,
     batch_size: shared.BatchSize = 8,
@@ -129,6 +130,7 @@ def finetune(
         text=text, pairs=pairs, prompt=prompt, answer=answer, labels=labels, eval_text=eval_text,
         eval_pairs=eval_pairs, calibration_text=calibration_text,
         calibration_tokens=calibration_tokens, eval_tokens=eval_tokens, block=block, seed=seed,
+        bos=bos,
     )  # fmt: skip
     _check_method(thresholds, method, sparsity, distillation, recalibrate)
     lora = shared.given(rank=rank, alpha=alpha, dropout=dropout, target=target)

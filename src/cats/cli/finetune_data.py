@@ -36,6 +36,7 @@ class Data:
     calibration_tokens: int | None
     block: int
     seed: int
+    bos: bool | None
 
     def __post_init__(self) -> None:
         from cats.finetuning import PairFormat
@@ -73,8 +74,10 @@ class Data:
         if self.pairs:
             return self._read_pairs(tokenizer, self.pairs)
         if all(Source.parse(name).is_file for name in self._learnt):
-            return Blocks.of_texts(tokenizer, _texts(self._learnt), length=self.block)
-        return StreamedBlocks(tokenizer, lambda: _texts(self._learnt), length=self.block)
+            return Blocks.of_texts(tokenizer, _texts(self._learnt), length=self.block, bos=self.bos)
+        return StreamedBlocks(
+            tokenizer, lambda: _texts(self._learnt), length=self.block, bos=self.bos
+        )
 
     def evaluations(self, tokenizer: Any) -> dict[str, Blocks | Pairs]:
         """Held-out examples by name."""
@@ -83,7 +86,7 @@ class Data:
         found: dict[str, Blocks | Pairs] = {}
         for name, text in self._eval_text.items():
             found[name] = Blocks.of_texts(
-                tokenizer, _texts([text]), length=self.block, limit=self._eval_blocks
+                tokenizer, _texts([text]), length=self.block, limit=self._eval_blocks, bos=self.bos
             )
         for name, pairs in self._eval_pairs.items():
             found[name] = self._read_pairs(tokenizer, [pairs])
@@ -99,7 +102,9 @@ class Data:
         limit = self._calibration_blocks
         if self.calibration_text or not isinstance(train, Blocks | Pairs):
             texts = _texts(self.calibration_text or self._learnt)
-            return Blocks.of_texts(tokenizer, texts, length=self.block, limit=limit).ids
+            return Blocks.of_texts(
+                tokenizer, texts, length=self.block, limit=limit, bos=self.bos
+            ).ids
         blocks = train.ids if isinstance(train, Blocks) else pack(train, length=self.block)
         generator = torch.Generator().manual_seed(self.seed)
         return blocks[torch.randperm(len(blocks), generator=generator)[:limit]]
@@ -112,7 +117,8 @@ class Data:
         from cats.finetuning.sources import Source, read_rows
 
         rows = [row for name in names for row in read_rows(Source.parse(name), self._form.columns)]
-        return Pairs.of_texts(tokenizer, [self._form.apply(row) for row in rows], length=self.block)
+        pairs = [self._form.apply(row) for row in rows]
+        return Pairs.of_texts(tokenizer, pairs, length=self.block, bos=self.bos)
 
 
 def pairs_of(evaluations: dict[str, Blocks | Pairs]) -> dict[str, Pairs]:

@@ -55,6 +55,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Block = Annotated[int, typer.Option(min=2, help="Tokens a block.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin each block of text with the beginning-of-sequence token.",
+        show_default="as the tokenizer begins a text",
+    ),
+]
 Commit = Annotated[
     str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
 ]

@@ -32,6 +32,7 @@ def profile(
         ),
     ] = None,
     block: options.Block = 128,
+    bos: options.Bos = None,
     near: Annotated[
         float, typer.Option(min=0, help="Magnitude below which an activation is near zero.")
     ] = 0.1,
@@ -50,20 +51,21 @@ def profile(
     """
     import dataclasses
 
-    from cats.data import token_blocks
+    from cats.data import text_start, token_blocks
     from cats.evaluation import profile as profiles
 
     options.check_output(output)
     tokens = options.tokens_or_default(tokens, 20_000, block)
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
     texts = options.texts_or_sample([text] if text else None)
-    blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block)
+    blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block, bos=bos)
     batches = options.progress(blocks.split(_BATCH), "profiling")
     found = profiles.profile(loaded, batches, near=near)
     about = {
         "model": model,
         "text": options.describe_texts([text] if text else None),
         "block": block,
+        "bos": bool(text_start(tokenizer, bos)),
         "cats": getattr(loaded.config, "cats", None),
     }
     if output is not None:

@@ -58,6 +58,7 @@ def reproduce(
     samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 500,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
     seed: options.Seed = 0,
+    bos: options.Bos = None,
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks, by commas.")] = "paper8",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions a task.", show_default="all")
@@ -91,7 +92,7 @@ def reproduce(
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
     recipe = Recipe(
         model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,
-        samples=samples, length=length, seed=seed,
+        samples=samples, length=length, seed=seed, bos=bos,
         source=_REFINED_WEB if text is None else text.name,
     )  # fmt: skip
     with resumable(output, _has_results):
@@ -150,11 +151,14 @@ class Recipe:
     samples: int
     length: int
     seed: int
+    bos: bool | None
     source: str
 
     @property
     def settings(self) -> dict[str, str | int | float | bool | None]:
         """What every number depends on."""
+        from cats.data import text_start
+
         return {
             "model": self.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -162,6 +166,8 @@ class Recipe:
             "calibration_samples": self.samples,
             "calibration_length": self.length,
             "calibration_seed": self.seed,
+            # None, as in folders from before there was the choice
+            "bos": bool(text_start(self.tokenizer, self.bos)) or None,
         }
 
     def split(self, text: str | None) -> tuple[Tensor, Tensor]:
@@ -174,7 +180,7 @@ class Recipe:
         wanted = self.samples + _HELD_OUT_BLOCKS
         texts = [text] if text is not None else self._refined_web(wanted)
         limit = None if text is not None else wanted
-        blocks = token_blocks(self.tokenizer, texts, length=self.length, limit=limit)
+        blocks = token_blocks(self.tokenizer, texts, length=self.length, limit=limit, bos=self.bos)
         if len(blocks) < 2:
             raise DataError(f"the text fills {len(blocks)} block of {self.length}, 2 are needed")
         generator = torch.Generator().manual_seed(self.seed)
@@ -209,7 +215,7 @@ class Recipe:
 
         limit = None if tokens is None else tokens // self.length
         return {
-            name: token_blocks(self.tokenizer, text, length=self.length, limit=limit)
+            name: token_blocks(self.tokenizer, text, length=self.length, limit=limit, bos=self.bos)
             for name, text in texts.items()
         }
 
