@@ -1,7 +1,7 @@
 """Tiny models of many families, modules of odd forms, and a checkpoint with a tokenizer."""
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from torch import nn
 from transformers import (
@@ -22,6 +22,7 @@ FAMILIES = [
     GemmaConfig, Gemma2Config, Gemma3TextConfig, Phi3Config,
 ]  # fmt: skip
 VOCABULARY = 257  # the bytes, and the end of text
+BOS = 257  # of tokenizers that begin a text with it
 F = 40
 SIZES = dict(
     hidden_size=16, intermediate_size=F, num_hidden_layers=2, num_attention_heads=2,
@@ -76,14 +77,26 @@ def assert_same_tokens(model, actual, wanted, mask=None, *, tie=1e-4):
             assert gap < tie, f"row {row} parts at {at}, where another token leads by {gap:.2e}"
 
 
-def make_tokenizer():
-    """One token a byte, and the end of text."""
+def make_tokenizer(*, begins=False, merges=()):
+    """One token a byte, the end of text, and what merges make.
+
+    Args:
+        begins: Whether it begins each text with ``<bos>``, whose id is ``BOS``.
+        merges: Pairs of letters that become one token, whichever letters they are.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary | {"<eos>": 256}, merges=[]))
+    words = [*alphabet, "<eos>", *(["<bos>"] if begins else []), *map("".join, merges)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", BOS)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>" if begins else None
+    )
 
 
 class MLP(nn.Module):

@@ -3,8 +3,9 @@ from importlib import resources
 
 import pytest
 import torch
+from tokenizers import processors
 
-from cats.data import SAMPLE, as_batch, read_text, sample_text, token_blocks
+from cats.data import SAMPLE, as_batch, read_text, sample_text, text_start, token_blocks
 from cats.errors import DataError, StorageError
 from tests import models
 
@@ -61,6 +62,54 @@ def test_texts_are_packed_without_padding_and_joined_with_the_end():
     a, b, c, d, e, f = letters
     assert blocks.dtype == torch.int64
     assert blocks.tolist() == [[a, b, c, 256], [d, e, 256, f]]
+
+
+def test_every_block_begins_as_the_tokenizer_begins_a_text():
+    tokenizer = models.make_tokenizer(begins=True)
+    bos, a, b, c, d, e, f = tokenizer("abcdef")["input_ids"]
+    assert bos == models.BOS
+    blocks = token_blocks(tokenizer, ["abc", "de", "f"], length=4)
+    assert blocks.tolist() == [[bos, a, b, c], [bos, 256, d, e]]
+    assert token_blocks(tokenizer, "abcdef", length=3, limit=2).tolist() == [
+        [bos, a, b],
+        [bos, c, d],
+    ]
+    assert token_blocks(tokenizer, "abcdef", length=3, bos=False).tolist() == [[a, b, c], [d, e, f]]
+
+
+def test_text_that_begins_itself_is_not_begun_twice():
+    tokenizer = models.make_tokenizer(begins=True)
+    bos, a, b, c = tokenizer("abc")["input_ids"]
+    assert token_blocks(tokenizer, "<bos>abc", length=3).tolist() == [[bos, a, b]]
+    assert token_blocks(tokenizer, "<bos>abcc", length=3).tolist() == [[bos, a, b], [bos, c, c]]
+
+
+def test_start_is_what_a_tokenizer_does_not_what_it_names():
+    plain, begins = models.make_tokenizer(), models.make_tokenizer(begins=True)
+    assert text_start(plain) == []
+    assert text_start(begins) == text_start(begins, bos=True) == [models.BOS]
+    assert text_start(begins, bos=False) == []
+    plain.bos_token = "<eos>"
+    assert text_start(plain) == []
+    assert text_start(plain, bos=True) == [256]
+    # what ends a text does not begin it
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> <bos> $A <eos>", special_tokens=[("<bos>", models.BOS), ("<eos>", 256)]
+    )
+    assert text_start(begins) == [models.BOS] * 2
+
+
+def test_start_that_cannot_be_is_refused():
+    with pytest.raises(DataError, match="no beginning-of-sequence token"):
+        token_blocks(models.make_tokenizer(), "abc", length=2, bos=True)
+    with pytest.raises(DataError, match="one token after the 1 that begin it, got length 1"):
+        token_blocks(models.make_tokenizer(begins=True), "abc", length=1)
+
+    def without_text(text, add_special_tokens=True):
+        return {"input_ids": [7] if add_special_tokens else []}
+
+    with pytest.raises(DataError, match="cannot be told; say bos=False"):
+        text_start(without_text)
 
 
 def test_limit_and_rest_are_left_out():

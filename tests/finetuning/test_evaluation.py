@@ -75,6 +75,23 @@ def test_right_answers_are_counted(make, tokenizer, accelerator):
     assert share == pytest.approx(2 / 3)
 
 
+def test_answers_end_where_a_served_model_stops(make, tokenizer, accelerator):
+    model = make("dense")
+    pairs = Pairs.of_texts(tokenizer, [("ab", "x")])
+    ids = torch.tensor([pairs.prompts[0]])
+    answer = cats.generate(model, ids, max_new_tokens=3, engine="eager")[0, ids.shape[1] :]
+    pairs.references[:] = [tokenizer.decode(answer[:1])]
+    shares = []
+    for end in (256, [256, int(answer[0])]):
+        model.generation_config.eos_token_id = end
+        shares.append(
+            evaluate_answers(
+                model, tokenizer, pairs, batch_size=1, max_new_tokens=3, accelerator=accelerator
+            )
+        )
+    assert shares == [0, 1]
+
+
 def test_divergence_is_that_of_its_definition():
     student, teacher = torch.randn(2, 5, 11)
     p, q = teacher.softmax(-1), student.softmax(-1)

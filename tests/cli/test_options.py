@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cats.checkpoint import load_dense
+from cats.cli import finetune_data
+from cats.data import token_blocks
+from cats.metrics import perplexity
+from tests import models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ("--block", 32, "--tokens", 512)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Folder of a tiny model whose tokenizer begins each text with <bos>."""
+    models.make_model(vocab_size=models.VOCABULARY + 1).save_pretrained(tmp_path / "begun")
+    models.make_tokenizer(begins=True).save_pretrained(tmp_path / "begun")
+    return tmp_path / "begun"
+
+
+def test_blocks_begin_as_the_tokenizer_begins_a_text_or_as_the_option_says(
+    command_json, begun, text
+):
+    model, tokenizer = load_dense(begun), models.make_tokenizer(begins=True)
+    found = {}
+    for option, bos in ((None, True), ("--bos", True), ("--no-bos", False)):
+        report = command_json("evaluate", begun, "--text", text, *SMALL, *filter(None, [option]))
+        blocks = token_blocks(tokenizer, Path(text).read_text(), length=32, limit=16, bos=bos)
+        assert report["bos"] is bos
+        assert report["perplexity_dense"] == pytest.approx(
+            perplexity(model, blocks.split(4)), rel=1e-5
+        )
+        found[option] = report["perplexity_dense"]
+    assert found[None] == found["--bos"] != found["--no-bos"]
+
+
+def test_statistics_and_thresholds_tell_how_blocks_begin(
+    command, command_json, begun, text, tmp_path
+):
+    common = ("calibrate", begun, "--text", text, *SMALL, "--eval-tokens", 64)
+    reports = [command_json(*common, option) for option in ("--bos", "--no-bos")]
+    assert [report["bos"] for report in reports] == [True, False]
+    assert reports[0]["calibration_hash"] != reports[1]["calibration_hash"]
+    kept = (*common, "--statistics", tmp_path / "s")
+    assert command(*kept)[0] == 0
+    code, _, err = command(*kept, "--no-bos")
+    assert code == 1
+    assert "(--bos)" in err
+
+
+def test_profile_begins_blocks(command_json, begun, text):
+    plain, begins = (command_json("profile", begun, text, *SMALL, o) for o in ("--no-bos", "--bos"))
+    assert (plain["bos"], begins["bos"]) == (False, True)
+    assert plain["layers"] != begins["layers"]
+
+
+def test_option_reaches_all_data_of_a_fine_tuning(text, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"question": "abc", "answer": "d"}) + "\n")
+    tokenizer = models.make_tokenizer(begins=True)
+    names = {field: None for field in finetune_data.Data.__dataclass_fields__}
+
+    def begins(ids):
+        return bool((torch.as_tensor(ids)[..., 0] == models.BOS).all())
+
+    for bos, wanted in ((None, True), (False, False)):
+        common = names | {"block": 8, "seed": 0, "prompt": "{question}", "answer": "{answer}"}
+        data = finetune_data.Data(**common | {
+            "text": [text], "eval_text": [f"t={text}"], "eval_pairs": [f"p={pairs}"], "bos": bos,
+        })  # fmt: skip
+        train, evaluations = data.train(tokenizer), data.evaluations(tokenizer)
+        assert begins(train.ids) is wanted
+        assert begins(evaluations["t"].ids) is wanted
+        assert begins(evaluations["p"].prompts) is wanted
+        assert begins(data.calibration(tokenizer, train)) is wanted
+        data = finetune_data.Data(**common | {
+            "pairs": [str(pairs)], "calibration_text": [text], "bos": bos,
+        })  # fmt: skip
+        train = data.train(tokenizer)
+        assert begins(train.prompts) is wanted
+        assert begins(data.calibration(tokenizer, train)) is wanted
+
+
+def test_tasks_are_not_begun_by_the_option(command, checkpoint):
+    code, _, err = command("evaluate", checkpoint, "--tasks", "sciq", "--no-bos")
+    assert code == 1
+    assert "--bos/--no-bos is of perplexity, not of --tasks" in err
+
+
+def test_begin_that_the_tokenizer_does_not_have_is_refused(command, checkpoint, text):
+    code, _, err = command("evaluate", checkpoint, "--text", text, *SMALL, "--bos")
+    assert code == 1
+    assert err.startswith("error: the tokenizer has no beginning-of-sequence token: leave out")
