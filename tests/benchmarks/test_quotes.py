@@ -198,6 +198,17 @@ def test_quality_of_every_variant_is_quoted(tmp_path):
     assert row in lines
 
 
+@pytest.mark.parametrize("bos", [None, True])
+def test_quoted_quality_says_whether_blocks_begin_with_a_token(tmp_path, bos):
+    result = quality(
+        "dense", benchmark="perplexity", quantity="perplexity", text="t", mlp_share=1.0, bos=bos
+    )
+    append_results(tmp_path / "run" / "perplexity" / "all.jsonl", [result])
+    document = tmp_path / "README.md"
+    document.write_text("<!-- quality: run -->\n<!-- /quality -->\n")
+    assert ("begun with a beginning-of-sequence token" in requote(document)) is bool(bos)
+
+
 def test_folder_without_the_dense_model_is_named(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("<!-- quality: run -->\n<!-- /quality -->\n")

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
@@ -115,6 +117,23 @@ def test_prompt_keeps_its_tokens_where_the_answer_changes_them():
     pairs = Pairs.of_texts(tokenizer, [("b\n", "a")])
     assert letters(tokenizer, pairs.prompts[0]) == "b ĊĊ"
     assert letters(tokenizer, pairs.answers[0]) == "a <eos>"
+
+
+@pytest.mark.parametrize("make", [make_spaced_tokenizer, make_spanning_tokenizer])
+def test_prompts_are_as_served_and_the_text_is_whole_wherever_the_answer_begins(make):
+    tokenizer, draw = make(), random.Random(0)
+
+    def text():
+        return "".join(draw.choices("at: \n", k=draw.randint(1, 4)))
+
+    texts = [(text(), text()) for _ in range(300)]
+    texts = [(prompt, answer) for prompt, answer in texts if prompt.strip() and answer.strip()]
+    pairs = Pairs.of_texts(tokenizer, texts)
+    for i, (prompt, answer) in enumerate(texts):
+        assert pairs.prompts[i] == tokenizer(f"{prompt}\n")["input_ids"]
+        whole = tokenizer(f"{prompt}\n{answer}")["input_ids"]
+        ids = pairs[i]["input_ids"].tolist()
+        assert tokenizer.decode(ids) == tokenizer.decode([*whole, tokenizer.eos_token_id])
 
 
 def test_tokens_that_cannot_be_told_apart_without_offsets_are_refused():

@@ -256,7 +256,7 @@ def _collect(
             )
         if sum(map(block_hash, blocks[: counted.blocks])) % (1 << 64) != counted.text_hash:
             raise DataError(
-                f"{path}: counts of another text, seed, block length or begin of a block (--bos); "
+                f"{path}: counts of another text, seed, block length or start of a block (--bos); "
                 "delete it or name another file with --statistics"
             )
     left = blocks[_from_first_process(counted.blocks, world) :]
