@@ -192,8 +192,8 @@ class Pairs(Dataset[Row]):
             pairs: Prompts and answers.
             length: Most tokens of a prompt with its answer.
             bos: None: a prompt begins as the tokenizer begins a text, or as the chat template
-                says. True or False: with or without a beginning-of-sequence token, chat templates
-                too. There are never two of them.
+                says. True: with a beginning-of-sequence token. False: without what the tokenizer
+                puts before a text. Both are for chat templates too. There are never two of them.
 
         Raises:
             DataError: If there are no pairs, or one is empty, longer than ``length``, or cannot be
@@ -265,6 +265,9 @@ def _tokenise(tokenizer: Any, before: str, after: str) -> tuple[list[int], list[
     def encode(text: str, **kwargs: Any) -> Any:
         return tokenizer(text, add_special_tokens=False, verbose=False, **kwargs)
 
+    def decode(ids: list[int]) -> Any:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     prompt, whole = encode(before)["input_ids"], encode(before + after)["input_ids"]
     if whole == prompt:
         raise DataError("its answer has no tokens")
@@ -272,14 +275,14 @@ def _tokenise(tokenizer: Any, before: str, after: str) -> tuple[list[int], list[
         return prompt, whole[len(prompt) :]
     # only fast tokenizers know which part of the text a token comes from
     if getattr(tokenizer, "is_fast", False):
-        text = tokenizer.decode(whole)
+        text = decode(whole)
         # where a token spans both, any other text before the answer that shares no token with it
         for other in (before, "\n", ".", "a"):
             found = encode(other + after, return_offsets_mapping=True)
             ends = [end for _, end in found["offset_mapping"]]
             first = sum(end <= len(other) for end in ends)
             answer = found["input_ids"][first:]
-            if answer and tokenizer.decode(prompt + answer) == text:
+            if answer and decode(prompt + answer) == text:
                 return prompt, answer
     raise DataError(
         "the answer changes the last tokens of its prompt, and what is left for the answer cannot "
