@@ -157,3 +157,48 @@ class Body(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+class Int8Tensor(torch.Tensor):
+    """An int8 weight as quantisation libraries store it: it has ``dequantize``, and no memory."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        kind = {"dtype": scale.dtype, "device": values.device}
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **kind)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Int8Tensor(inner["values"], inner["scale"])
+
+    def dequantize(self):
+        return self.values.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, *bias = args
+            return nn.functional.linear(x, weight.dequantize(), *bias, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def quantize_(model):
+    """Replace the weight of each linear layer of the MLPs by an int8 tensor."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".mlp." in name:
+            scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
+            values = (module.weight.detach() / scale).round().to(torch.int8)
+            module.weight = nn.Parameter(Int8Tensor(values, scale), requires_grad=False)
+    return model

@@ -8,6 +8,7 @@ import torch
 from cats import ops
 from cats.errors import BackendError, ShapeError
 from cats.functional import ACTIVATIONS
+from tests.models import Int8Tensor
 from tests.ops.cases import (
     BAND,
     DTYPES,
@@ -467,3 +468,25 @@ def test_backends_name_each_backend_and_reason():
     assert tuple(states) == ops.BACKENDS
     assert states["reference"] == states["dense"] == "live"
     assert all(states.values())
+
+
+def test_device_without_kernels_gets_dense_gemms_and_a_warning():
+    inputs = valid(torch.device("cpu"))
+    tensors = [t.to("meta") for t in (inputs.x, inputs.gate, inputs.up, inputs.down)]
+    ops._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="on meta.*kernels for cuda, cpu only"):
+        assert ops.backend_for(*tensors) == "dense"
+    rest = torch.empty(12, device="meta"), "silu", "gate", *[None] * 4
+    for name in ("cpu", "cuda"):
+        with pytest.raises(BackendError, match=f"the backend {name} cannot run this call: .+"):
+            ops.checked(*tensors, *rest, name)
+
+
+def test_weights_on_meta_and_of_tensor_classes_are_refused(device):
+    inputs = valid(device)
+    with pytest.raises(ShapeError, match="expected gate"):
+        ops.gated_mlp(**inputs.replace(gate=inputs.gate.to("meta")).kwargs())
+    scale = torch.ones(12, 1, device=device)
+    gate = Int8Tensor(torch.ones(12, 8, dtype=torch.int8, device=device), scale)
+    with pytest.raises(ShapeError, match="Int8Tensor"):
+        ops.gated_mlp(**inputs.replace(gate=gate).kwargs())

@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import (
+    is_in_torch_dispatch_mode,
+    is_traceable_wrapper_subclass,
+)
 
 from cats.errors import BackendError, ShapeError
 from cats.functional import ACTIVATIONS
@@ -177,8 +180,11 @@ def backend_for(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str:
         if reason is None and x.shape[0] > _CROSSOVER.get(name, x.shape[0]):
             reason = f"dense GEMMs are faster for {x.shape[0]} tokens"
         if reason is None:
-            if name == "dense" and all(why_unavailable(n) for n in _ORDER[x.device.type][:-1]):
-                _warn_once(x.device.type, "; ".join(refusals))
+            sparse = _ORDER.get(x.device.type, ())[:-1]
+            if name == "dense" and all(why_unavailable(n) for n in sparse):
+                devices = ", ".join(_ORDER)
+                none = f"there are kernels for {devices} only"
+                _warn_once(x.device.type, "; ".join(refusals) or none)
             return name
         refusals.append(f"{name}: {reason}")
     raise AssertionError("the dense backend takes every call")
@@ -238,6 +244,11 @@ def _check(
     for name, (tensor, shape, dtype) in shapes.items():
         if tensor is None:
             continue
+        if is_traceable_wrapper_subclass(tensor):
+            raise ShapeError(
+                f"expected {name} as an ordinary tensor, got {type(tensor).__name__}: kernels read "
+                "memory, which quantised and sharded weights lay out otherwise"
+            )
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise ShapeError(
                 f"expected {name} {list(shape)} {dtype} on {x.device}, "
@@ -247,7 +258,8 @@ def _check(
             continue
         if not (tensor.t() if name == "down" else tensor).is_contiguous():
             raise ShapeError(
-                "down must be column-major: store it once as w.t().contiguous().t()"
+                "down must be column-major: store it once as w.t().contiguous().t(); where it was "
+                "replaced in a fused model, call cats.unfuse_(model), then cats.fuse_(model)"
                 if name == "down"
                 else f"{name} must be contiguous: call .contiguous() once, when the model is loaded"
             )
@@ -292,7 +304,10 @@ for _name in ("gated_mlp", "_gated_mlp"):
 
 
 @torch.library.register_fake("cats::gated_mlp", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _(x: Tensor, gate: Tensor, *args: object, **kwargs: object) -> Tensor:
+    # torch asks here as well where only the weights are on meta
+    if gate.device != x.device:
+        raise ShapeError(f"expected gate on {x.device}, got {gate.device}: are weights offloaded?")
     return torch.empty_like(x)
 
 

@@ -1,0 +1,82 @@
+"""Where the weights of a module are: in memory, on meta, offloaded, or inside another class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats.errors import UnsupportedModelError
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of ``accelerate`` loads some of its weights for each forward pass."""
+    return any(getattr(h, "offload", False) for m in module.modules() for h in _device_hooks(m))
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether its weights have values: in memory, or where a hook loads them from."""
+    return is_offloaded(module) or not any(p.is_meta for p in module.parameters())
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model whose weights are still to be loaded."""
+    if not has_weights(model):
+        name = next(name for name, p in model.named_parameters() if p.is_meta)
+        raise UnsupportedModelError(
+            f"{name} is on the meta device, without values: load the weights first"
+        )
+
+
+@contextmanager
+def materialized(module: nn.Module) -> Iterator[None]:
+    """Within the block, weights that a hook of ``accelerate`` offloads are in memory."""
+    with ExitStack() as stack:
+        if is_offloaded(module):
+            from accelerate.utils import align_module_device
+
+            for submodule in module.modules():
+                stack.enter_context(align_module_device(submodule))
+        yield
+
+
+def input_device(module: nn.Module) -> torch.device:
+    """The device that runs a module, also where its weights are offloaded."""
+    for submodule in module.modules():
+        for hook in _device_hooks(submodule):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+        for tensor in submodule.parameters(recurse=False):
+            if not tensor.is_meta:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def _device_hooks(module: nn.Module) -> Sequence[Any]:
+    """The hooks of ``accelerate`` on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else getattr(hook, "hooks", [hook])
+
+
+def entries(name: str, weight: Tensor) -> Tensor:
+    """Eight entries of a weight, evenly spread, float32 on the CPU."""
+    if weight.is_meta or weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"{name} has no values here (it is {'on meta' if weight.is_meta else 'empty'}): "
+            "load the weights first"
+        )
+    try:
+        # quantised weights of other libraries
+        if type(weight).dequantize is not Tensor.dequantize:
+            weight = weight.dequantize()
+        flat = weight.detach().flatten()
+        # in integers: a float32 index beyond 2**24 is rounded
+        return flat[torch.arange(8, device=flat.device) * (flat.numel() - 1) // 7].float().cpu()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"the values of {name} cannot be read: it is a {type(weight).__name__} without "
+            "dequantize(); load the model with ordinary weights"
+        ) from error

@@ -1,0 +1,54 @@
+"""Undo what was done to a model where a change of it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """If the block fails, the model is as it was: modules, attributes, tensors, ``config.cats``.
+
+    The layout of a weight comes back as well. What is written *into* a tensor or a list stays.
+    """
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table))
+        for module in model.modules()
+        for table in (vars(module), module._modules, module._parameters, module._buffers)
+        if isinstance(table, dict)  # scripted modules have others
+    ]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    strides = [(p, p.stride()) for p in model.parameters() if type(p) is nn.Parameter]
+    settings = getattr(getattr(model, "config", None), "__dict__", {})
+    block = [settings["cats"]] if "cats" in settings else []
+    try:
+        yield
+    except BaseException:
+        for table, content in tables:
+            table.clear()
+            table.update(content)
+        settings.pop("cats", None)
+        settings.update(zip(["cats"], block, strict=False))
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for parameter, stride in strides:
+            # where memory is short even for that: the values are the same in either layout
+            with suppress(RuntimeError, MemoryError):
+                lay_out_(parameter, stride)
+        raise
+
+
+def lay_out_(weight: Tensor, stride: tuple[int, ...]) -> None:
+    """Move a weight to memory with these strides; the parameter stays the same object."""
+    if weight.stride() == stride:
+        return
+    data = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
+    # torch copies fast into row-major memory
+    target, source = (data.t(), weight.data.t()) if stride[0] < stride[-1] else (data, weight.data)
+    target.copy_(source)
+    weight.data = data
