@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import cats
-from cats.errors import ModelMismatchError
+from cats.errors import ConfigError, ModelMismatchError, UnsupportedModelError
+from cats.methods.cats import Cats
 from cats.mlp import CatsActivation
 from tests import models
 
@@ -138,3 +139,129 @@ def test_weights_and_their_names_never_change():
     assert all(torch.equal(after[name], t) for name, t in before.items())
     added = {f"model.layers.{i}.mlp.act_fn.threshold" for i in range(2)}
     assert after.keys() - before.keys() == added
+
+
+def test_tensor_that_the_method_does_not_use_is_refused():
+    model = models.make_model()
+    config = _calibrate(model)
+    tensors = {n: t | {"product_threshold": torch.tensor(0.1)} for n, t in config.tensors.items()}
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.product_threshold"):
+        cats.sparsify_(model, dataclasses.replace(config, tensors=tensors))
+    assert not any(isinstance(m, CatsActivation) for m in model.modules())
+
+
+def _refuse_second_mlp(patch, model):
+    calls = []
+
+    def apply_(self, mlp, tensors, original=Cats.apply_):
+        calls.append(mlp)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        original(self, mlp, tensors)
+
+    patch.setattr(Cats, "apply_", apply_)
+
+
+def _refuse_memory(patch, model):
+    def empty_strided(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    patch.setattr(torch, "empty_strided", empty_strided)
+
+
+def _refuse_block(patch, model):
+    original = type(model.config).__setattr__
+
+    def setattr_(self, name, value):
+        if name == "cats":
+            raise RuntimeError("a config that cannot change")
+        original(self, name, value)
+
+    patch.setattr(type(model.config), "__setattr__", setattr_)
+
+
+@pytest.mark.parametrize("fails", [_refuse_second_mlp, _refuse_memory, _refuse_block])
+def test_sparsify_that_fails_leaves_a_fused_model_as_it_was(fails, monkeypatch):
+    model, ids = models.make_model(), models.make_ids()
+    half, most = _calibrate(model, 0.5), _calibrate(model, 0.9)
+    cats.fuse_(cats.sparsify_(model, half))
+    before, modules, block = models.logits(model, ids), [*model.modules()], dict(model.config.cats)
+    strides = [p.stride() for p in model.parameters()]
+    with monkeypatch.context() as patch:
+        fails(patch, model)
+        with pytest.raises(RuntimeError):
+            cats.sparsify_(model, most)
+    assert [*model.modules()] == modules
+    assert [p.stride() for p in model.parameters()] == strides
+    assert model.config.cats == block
+    assert torch.equal(models.logits(model, ids), before)
+    cats.sparsify_(model, most)
+    assert model.config.cats["target_sparsity"] == 0.9
+
+
+def test_mismatch_leaves_a_fused_model_fused():
+    model, ids = models.make_model(), models.make_ids()
+    config = _calibrate(model)
+    cats.fuse_(cats.sparsify_(model, config))
+    before, modules = models.logits(model, ids), [*model.modules()]
+    with pytest.raises(ModelMismatchError):
+        cats.sparsify_(model, dataclasses.replace(config, tensors=_renamed(config)))
+    assert [*model.modules()] == modules
+    assert torch.equal(models.logits(model, ids), before)
+
+
+def test_hooks_on_the_activation_see_every_threshold():
+    model, ids = models.make_model(), models.make_ids()
+    half, most = _calibrate(model, 0.5), _calibrate(model, 0.9)
+    cats.sparsify_(model, half)
+    seen = []
+    act = model.model.layers[0].mlp.act_fn
+    handle = act.register_forward_hook(lambda m, args, out: seen.append((out == 0).float().mean()))
+    cats.sparsify_(model, most)
+    seen.clear()
+    models.logits(model, ids)
+    assert len(seen) == 1
+    assert seen[0] > 0.8
+    handle.remove()
+    models.logits(model, ids)
+    assert len(seen) == 1
+
+
+def test_hook_that_relu_would_drop_is_refused():
+    model, ids = models.make_model(), models.make_ids()
+    config = cats.calibrate(model, [ids], method="relu")
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="hook"):
+        cats.sparsify_(model, config)
+    assert not any(isinstance(m, CatsActivation) for m in model.modules())
+
+
+def test_model_without_a_config_gets_thresholds():
+    body = models.Body(models.MLP())
+    body.config = None
+    config = cats.calibrate(body, [models.make_ids()], target_sparsity=0.5)
+    cats.densify_(cats.sparsify_(body, config))
+
+
+def test_thresholds_have_values_where_the_weights_are_on_meta():
+    model, ids = models.make_model(), models.make_ids()
+    config = _calibrate(model)
+    with torch.device("meta"):
+        empty = models.make_model()
+    cats.sparsify_(empty, config)
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict(), strict=False)
+    empty.model.rotary_emb = model.model.rotary_emb
+    expected = models.logits(cats.sparsify_(model, config), ids)
+    assert torch.equal(models.logits(empty, ids), expected)
+
+
+def test_thresholds_of_the_quantised_model_apply_to_it():
+    model, ids = models.quantize_(models.make_model()), models.make_ids()
+    dense = models.logits(model, ids)
+    config = _calibrate(model)
+    cats.sparsify_(model, config)
+    assert not torch.equal(models.logits(model, ids), dense)
+    assert set(cats.metrics.realized_sparsity(model, [ids]).values()) != {0.0}
+    other = models.quantize_(models.make_model())
+    with pytest.raises(ModelMismatchError, match="weights"):
+        cats.sparsify_(other, config)

@@ -14,8 +14,8 @@ LAYERS = {
     5: "calibration apply",
     4: "methods fusion",
     3: "mlp",
-    2: "ops data results history smollm2",
-    1: "functional config errors storage version",
+    2: "ops data results history smollm2 placement",
+    1: "functional config errors storage version undo",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # config is the content of files: within layer 1, errors and storage lie below it

@@ -1,14 +1,17 @@
 import copy
+import io
 from contextlib import nullcontext
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from transformers import LlamaConfig
 
 import cats
-from cats.errors import BackendError, UnsupportedModelError
+from cats.errors import BackendError, ShapeError, UnsupportedModelError
 from cats.fusion import FusedGatedMLP, fused_mlps
 from cats.mlp import CatsActivation
 from cats.ops import backend_for, is_dense_batch, tracing_for_compiler
@@ -240,3 +243,327 @@ def test_fused_mlp_names_its_backend():
     cats.fuse_(model, backend="reference")
     assert isinstance(model.model.layers[0].mlp, FusedGatedMLP)
     assert "backend=reference" in repr(model)
+
+
+def _act(model, layer=0):
+    return model.model.layers[layer].mlp.act_fn
+
+
+@pytest.mark.parametrize("one_each", [False, True])
+def test_loaded_thresholds_are_those_of_a_fused_model(one_each, device):
+    source, ids = make_sparse(device=device)
+    torch.manual_seed(0)
+    fused = cats.fuse_(make_sparse(device=device)[0])
+    for i in range(2):
+        _act(source, i).threshold.fill_(0.4 + i)
+        if one_each:
+            _act(source, i).threshold = torch.rand(models.F, device=device)
+    fused.load_state_dict(source.state_dict())
+    torch.testing.assert_close(logits(fused, ids), logits(source, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_of_a_fused_model_load_into_one_that_is_not(device):
+    source, ids = make_sparse(device=device)
+    torch.manual_seed(0)
+    model = make_sparse(device=device)[0]
+    _act(cats.fuse_(source)).threshold[::2] = 0.9
+    model.load_state_dict(source.state_dict())
+    torch.testing.assert_close(logits(model, ids), logits(source, ids), rtol=1e-4, atol=1e-4)
+
+
+WRITES = {
+    "fill_": lambda act: act.threshold.fill_(0.9),
+    "copy_": lambda act: act.threshold.copy_(torch.tensor(0.9)),
+    "data": lambda act: act.threshold.data.fill_(0.9),
+    "new data": lambda act: setattr(act.threshold, "data", torch.full_like(act.threshold, 0.9)),
+    "assigned": lambda act: setattr(act, "threshold", torch.full_like(act.threshold, 0.9)),
+    "assigned number": lambda act: setattr(act, "threshold", act.threshold.new_tensor(0.9)),
+}
+JOURNEYS = {
+    "as it is": lambda m: m,
+    "deepcopy": copy.deepcopy,
+    "half and back": lambda m: m.half().float(),
+    "saved": lambda m: torch.load(_stored(m), weights_only=False),
+    "fused again": lambda m: cats.fuse_(cats.unfuse_(m)),
+}
+
+
+def _stored(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("journey", JOURNEYS.values(), ids=JOURNEYS)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_threshold_that_is_written_in_a_fused_model_is_used(write, journey, device):
+    model, ids = make_sparse(device=device)
+    model.half().float()  # so that a journey through half precision loses no bits
+    before, fused = logits(model, ids), journey(cats.fuse_(copy.deepcopy(model)))
+    logits(fused, ids)
+    for changed in (model, fused):
+        write(_act(changed))
+    expected = logits(model, ids)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    torch.testing.assert_close(logits(fused, ids), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(cats.unfuse_(fused), ids), expected)
+    assert _act(fused).threshold.shape == _act(model).threshold.shape
+
+
+def test_weights_replaced_in_a_fused_model_are_used_or_refused(device):
+    model, ids = make_sparse(device=device)
+    fused = cats.fuse_(copy.deepcopy(model))
+    for m in (model, fused):
+        torch.manual_seed(7)
+        mlp = m.model.layers[0].mlp
+        mlp.up_proj.weight = nn.Parameter(torch.randn(models.F, 16, device=device))
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(fused, ids), expected, rtol=1e-4, atol=1e-4)
+    down = fused.model.layers[0].mlp.down_proj
+    down.weight.data = down.weight.data.contiguous()
+    for part in (ids, ids[:1, :1]):
+        with pytest.raises(ShapeError, match="unfuse_"):
+            logits(fused, part)
+    cats.fuse_(cats.unfuse_(fused))
+    torch.testing.assert_close(logits(fused, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_gives_what_the_plain_modules_give(dtype, device):
+    model, ids = make_sparse(device=device, dtype=dtype)
+    fused = cats.fuse_(copy.deepcopy(model))
+    seen = []
+    fused.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    with torch.autocast(device.type, torch.bfloat16):
+        expected, actual = logits(model, ids), logits(fused, ids)
+    with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
+        x = torch.randn(1, 3, 16, device=device)
+        outputs = [m.model.layers[0].mlp(x) for m in (model, fused)]
+    assert [out.dtype for out in outputs] == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(actual, expected)
+    assert seen == [1, 1]
+
+
+def _failing_at(monkeypatch, call):
+    """Lets the memory of one weight be refused: the so manieth that gets another layout."""
+    calls = iter(range(1, 100))
+    allocate = torch.empty_strided
+
+    def empty_strided(*args, **kwargs):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
+
+
+def _state(model):
+    modules = [*model.named_modules()]
+    tensors = [
+        (name, t, t.stride(), t.clone()) for name, t in model.state_dict(keep_vars=True).items()
+    ]
+    return modules, tensors, getattr(model.config, "cats", None), model.training
+
+
+def _assert_state(model, state):
+    modules, tensors, block, training = state
+    assert [*model.named_modules()] == modules
+    now = model.state_dict(keep_vars=True)
+    assert list(now) == [name for name, *_ in tensors]
+    for name, tensor, stride, content in tensors:
+        assert now[name] is tensor
+        assert tensor.stride() == stride
+        assert torch.equal(tensor, content)
+    assert getattr(model.config, "cats", None) == block
+    assert model.training == training
+
+
+CHANGES = {
+    "fuse_": (lambda m: m, cats.fuse_),
+    "unfuse_": (cats.fuse_, cats.unfuse_),
+    "densify_": (cats.fuse_, cats.densify_),
+}
+
+
+@pytest.mark.parametrize(("prepare", "change"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("call", [1, 2])
+def test_change_without_memory_for_a_layer_leaves_the_model_as_it_was(
+    prepare, change, call, device, monkeypatch
+):
+    model, ids = make_sparse(device=device)
+    prepare(model)
+    state, expected = _state(model), logits(model, ids)
+    with monkeypatch.context() as patch:
+        _failing_at(patch, call)
+        with pytest.raises(torch.OutOfMemoryError):
+            change(model)
+    _assert_state(model, state)
+    assert torch.equal(logits(model, ids), expected)
+    change(model)
+
+
+def test_layout_that_the_user_chose_comes_back(device):
+    model, _ = make_sparse(device=device)
+    first, second = (layer.mlp.down_proj for layer in model.model.layers)
+    first.weight.data = first.weight.data.t().contiguous().t()
+    second.weight.data = torch.empty(16, 2 * models.F, device=device)[:, : models.F].normal_()
+    strides = first.weight.stride(), second.weight.stride()
+    cats.unfuse_(cats.fuse_(model))
+    assert (first.weight.stride(), second.weight.stride()) == strides
+
+
+def test_weight_that_two_mlps_share_stays_shared(device):
+    model, ids = make_sparse(device=device)
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.down_proj.weight = first.down_proj.weight
+    expected = logits(model, ids)
+    cats.fuse_(model)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    cats.unfuse_(model)
+    assert second.down_proj.weight is first.down_proj.weight
+    assert first.down_proj.weight.is_contiguous()
+
+
+def test_two_weights_in_the_same_memory_are_refused(device):
+    model, _ = make_sparse(device=device)
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.down_proj.weight.data = first.down_proj.weight.data
+    with pytest.raises(UnsupportedModelError, match="same memory"):
+        cats.fuse_(model)
+
+
+def test_mlp_that_stands_at_two_places_is_fused_at_both(device):
+    model, ids = make_sparse(device=device)
+    first, second = model.model.layers
+    second.mlp = mlp = first.mlp
+    expected = logits(model, ids)
+    cats.fuse_(model)
+    assert isinstance(first.mlp, FusedGatedMLP)
+    assert second.mlp is first.mlp
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+    cats.unfuse_(model)
+    assert second.mlp is first.mlp is mlp
+
+
+def test_hooks_of_an_mlp_go_along_and_come_back(device):
+    model, ids = make_sparse(device=device)
+    mlp = model.model.layers[0].mlp
+    seen = []
+    handle = mlp.register_forward_hook(lambda m, args, out: seen.append(("plain", type(m))))
+    cats.fuse_(model)
+    fused = model.model.layers[0].mlp
+    later = fused.register_forward_pre_hook(lambda m, args: seen.append(("later", type(m))))
+    seen.clear()  # the probe has run the first
+    logits(model, ids)
+    assert seen == [("later", FusedGatedMLP), ("plain", FusedGatedMLP)]
+    handle.remove()
+    cats.unfuse_(model)
+    seen.clear()
+    logits(model, ids)
+    assert seen == [("later", type(mlp))]
+    later.remove()
+    logits(model, ids)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("layer", ["gate_proj", "down_proj", "act_fn"])
+def test_hook_on_a_layer_is_refused_before_and_after_fusing(layer, device):
+    model, ids = make_sparse(device=device)
+    handle = getattr(model.model.layers[1].mlp, layer).register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match=f"{layer} has a hook"):
+        cats.fuse_(model)
+    handle.remove()
+    cats.fuse_(model)
+    getattr(model.model.layers[1].mlp, layer).register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(BackendError, match="hook"):
+        logits(model, ids)
+
+
+class NamedMLP(models.MLP):
+    def forward(self, hidden_states, scale=1):
+        return scale * super().forward(hidden_states)
+
+
+def test_mlp_is_called_by_the_name_of_its_argument():
+    model = nn.Sequential(NamedMLP())
+    ids, x = models.make_ids(), torch.randn(2, 3, 16)
+    body = models.Body(*model)
+    cats.sparsify_(body, cats.calibrate(body, [ids], target_sparsity=0.5))
+    expected = body.layers[0](hidden_states=x)
+    fused = cats.fuse_(body).layers[0]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(hidden_states=x), expected, rtol=1e-4, atol=1e-5)
+        with cats.metrics.DroppedNeurons(body) as dropped:
+            fused(hidden_states=x)
+    assert 0 < dropped.shares()["layers.0"] < 1
+    with pytest.raises(UnsupportedModelError, match="hidden_states alone"):
+        fused(x, scale=2)
+
+
+class DropoutMLP(models.MLP):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(super().forward(x))
+
+
+def test_dropout_in_training_mode_is_refused():
+    body = models.Body(DropoutMLP()).eval()
+    cats.sparsify_(body, cats.calibrate(body, [models.make_ids()], target_sparsity=0.5))
+    cats.fuse_(body.train())
+    assert body.layers[0].dropout.training
+    with torch.no_grad(), pytest.raises(BackendError, match="dropout"):
+        body(models.make_ids())
+    with torch.no_grad():
+        body.eval()(models.make_ids())
+
+
+def _own_tensor(mlp):
+    mlp.register_buffer("scale", torch.ones(()))
+
+
+UNFUSABLE = {
+    "quantised": (lambda m: models.quantize_(m), "Int8Tensor"),
+    "a tensor of its own": (lambda m: _own_tensor(m.model.layers[1].mlp), "scale"),
+    "a weight norm": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.model.layers[1].mlp.up_proj),
+        "up_proj is Parametrized",
+    ),
+    "pruned": (
+        lambda m: prune.random_unstructured(m.model.layers[1].mlp.up_proj, "weight", 0.1),
+        "pruning",
+    ),
+    "offloaded": (lambda m: accelerate.cpu_offload(m, torch.device("cpu")), "offloaded"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNFUSABLE.values(), ids=UNFUSABLE)
+def test_what_one_operator_cannot_stand_for_is_refused_in_one_line(change, message):
+    model, ids = make_sparse()
+    change(model)
+    expected = logits(model, ids)
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        cats.fuse_(model)
+    assert "\n" not in str(caught.value)
+    assert not list(fused_mlps(model))
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_weights_that_are_offloaded_or_quantised_after_fusing_are_an_error():
+    model, ids = make_sparse()
+    accelerate.cpu_offload(cats.fuse_(model), torch.device("cpu"))
+    with pytest.raises(ShapeError, match="offloaded"):
+        logits(model, ids)
+    model = models.quantize_(cats.fuse_(make_sparse()[0]))
+    with pytest.raises((ShapeError, BackendError), match="quantised"):
+        logits(model, ids)
+
+
+def test_model_that_is_an_mlp_itself_is_refused():
+    mlp = models.Body(models.MLP()).layers[0]
+    mlp.act_fn = CatsActivation(mlp.act_fn, torch.tensor(0.1))
+    with pytest.raises(UnsupportedModelError, match="itself"):
+        cats.fuse_(mlp)

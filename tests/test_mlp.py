@@ -1,12 +1,14 @@
 import copy
+import itertools
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig
 
 import cats
-from cats.errors import ConfigError, UnsupportedModelError
+from cats.errors import ConfigError, ShapeError, UnsupportedModelError
 from cats.mlp import CatsActivation, activation_kind, find_gated_mlps
 from tests import models
 
@@ -227,3 +229,74 @@ def test_activation_shows_its_threshold():
     assert "0.25" in repr(CatsActivation(nn.SiLU(), torch.tensor(0.25)))
     assert "[3]" in repr(CatsActivation(nn.SiLU(), torch.rand(3)))
     assert "[]" in repr(CatsActivation(nn.SiLU(), torch.tensor(0.25)).to("meta"))
+
+
+class IntegerLinear(nn.Module):
+    """A quantised layer of a library that keeps its weight as int8 numbers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = nn.Parameter(linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        values = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(values, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+@pytest.mark.parametrize("kind", ["integers", "a tensor class"])
+def test_quantised_mlp_is_found_and_has_a_fingerprint(kind):
+    model = models.make_model()
+    plain = find_gated_mlps(model)
+    if kind == "integers":
+        for mlp in plain:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(mlp.module, name, IntegerLinear(getattr(mlp.module, name)))
+    else:
+        models.quantize_(model)
+    found = find_gated_mlps(model)
+    assert [m.name for m in found] == [m.name for m in plain]
+    first, second = (mlp.fingerprint() for mlp in found)
+    assert first.isfinite().all()
+    assert not torch.allclose(first, second)
+    cats.calibrate(model, [models.make_ids()], target_sparsity=0.5)
+
+
+def test_weight_whose_values_cannot_be_read_is_named():
+    class Opaque(models.Int8Tensor):
+        dequantize = torch.Tensor.dequantize
+
+    model = models.quantize_(models.make_model())
+    (mlp, *_) = find_gated_mlps(model)
+    weight = mlp.module.up_proj.weight
+    mlp.module.up_proj.weight = nn.Parameter(Opaque(weight.values, weight.scale), False)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.up_proj\.weight.*Opaque"):
+        mlp.fingerprint()
+
+
+def test_offloaded_mlp_has_the_fingerprint_of_its_weights():
+    model = models.make_model()
+    expected = [mlp.fingerprint() for mlp in find_gated_mlps(model)]
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    found = find_gated_mlps(model)
+    assert next(found[0].module.parameters()).is_meta
+    assert all(map(torch.equal, expected, [mlp.fingerprint() for mlp in found]))
+    assert next(found[0].module.parameters()).is_meta
+
+
+def test_number_and_vector_thresholds_load_into_each_other():
+    number, vector = torch.tensor(0.25), torch.rand(5)
+    for own, loaded in itertools.product((number, vector), repeat=2):
+        for assign in (False, True):
+            act = CatsActivation(nn.SiLU(), own)
+            act.load_state_dict({"threshold": loaded.to(torch.float64)}, assign=assign)
+            assert torch.equal(act.threshold.expand(5), loaded.expand(5))
+            assert act.threshold.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        CatsActivation(nn.SiLU(), vector).load_state_dict({"threshold": torch.rand(4)})
+
+
+def test_threshold_for_another_number_of_neurons_is_an_error():
+    with pytest.raises(ShapeError, match="one for each neuron"):
+        CatsActivation(nn.SiLU(), torch.rand(3)).widen_(4)

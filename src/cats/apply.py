@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Container
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from cats.config import CatsConfig
 from cats.errors import ConfigError, ModelMismatchError
-from cats.fusion import unfuse_
+from cats.fusion import restore_layout_, take_out_
 from cats.methods import get_method
 from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
+from cats.placement import has_weights
+from cats.undo import unchanged_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,14 +28,14 @@ def sparsify_(model: M, config: CatsConfig) -> M:
     Weights and their names do not change: ``model.save_pretrained`` still writes a checkpoint that
     plain transformers loads as the dense model, beside float32 tensors ``<mlp>.act_fn.threshold``.
     MLPs that the config does not name stay dense. A sparse model gets the new thresholds; a fused
-    one is no longer fused.
+    one is no longer fused. A call that fails leaves the model as it was.
 
     Returns:
         The same model.
 
     Raises:
-        ModelMismatchError: If the config names other MLPs, other sizes or other weights; the model
-            is then left as it was.
+        ModelMismatchError: If the config names other MLPs, other sizes or other weights.
+        ConfigError: If it holds tensors that its method does not use.
         UnsupportedModelError: If the model has no gated MLP.
     """
     method = get_method(config.method)
@@ -41,24 +44,54 @@ def sparsify_(model: M, config: CatsConfig) -> M:
             f"method {config.method!r} puts its thresholds on {method.router}, the config says "
             f"{config.router!r}: it comes from a newer release or another program"
         )
-    mlps = _check_fits(unfuse_(model), config)
-    densify_(model)
     for name, tensors in config.tensors.items():
-        method.apply_(mlps[name], tensors)
-    if hasattr(model, "config"):
-        model.config.cats = config.to_dict()  # type: ignore[union-attr]
+        if unknown := tensors.keys() - method.tensors:
+            raise ConfigError(
+                f"{name}.{min(unknown)}: method {config.method!r} has no such tensor, only "
+                f"{', '.join(sorted(method.tensors))}: it comes from a newer release or another "
+                "program"
+            )
+    with unchanged_on_error(model):
+        fused = take_out_(model)
+        mlps = _check_fits(model, config)
+        _put_back_dense(model, except_for=config.tensors)
+        for name, tensors in config.tensors.items():
+            method.apply_(mlps[name], tensors)
+        _record(model, config.to_dict())
+        restore_layout_(fused)
     return model
 
 
 def densify_(model: M) -> M:
-    """Take the thresholds off again, in place; the model is the dense one again, bit for bit."""
-    for name, module in list(unfuse_(model).named_modules()):
-        if isinstance(module, CatsActivation):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.dense)
-    if hasattr(model, "config") and hasattr(model.config, "cats"):
-        del model.config.cats
+    """Take the thresholds off again, in place; the model is the dense one again, bit for bit.
+
+    A call that fails leaves the model sparse.
+    """
+    with unchanged_on_error(model):
+        fused = take_out_(model)
+        _put_back_dense(model)
+        _record(model, None)
+        restore_layout_(fused)
     return model
+
+
+def _put_back_dense(model: nn.Module, except_for: Container[str] = ()) -> None:
+    """Give MLPs the activation that they had before, but those that are named."""
+    for name, module in list(model.named_modules()):
+        for child, act in list(module.named_children()):
+            if isinstance(act, CatsActivation) and name not in except_for:
+                setattr(module, child, act.dense)
+
+
+def _record(model: nn.Module, block: dict[str, Any] | None) -> None:
+    """Keep what is applied in ``model.config.cats``; None for nothing."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    if block is not None:
+        config.cats = block
+    elif hasattr(config, "cats"):
+        del config.cats
 
 
 def _check_fits(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
@@ -81,7 +114,7 @@ def _check_fits(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
                     f"{name}.{key} has {tensor.numel()} entries for {size} neurons: {advice}"
                 )
         stored = config.fingerprints.get(name)
-        if stored is None or next(mlps[name].module.parameters()).is_meta:
+        if stored is None or not has_weights(mlps[name].module):
             continue
         here = mlps[name].fingerprint()
         if here.shape != stored.shape or not torch.allclose(

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from cats.errors import BackendError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, keep_mask
-from cats.mlp import CatsActivation, GatedMLP, activation_kind, find_gated_mlps, probe_inputs
+from cats.mlp import (
+    CatsActivation,
+    GatedMLP,
+    activation_kind,
+    evaluating,
+    find_gated_mlps,
+    is_hooked,
+    probe_inputs,
+    share_hooks,
+)
 from cats.ops import BACKENDS, call, checked, dense, is_dense_batch, is_for_compiler, is_unwatched
+from cats.placement import has_weights, is_offloaded
+from cats.undo import lay_out_, unchanged_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,10 +55,8 @@ class FusedGatedMLP(nn.Module):
     """A sparse MLP that runs as one operator; its children are those of the MLP that it replaces.
 
     A call with few tokens reads only what kept neurons need; one with many runs dense GEMMs with
-    the same thresholds. It has no gradient.
+    the same thresholds. It has no gradient. Under autocast the MLP runs as it was.
     """
-
-    thresholds: Tensor
 
     def __init__(self, mlp: GatedMLP, layout: Layout, backend: str) -> None:
         super().__init__()
@@ -54,23 +65,48 @@ class FusedGatedMLP(nn.Module):
         self.activation_name = mlp.activation_name
         self.activation = _sparse_activation(mlp)
         self.intermediate_size = mlp.intermediate_size
+        self._argument = next(iter(inspect.signature(mlp.module.forward).parameters), "x")
+        self._has_dropout = any(isinstance(m, _DropoutNd) and m.p for m in mlp.module.children())
+        down = getattr(mlp.module, layout.down).weight
+        self._shape, self._stride = down.shape, down.stride()
         self._checked: Hashable = None
         self._function: Callable[..., Tensor] = call
         self._original = [mlp.module]  # in a list, so that its weights are not registered twice
-        for name, child in mlp.module.named_children():
-            self.add_module(name, child)
+        # the same dictionary: a child that is replaced here is replaced there
+        self._modules = mlp.module._modules
         self.training = mlp.module.training
-        self._expand_thresholds()
+        share_hooks(mlp.module, self)
 
     @property
     def original(self) -> nn.Module:
         """The MLP that was replaced."""
         return self._original[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def thresholds(self) -> Tensor:
+        """``[F]``, float32: the buffer of the activation itself, which cannot be out of date."""
+        act: Any = self._modules[self.activation_name]
+        thresholds: Tensor | None = act._buffers.get("threshold")
+        if thresholds is None or thresholds.ndim != 1:
+            return act.widen_(self.intermediate_size)  # type: ignore[no-any-return]
+        return thresholds
+
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None or named:
+            x = self._named_argument(x, named)
         gate, up, down, *biases = self.operands()
-        thresholds = self._buffers["thresholds"]
-        assert thresholds is not None
+        if self._has_dropout and self.training:
+            raise BackendError(
+                "this fused MLP is in training mode and has dropout, which the operator does not "
+                "compute: call model.eval() or cats.unfuse_(model)"
+            )
+        kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+        if torch.is_autocast_enabled(kind):
+            return self._run_original(x)
+        act: Any = self._modules[self.activation_name]
+        thresholds = act._buffers.get("threshold")
+        if thresholds is None or thresholds.ndim != 1:
+            thresholds = self.thresholds
         rest: Any = thresholds, self.activation, "gate", *biases, None
         rows = x.reshape(-1, x.shape[-1])
         opens = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
@@ -78,11 +114,16 @@ class FusedGatedMLP(nn.Module):
             # GEMMs in the open, which a compiler fuses with what is around
             return dense.gated_mlp(rows, gate, up, down, *rest).view(x.shape)
         if not is_unwatched(rows):
-            return call(rows, gate, up, down, *rest, self.backend).view(x.shape)
+            try:
+                return call(rows, gate, up, down, *rest, self.backend).view(x.shape)
+            except RuntimeError:
+                # a C++ kernel says less about what does not fit
+                checked(rows, gate, up, down, *rest, self.backend)
+                raise
         # what was checked for these very tensors need not be checked again
         key = (
             rows.shape, rows.dtype, gate.shape, gate.dtype, gate.data_ptr(), up.data_ptr(),
-            down.data_ptr(), thresholds.data_ptr(), rows.data_ptr() % 16,
+            down.data_ptr(), down.stride(0), thresholds.data_ptr(), rows.data_ptr() % 16,
         )  # fmt: skip
         if key != self._checked:
             self._function = checked(rows, gate, up, down, *rest, self.backend)
@@ -91,66 +132,58 @@ class FusedGatedMLP(nn.Module):
 
     def kept(self, x: Tensor) -> Tensor:
         """Which neurons a kernel keeps, ``[..., F]``: it compares the gate before rounding it."""
-        gate, up, down = self._linears()
-        weight = self._weights(gate, up, down)[0].float()
-        bias = self._biases(gate, up, down)[0]
-        g = nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+        weight, _, _, bias, _, _ = self.operands()
+        g = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
         a = ACTIVATIONS[self.activation](g)
         return keep_mask(a, self.thresholds) & (a != 0)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, *tuple[Tensor | None, ...]]:
+    def operands(
+        self,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gate, up and down as the operator takes them, then their biases."""
-        linears = self._linears()
-        return *self._weights(*linears), *self._biases(*linears)
+        return _operands(self.layout, *self._linears())
 
     def extra_repr(self) -> str:
         return f"backend={self.backend}"
 
+    def _run_original(self, x: Tensor) -> Tensor:
+        original: Any = self._original[0]
+        original.training = self.training
+        # its hooks are those of this module and run here
+        out: Tensor = original.forward(x)
+        return out
+
+    def _named_argument(self, x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
+        if x is None and self._argument in named:
+            x = named.pop(self._argument)
+        if x is None or named:
+            raise UnsupportedModelError(
+                f"a fused MLP takes {self._argument} alone, this one was called with "
+                f"{', '.join(named) or 'nothing'}: call cats.unfuse_(model)"
+            )
+        return x
+
     def _linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         modules, layout = self._modules, self.layout
         gate, up, down = modules[layout.gate], modules[layout.up], modules[layout.down]
+        act = modules[self.activation_name]
         # an adapter that was added later, or another activation, would be ignored in silence
-        if not (
-            type(gate) is type(up) is type(down) is nn.Linear
-            and type(modules[self.activation_name]) is CatsActivation
-        ):
+        if not (type(gate) is type(up) is type(down) is nn.Linear and type(act) is CatsActivation):
             raise BackendError(
                 "a layer of this fused MLP was replaced after fuse_ (by an adapter, quantisation "
                 "or another activation): call cats.unfuse_(model) before changing its layers"
             )
+        if (
+            gate._forward_hooks or gate._forward_pre_hooks
+            or up._forward_hooks or up._forward_pre_hooks
+            or down._forward_hooks or down._forward_pre_hooks
+            or act._forward_hooks or act._forward_pre_hooks
+        ):  # fmt: skip
+            raise BackendError(
+                "a layer of this fused MLP got a hook after fuse_, which the operator would not "
+                "run: call cats.unfuse_(model) first, or hook the MLP itself"
+            )
         return gate, up, down
-
-    def _weights(
-        self, gate: nn.Linear, up: nn.Linear, down: nn.Linear
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # not as attributes, which a module looks up in Python
-        gate_weight, up_weight = gate._parameters["weight"], up._parameters["weight"]
-        down_weight = down._parameters["weight"]
-        assert gate_weight is not None
-        assert up_weight is not None
-        assert down_weight is not None
-        return (*_halves(self.layout, gate_weight, up_weight), down_weight)
-
-    def _biases(
-        self, gate: nn.Linear, up: nn.Linear, down: nn.Linear
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        gate_bias: Tensor | None = gate._parameters["bias"]
-        up_bias: Tensor | None = up._parameters["bias"]
-        if gate is up and gate_bias is not None:
-            gate_bias, up_bias = _halves(self.layout, gate_bias, gate_bias)
-        return gate_bias, up_bias, down._parameters["bias"]
-
-    def _expand_thresholds(self) -> None:
-        act = self._modules[self.activation_name]
-        assert isinstance(act, CatsActivation)
-        expanded = act.threshold.expand(self.intermediate_size).contiguous()
-        self.register_buffer("thresholds", expanded, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedGatedMLP:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # from the activation, which keeps float32 whatever the dtype of the model
-        self._expand_thresholds()
-        return self
 
 
 def fuse_(model: M, *, backend: str = "auto") -> M:
@@ -167,9 +200,12 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
         The same model.
 
     Raises:
-        UnsupportedModelError: If the model is dense, or an MLP computes another formula or has
-            layers other than ``nn.Linear``; the model is then left as it was.
+        UnsupportedModelError: If the model is dense, or an MLP computes another formula, has layers
+            other than ``nn.Linear`` with ordinary weights, or hooks on its layers. Hooks on the MLP
+            itself go along.
         BackendError: If there is no such backend.
+
+    A call that fails leaves the model as it was.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -183,30 +219,65 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
         )
     if names == fused:
         return model
+    if "" in names:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an MLP itself, which nothing holds that could hold the "
+            "fused one: put it into a module, such as nn.Sequential"
+        )
     pairs = [
-        (mlp, FusedGatedMLP(mlp, _find_layout(mlp), backend))
+        (mlp.module, FusedGatedMLP(mlp, _find_layout(mlp), backend))
         for mlp in find_gated_mlps(model, names=names - fused)
     ]
-    for mlp, replacement in pairs:
-        down = getattr(replacement, replacement.layout.down)
-        # each neuron's column becomes contiguous; the parameter stays the same object
-        down.weight.data = down.weight.data.t().contiguous().t()
-        _replace(model, mlp.name, replacement)
+    strides = {id(_down(f)): f._stride for _, f in fused_mlps(model)}
+    _check_memory(model, [_down(fused) for _, fused in pairs])
+    with unchanged_on_error(model):
+        for _, replacement in pairs:
+            # a weight that two MLPs share is laid out already
+            replacement._stride = strides.setdefault(id(_down(replacement)), replacement._stride)
+            # each neuron's column becomes contiguous; the parameter stays the same object
+            lay_out_(_down(replacement), (1, len(_down(replacement))))
+            # kernels read one a neuron
+            _ = replacement.thresholds
+        _replace(model, {id(module): fused for module, fused in pairs})
     return model
 
 
 def unfuse_(model: M) -> M:
-    """Undo :func:`fuse_`, in place: the same modules and memory layout as before."""
-    for name, fused in list(fused_mlps(model)):
-        down = fused._modules[fused.layout.down]
-        if isinstance(down, nn.Linear):
-            down.weight.data = down.weight.data.contiguous()
-        original = fused.original
-        # a child that was replaced meanwhile, by an adapter for one, goes along
-        for child, module in fused.named_children():
-            original.add_module(child, module)
-        _replace(model, name, original.train(fused.training))
+    """Undo :func:`fuse_`, in place: the same modules and memory layout as before.
+
+    A call that fails leaves the model fused.
+    """
+    fused = [module for _, module in fused_mlps(model)]
+    if not fused:
+        return model
+    with unchanged_on_error(model):
+        take_out_(model)
+        restore_layout_(fused)
     return model
+
+
+def take_out_(model: nn.Module) -> list[FusedGatedMLP]:
+    """Put back the MLPs that were fused, and return what stood there; no weight is moved."""
+    fused = [module for _, module in fused_mlps(model)]
+    for module in fused:
+        # hooks and mode that came meanwhile; children are the same dictionary
+        share_hooks(module, module.original)
+        module.original.training = module.training
+    _replace(model, {id(module): module.original for module in fused})
+    return fused
+
+
+def restore_layout_(fused: Iterable[FusedGatedMLP]) -> None:
+    """Give the weights of MLPs that were taken out the memory layout that they had before."""
+    for module in fused:
+        down = module._modules[module.layout.down]
+        weight = getattr(down, "weight", None)
+        # not one that was replaced meanwhile, by quantisation or another size
+        if type(weight) is nn.Parameter and weight.shape == module._shape:
+            lay_out_(weight, module._stride)
+        act = module._modules[module.activation_name]
+        if isinstance(act, CatsActivation):
+            act.narrow_()
 
 
 def fused_mlps(model: nn.Module) -> Iterator[tuple[str, FusedGatedMLP]]:
@@ -216,9 +287,17 @@ def fused_mlps(model: nn.Module) -> Iterator[tuple[str, FusedGatedMLP]]:
             yield name, module
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others, given by their ids, wherever those stand."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def _down(fused: FusedGatedMLP) -> nn.Parameter:
+    weight: nn.Parameter = fused._modules[fused.layout.down].weight  # type: ignore
+    return weight
 
 
 def _sparse_activation(mlp: GatedMLP) -> str:
@@ -229,28 +308,31 @@ def _sparse_activation(mlp: GatedMLP) -> str:
     return kind
 
 
-def _halves(layout: Layout, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up, cut out of one tensor where they are stacked."""
-    if layout.gate != layout.up:
-        return gate, up
-    first, second = gate.chunk(2)
-    return (first, second) if layout.gate_first else (second, first)
+def _operands(
+    layout: Layout, gate: nn.Linear, up: nn.Linear, down: nn.Linear
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Weights, then biases, cut out of one tensor where gate and up are stacked."""
+    # not as attributes, which a module looks up in Python
+    first: Any = gate._parameters
+    second: Any = up._parameters
+    third: Any = down._parameters
+    if gate is not up:
+        weights = first["weight"], second["weight"], third["weight"]
+        return *weights, first["bias"], second["bias"], third["bias"]
+    weights = *first["weight"].chunk(2), third["weight"]
+    biases = (None, None) if first["bias"] is None else first["bias"].chunk(2)
+    if not layout.gate_first:
+        weights, biases = (weights[1], weights[0], weights[2]), (biases[1], biases[0])
+    return *weights, *biases, third["bias"]
 
 
 def _find_layout(mlp: GatedMLP) -> Layout:
     """The arrangement of linear layers under which the operator computes what the MLP computes."""
-    linears = {n: c for n, c in mlp.module.named_children() if type(c) is nn.Linear}
-    others = [
-        n
-        for n, c in mlp.module.named_children()
-        if n not in linears and any(True for _ in c.parameters())
-    ]
-    if others:
-        kind = type(getattr(mlp.module, others[0])).__name__
-        raise UnsupportedModelError(
-            f"{mlp.name} cannot be fused: {others[0]} is {kind}, expected plain nn.Linear layers "
-            "(merge adapters first)"
-        )
+    if reason := _unfusable(mlp):
+        raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
+    linears: dict[str, nn.Linear] = {
+        n: c for n, c in mlp.module.named_children() if type(c) is nn.Linear
+    }
     f, d = mlp.intermediate_size, mlp.hidden_size
     shapes = {name: tuple(c.weight.shape) for name, c in linears.items()}
     layouts = [
@@ -273,16 +355,66 @@ def _find_layout(mlp: GatedMLP) -> Layout:
     )
 
 
+def _unfusable(mlp: GatedMLP) -> str | None:
+    """Why one operator cannot stand for an MLP, whatever it computes; or None."""
+    module = mlp.module
+    if is_offloaded(module):
+        return "its weights are offloaded: load the whole model into memory (without device_map)"
+    if not has_weights(module):
+        return "its weights are on meta: load them first"
+    own = [n for n, _ in chain(module.named_parameters(), module.named_buffers()) if "." not in n]
+    if own:
+        return f"it holds a tensor of its own, {own[0]}"
+    for name, child in module.named_children():
+        tensors = [*child.parameters(), *child.buffers()]
+        if name == mlp.activation_name or not tensors:
+            continue
+        if type(child) is not nn.Linear:
+            kind = type(child).__name__
+            return f"{name} is {kind}, expected plain nn.Linear layers (merge adapters first)"
+        if len({*child._parameters} - {"weight", "bias"}) or "weight" not in child._parameters:
+            return f"the weight of {name} is computed from others (by pruning or a weight norm)"
+        for tensor in tensors:
+            if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
+                kind = f"{type(tensor).__name__} of {tensor.dtype}"
+                return f"{name} holds {kind}, expected ordinary floating-point weights"
+    for name, child in module.named_modules():
+        if name and is_hooked(child):
+            return f"{name} has a hook, which the operator would not run: hook the MLP itself"
+    return None
+
+
+def _check_memory(model: nn.Module, weights: list[nn.Parameter]) -> None:
+    """Raise UnsupportedModelError where another tensor lies in the memory of one of the weights."""
+    ends: dict[int, list[tuple[int, int, int, str]]] = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            entry = (start, start + span * tensor.element_size(), id(tensor), name)
+            ends.setdefault(tensor.untyped_storage().data_ptr(), []).append(entry)
+    for weight in weights:
+        near = ends[weight.untyped_storage().data_ptr()]
+        mine = next(entry for entry in near if entry[2] == id(weight))
+        for start, end, other, name in near:
+            if other != id(weight) and start < mine[1] and mine[0] < end:
+                raise UnsupportedModelError(
+                    f"{mine[3]} and {name} are two tensors in the same memory, which fuse_ would "
+                    "part: give both layers the same nn.Parameter, or a copy each"
+                )
+
+
 def _computes(mlp: GatedMLP, layout: Layout) -> bool:
     fused = FusedGatedMLP(mlp, layout, "dense")
-    gate, up, down = fused._linears()
+    weights_and_biases = fused.operands()
+    weights, biases = weights_and_biases[:3], weights_and_biases[3:]
+    assert isinstance(mlp.act, CatsActivation)
+    rest = mlp.act.threshold.expand(mlp.intermediate_size), fused.activation, "gate"
     for x in probe_inputs(mlp):
-        with torch.no_grad():
-            expected = mlp.module(x).flatten(0, 1)
-            weights, biases = fused._weights(gate, up, down), fused._biases(gate, up, down)
-            actual = dense.gated_mlp(
-                x.flatten(0, 1), *weights, fused.thresholds, fused.activation, "gate", *biases
-            )
+        with evaluating(mlp.module), torch.no_grad():
+            # without the MLP's own hooks, which will run around the operator
+            expected = mlp.module.forward(x).flatten(0, 1)
+            actual = dense.gated_mlp(x.flatten(0, 1), *weights, *rest, *biases)
         error = (actual - expected).float().norm()
         if not error <= _PROBE_TOLERANCE.get(x.dtype, 1e-5) * expected.float().norm():
             return False

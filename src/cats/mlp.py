@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats.errors import ConfigError, UnsupportedModelError
+from cats.errors import ConfigError, ShapeError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, cats_activation
+from cats.placement import entries, has_weights, input_device, materialized
 
 # Scales of the probe's inputs: some models clamp, and a clamp shows only far from zero.
 _PROBE_SCALES = (0.01, 1.0, 30.0)
@@ -35,6 +36,7 @@ class CatsActivation(nn.Module):
         super().__init__()
         self.act = act
         self._replaced = dense if dense is not act else None
+        self._number: torch.Size | None = None  # the shape that widen_ found
         self.register_buffer("threshold", threshold.detach().clone().float())
 
     @property
@@ -46,13 +48,55 @@ class CatsActivation(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         return cats_activation(self.act(wide), self.threshold).to(x.dtype)
 
+    def widen_(self, size: int) -> Tensor:
+        """The threshold as ``[F]``, in place: what is written into it later is seen by its readers.
+
+        Raises:
+            ShapeError: If it has another number of entries.
+        """
+        threshold = self.threshold
+        if threshold.shape != (size,):
+            if threshold.numel() != 1:
+                raise ShapeError(
+                    f"expected one threshold or {size}, one for each neuron; "
+                    f"got {list(threshold.shape)}"
+                )
+            self._number = threshold.shape
+            self.threshold = threshold = threshold.detach().reshape(1).repeat(size)
+        return threshold
+
+    def narrow_(self) -> None:
+        """Undo :meth:`widen_`, unless the neurons have got different thresholds."""
+        threshold = self.threshold
+        if self._number is not None and not threshold.is_meta and threshold.unique().numel() == 1:
+            self.threshold = threshold[:1].clone().reshape(self._number)
+        self._number = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsActivation:
         exact = self.threshold
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # .half() and .to(bfloat16) convert every buffer; a rounded threshold drops other neurons
-        if self.threshold.dtype != torch.float32:
+        # it only moves: .half() would round it, and a rounded threshold drops other neurons;
+        # to_empty() would leave anything
+        if not exact.is_meta:
             self.threshold = exact.to(self.threshold.device)
+        elif self.threshold.dtype != torch.float32:
+            self.threshold = self.threshold.float()
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}threshold")
+        # one number and as many as there are neurons mean the same
+        if isinstance(loaded, Tensor) and loaded.shape != self.threshold.shape and loaded.ndim < 2:
+            if loaded.numel() == 1:
+                state_dict[f"{prefix}threshold"] = loaded.reshape(1).expand(self.threshold.shape)
+            elif self.threshold.numel() == 1:
+                self.widen_(loaded.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # a state dict may be assigned as it is
+        if self.threshold.dtype != torch.float32 or not self.threshold.is_contiguous():
+            self.threshold = self.threshold.float().contiguous()
 
     def extra_repr(self) -> str:
         if self.threshold.numel() == 1 and not self.threshold.is_meta:
@@ -96,11 +140,18 @@ class GatedMLP:
         setattr(self.module, self.activation_name, act)
 
     def fingerprint(self) -> Tensor:
-        """Some of the MLP's weights, ``[8]``, float32: the same in every dtype up to rounding."""
-        weights = [p.detach().flatten() for p in self.module.parameters() if p.ndim >= 2]
-        # in integers: a float32 index beyond 2**24 is rounded
-        picks = [w[torch.arange(8, device=w.device) * (w.numel() - 1) // 7] for w in weights]
-        return torch.stack([p.float().cpu() for p in picks]).sum(0)
+        """Some of the MLP's weights, ``[8]``, float32: the same in every dtype up to rounding.
+
+        Raises:
+            UnsupportedModelError: If the values of a weight cannot be read.
+        """
+        with materialized(self.module):
+            picks = [
+                entries(f"{self.name}.{name}", p)
+                for name, p in self.module.named_parameters()
+                if p.ndim >= 2
+            ]
+        return torch.stack(picks).sum(0)
 
 
 def find_gated_mlps(
@@ -249,8 +300,11 @@ def _probe(module: nn.Module, activation_name: str) -> tuple[int, int] | str:
     """``(D, F)`` of a gated MLP, or why it is none."""
     if any(p.ndim == 3 for p in module.parameters(recurse=False)):
         return "its experts are stacked in one tensor, which CATS does not support yet"
-    if any(p.is_meta for p in module.parameters()) and not hasattr(module, "_hf_hook"):
-        module = _with_random_weights(module)
+    if not has_weights(module):
+        try:
+            module = _with_random_weights(module)
+        except (RuntimeError, TypeError) as error:
+            return f"its weights are on meta and cannot be drawn at random ({error})"
     sizes = [size for c in module.children() if (size := _linear_size(c))]
     outputs = {outward for _, outward in sizes}
     # D enters gate and up and leaves down; F enters down only
@@ -258,8 +312,7 @@ def _probe(module: nn.Module, activation_name: str) -> tuple[int, int] | str:
     if not candidates:
         return "no linear layer gives back the size that another one takes"
     hidden_size = candidates[0]
-    weight = _first_matrix(module)
-    for x in _inputs(weight, hidden_size):
+    for x in _inputs(module, hidden_size):
         try:
             zero, calls, shapes = _run(module, activation_name, x, 0.0)
             one, _, _ = _run(module, activation_name, x, 1.0)
@@ -279,6 +332,19 @@ def _probe(module: nn.Module, activation_name: str) -> tuple[int, int] | str:
     return hidden_size, int(shapes[0][-1])
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a forward pass of the module itself runs hooks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let two modules have the same hooks, also those that are added or removed later."""
+    for name, value in vars(source).items():
+        # the second is what torch asks before it runs backward hooks
+        if "_hooks" in name or name == "_is_full_backward_hook":
+            vars(target)[name] = value
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards each submodule is in the mode that it was in."""
@@ -293,21 +359,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def probe_inputs(mlp: GatedMLP) -> Iterator[Tensor]:
     """Random hidden states ``[1, T, D]`` of small, unit and large scale, the same at each call."""
-    return _inputs(_first_matrix(mlp.module), mlp.hidden_size)
+    return _inputs(mlp.module, mlp.hidden_size)
 
 
-def _inputs(weight: Tensor, hidden_size: int) -> Iterator[Tensor]:
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    # weights that a hook loads on demand are on meta until then
-    device = "cpu" if weight.is_meta else weight.device
+def _inputs(module: nn.Module, hidden_size: int) -> Iterator[Tensor]:
+    # the matrices of a quantised model may hold integers
+    tensors = [p for p in module.parameters() if p.is_floating_point()]
+    dtype = max(tensors, key=lambda t: t.ndim).dtype if tensors else torch.float32
+    device = input_device(module)
     for scale in _PROBE_SCALES:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, _PROBE_TOKENS, hidden_size, generator=generator) * scale
         yield x.to(device=device, dtype=dtype)
-
-
-def _first_matrix(module: nn.Module) -> Tensor:
-    return next(p for p in module.parameters() if p.ndim >= 2)
 
 
 def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> tuple[Any, int, Any]:
@@ -315,6 +378,8 @@ def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> tup
     shapes: list[torch.Size] = []
 
     def constant(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not args:
+            raise TypeError("its activation is called with a keyword argument")
         shapes.append(args[0].shape)
         return torch.full_like(output, fill)
 
@@ -331,5 +396,8 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
+            if not parameter.is_floating_point():
+                parameter.random_(1, 100, generator=generator)
+                continue
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
     return twin

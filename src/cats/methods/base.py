@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cats.mlp import CatsActivation, GatedMLP
+from cats.errors import UnsupportedModelError
+from cats.mlp import CatsActivation, GatedMLP, is_hooked, share_hooks
+from cats.placement import input_device
 
 
 class Method(ABC):
@@ -17,11 +19,13 @@ class Method(ABC):
         name: The word that ``method=`` and a checkpoint's config use.
         router: The branch that is read whole and compared: ``"gate"`` or ``"up"``.
         has_target: Whether it aims at a target sparsity.
+        tensors: Names of the tensors of each MLP that it uses.
     """
 
     name: ClassVar[str]
     router: ClassVar[str] = "gate"
     has_target: ClassVar[bool] = True
+    tensors: ClassVar[frozenset[str]] = frozenset({"threshold"})
 
     def observe(self, mlp: GatedMLP, record: Callable[[Tensor], None]) -> RemovableHandle:
         """Hook the dense MLP so that ``record`` gets the values ``[B, T, F]`` to be counted.
@@ -44,6 +48,14 @@ class Method(ABC):
         """Make the MLP sparse in place with the stored tensors; a stored weight never changes."""
 
     def _threshold_on(self, mlp: GatedMLP, act: nn.Module, threshold: Tensor) -> None:
-        device = next(mlp.module.parameters()).device
-        sparse = CatsActivation(act, threshold.to(device), dense=mlp.dense_act)
-        mlp.replace_act(sparse.train(mlp.module.training))
+        if act is not mlp.dense_act and is_hooked(mlp.dense_act):
+            raise UnsupportedModelError(
+                f"{mlp.name}.{mlp.activation_name} has a hook, and method {self.name!r} puts "
+                "another activation there: remove the hook first"
+            )
+        sparse = CatsActivation(act, threshold.to(input_device(mlp.module)), dense=mlp.dense_act)
+        if isinstance(mlp.act, CatsActivation):
+            share_hooks(mlp.act, sparse)
+        for module in (sparse,) if act is mlp.dense_act else (sparse, act):
+            module.training = mlp.module.training
+        mlp.replace_act(sparse)
