@@ -217,3 +217,19 @@ def test_hub_that_does_not_answer_is_asked_once(hub, tmp_path, caplog):
 def test_name_that_leads_nowhere_says_why(tmp_path, name, options, message):
     with pytest.raises(StorageError, match=message):
         cats.from_pretrained(name, cache_dir=tmp_path, **options)
+
+
+def test_tensors_that_no_method_uses_are_refused_where_they_are_stored(sparse, tmp_path):
+    act = sparse.model.layers[1].mlp.act_fn
+    act.register_buffer("product_threshold", torch.rand(models.F))
+    sparse.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.product_threshold"):
+        cats.from_pretrained(tmp_path)
+
+
+def test_thresholds_written_in_a_fused_model_are_saved(sparse, tmp_path):
+    cats.fuse_(sparse).model.layers[1].mlp.act_fn.threshold[::2] = 0.9
+    sparse.save_pretrained(tmp_path)
+    ids = models.make_ids(seed=1)
+    loaded = models.logits(cats.from_pretrained(tmp_path), ids)
+    assert torch.equal(loaded, models.logits(cats.unfuse_(sparse), ids))

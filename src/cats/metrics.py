@@ -16,6 +16,7 @@ from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
 from cats.mlp import CatsActivation, evaluating
+from cats.placement import check_has_weights, input_device
 
 
 def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -59,7 +60,7 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
         DataError: If there are no tokens.
     """
     with DroppedNeurons(model) as dropped, evaluating(model):
-        device = next(model.parameters()).device
+        device = input_device(model)
         for batch in batches:
             ids, dropped.mask = _on(device, batch)
             forward_hidden(model, ids, dropped.mask)
@@ -69,9 +70,10 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
 def _perplexity(
     model: nn.Module, batches: Iterable[Batch], dropped: DroppedNeurons | None
 ) -> float:
+    check_has_weights(model)
     total, tokens = 0.0, 0
     language_model: Any = model
-    device = next(model.parameters()).device
+    device = input_device(model)
     for batch in batches:
         ids, mask = _on(device, batch)
         if dropped is not None:
@@ -106,6 +108,7 @@ class DroppedNeurons:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_has_weights(model)
         self._fused = dict(fused_mlps(model))
         self._acts = {
             mlp: module
@@ -130,7 +133,8 @@ class DroppedNeurons:
             self._stack.callback(handle.remove)
         for name, mlp in self._fused.items():
             handle = mlp.register_forward_pre_hook(
-                lambda m, args, name=name: self._count(name, m.kept(args[0]))
+                lambda m, args, named, name=name: self._count(name, m.kept(*args, *named.values())),
+                with_kwargs=True,
             )
             self._stack.callback(handle.remove)
         return self

@@ -1,11 +1,13 @@
 import copy
 
+import accelerate
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import cats
-from cats.errors import ConfigError, DataError, UnsupportedModelError
+from cats.errors import ConfigError, DataError, ModelMismatchError, UnsupportedModelError
 from tests import models
 
 
@@ -108,3 +110,56 @@ def test_sparse_model_is_refused():
     cats.sparsify_(model, cats.calibrate(model, [models.make_ids()], target_sparsity=0.5))
     with pytest.raises(UnsupportedModelError, match="sparse already"):
         cats.collect(model, [models.make_ids()])
+
+
+@pytest.fixture
+def offloaded(tmp_path):
+    """A model, and the same one with its second layer on disk."""
+    model = models.make_model()
+    model.save_pretrained(tmp_path / "model")
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    where |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    twin = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=where, offload_folder=tmp_path / "offload"
+    )
+    assert next(twin.model.layers[1].parameters()).is_meta
+    return model, twin
+
+
+def test_offloaded_model_is_calibrated_applied_and_measured_like_the_whole_one(offloaded):
+    model, twin = offloaded
+    ids = models.make_ids()
+    config, other = (cats.calibrate(m, [ids], target_sparsity=0.5) for m in offloaded)
+    for name, threshold in config.thresholds.items():
+        assert torch.equal(other.thresholds[name], threshold)
+        assert torch.equal(other.fingerprints[name], config.fingerprints[name])
+    for m in offloaded:
+        cats.sparsify_(m, config)
+    assert not any(b.is_meta for n, b in twin.named_buffers() if n.endswith("threshold"))
+    assert torch.equal(models.logits(twin, ids), models.logits(model, ids))
+    shares = cats.metrics.realized_sparsity(model, [ids])
+    assert cats.metrics.realized_sparsity(twin, [ids]) == shares
+    assert cats.metrics.perplexity(twin, [ids]) == cats.metrics.perplexity(model, [ids])
+
+
+def test_offloaded_weights_of_another_model_are_refused(offloaded):
+    config = cats.calibrate(models.make_model(), [models.make_ids()], target_sparsity=0.5)
+    with pytest.raises(ModelMismatchError, match="weights"):
+        cats.sparsify_(offloaded[1], config)
+
+
+def test_embedding_on_disk_does_not_move_the_tokens_away():
+    model, ids = models.make_model(), models.make_ids()
+    expected = cats.calibrate(model, [ids], target_sparsity=0.5)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    config = cats.calibrate(model, [ids], target_sparsity=0.5)
+    assert all(torch.equal(config.thresholds[n], t) for n, t in expected.thresholds.items())
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = models.make_model()
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight is on the meta device"):
+        cats.calibrate(model, [models.make_ids()], target_sparsity=0.5)
+    with pytest.raises(UnsupportedModelError, match="load the weights"):
+        cats.metrics.perplexity(model, [models.make_ids()])

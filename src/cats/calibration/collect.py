@@ -16,7 +16,13 @@ from cats.config import CatsConfig, check_target
 from cats.data import Batch, as_batch
 from cats.errors import ConfigError, DataError, UnsupportedModelError
 from cats.methods import get_method
-from cats.mlp import CatsActivation, GatedMLP, evaluating, find_gated_mlps
+from cats.mlp import (
+    CatsActivation,
+    GatedMLP,
+    evaluating,
+    find_gated_mlps,
+)
+from cats.placement import check_has_weights, input_device
 
 # First bin of infinity, sign taken off; NaN lies above it.
 _INFINITY_BIN = int(_counts.count(torch.tensor([float("inf")])).argmax())
@@ -78,6 +84,7 @@ def collect(
             raise UnsupportedModelError(
                 f"{name} is sparse already: calibrate the dense model (cats.densify_)"
             )
+    check_has_weights(model)
     mlps = find_gated_mlps(model, exclude=exclude)
     fresh = Statistics(
         method=method,
@@ -117,8 +124,7 @@ class _Counting:
 
     def run(self, ids: Tensor, mask: Tensor | None) -> None:
         """One forward pass over ``ids [B, T]``; False in ``mask`` marks padding."""
-        device = next(self._model.parameters()).device
-        ids = ids.to(device if device.type != "meta" else "cpu")
+        ids = ids.to(input_device(self._model))
         self._mask = None if mask is None else mask.to(ids.device)
         forward_hidden(self._model, ids, self._mask)
         rows = ids if self._mask is None else [r[m] for r, m in zip(ids, self._mask, strict=True)]
