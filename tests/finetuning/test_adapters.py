@@ -1,11 +1,19 @@
+import json
+
 import pytest
 import torch
 
 import cats
 from cats import smollm2
-from cats.errors import ConfigError, ModelMismatchError, StorageError
+from cats.errors import ConfigError, ModelMismatchError, StorageError, UnsupportedModelError
 from cats.finetuning import FinetuneOptions, load_adapter
-from cats.finetuning.adapters import add_adapters, dense_teacher, remove_adapters_
+from cats.finetuning.adapters import (
+    add_adapters,
+    dense_teacher,
+    merge,
+    put_adapter,
+    remove_adapters_,
+)
 from tests import models
 
 OPTIONS = FinetuneOptions(rank=4, dropout=0.0)
@@ -79,3 +87,59 @@ def test_adapter_on_the_built_in_model_loads_by_its_name(tune, base, ids, tmp_pa
 def test_folder_without_adapter_is_an_error(base, tmp_path):
     with pytest.raises(StorageError, match="holds no adapter"):
         load_adapter(base, tmp_path)
+
+
+def _unreadable(folder):
+    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
+    return StorageError
+
+
+def _of_another_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    return ModelMismatchError
+
+
+def _of_other_layers(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["x"]}))
+    return ModelMismatchError
+
+
+@pytest.mark.parametrize("damage", [_unreadable, _of_another_rank, _of_other_layers])
+def test_adapter_that_does_not_fit_leaves_the_model_as_it_was(damage, adapted, make, ids, tmp_path):
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    error = damage(tmp_path / "adapter")
+    model = make()
+    before, modules = models.logits(model, ids), [*model.modules()]
+    attributes, flags = set(vars(model)), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error):
+        put_adapter(model, tmp_path / "adapter")
+    assert [*model.modules()] == modules
+    assert set(vars(model)) == attributes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(models.logits(model, ids), before)
+
+
+def test_adapter_on_a_fused_model_is_refused(adapted, make, tmp_path):
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(UnsupportedModelError, match="unfuse_"):
+        put_adapter(cats.fuse_(make()), tmp_path / "adapter")
+
+
+def test_merge_that_fails_leaves_the_model_as_it_was(adapted, ids, monkeypatch):
+    before, modules = models.logits(adapted, ids), [*adapted.modules()]
+    weights = {name: p.clone() for name, p in adapted.named_parameters()}
+    layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(layer, "merge", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge(adapted)
+    assert [*adapted.modules()] == modules
+    assert all(torch.equal(p, weights[name]) for name, p in adapted.named_parameters())
+    assert torch.equal(models.logits(adapted, ids), before)
+    monkeypatch.undo()
+    torch.testing.assert_close(models.logits(merge(adapted), ids), before, rtol=1e-3, atol=1e-3)

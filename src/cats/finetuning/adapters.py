@@ -8,16 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
-from cats.checkpoint import from_pretrained, load_dense
+from cats.checkpoint import first_line, from_pretrained, load_dense
 from cats.config import CatsConfig
-from cats.errors import ConfigError, StorageError, UnsupportedModelError
+from cats.errors import ConfigError, ModelMismatchError, StorageError, UnsupportedModelError
 from cats.finetuning.options import FinetuneOptions
 from cats.fusion import fused_mlps
 from cats.mlp import CatsActivation, find_gated_mlps
 from cats.storage import replacing
+from cats.undo import unchanged_on_error
 
 # Layers that give queries and values: alone, or stacked with keys.
 _ATTENTION = ("q_proj", "v_proj", "qkv_proj")
@@ -179,14 +181,53 @@ def load_adapter(base: str | Path, adapter: str | Path, **kwargs: Any) -> Any:
 
 
 def put_adapter(model: Any, adapter: str | Path) -> Any:
-    """The model with the stored adapter on it."""
-    with _without_renames():
-        return import_peft().PeftModel.from_pretrained(model, str(adapter))
+    """The model with the stored adapter on it; a call that fails leaves the model as it was.
+
+    Raises:
+        StorageError: If the adapter cannot be read.
+        ModelMismatchError: If it was trained on another model.
+        UnsupportedModelError: If the model is fused.
+    """
+    refuse_fused(model)
+    peft = import_peft()
+    with unchanged_on_error(model), _without_renames():
+        try:
+            return peft.PeftModel.from_pretrained(model, str(adapter))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise StorageError(f"{adapter}: cannot be read: {first_line(error)}") from error
+        except (ValueError, RuntimeError) as error:
+            # layers that the model does not have, or of other sizes
+            message = " ".join(str(error).split())
+            raise ModelMismatchError(
+                f"{adapter} was trained on another model: {message[:200]}"
+            ) from error
 
 
 def merge(model: Any) -> Any:
-    """The model with its adapters added to its weights, in place; it has no adapters then."""
-    merged = model.merge_and_unload()
+    """The model with its adapters added to its weights, in place; it has no adapters then.
+
+    A call that fails leaves the model as it was; until it ends, the weights that have adapters are
+    kept twice, the second time in the memory of the host.
+    """
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, import_peft().tuners.tuners_utils.BaseTunerLayer)
+    ]
+    weights = {
+        p: p.detach().to("cpu", copy=True) for m in layers for p in m.get_base_layer().parameters()
+    }
+    merged_before = [(m, list(m.merged_adapters)) for m in layers]
+    try:
+        with unchanged_on_error(model):
+            merged = model.merge_and_unload()
+    except BaseException:
+        with torch.no_grad():
+            for parameter, weight in weights.items():
+                parameter.copy_(weight)
+        for layer, names in merged_before:
+            layer.merged_adapters[:] = names
+        raise
     vars(merged).pop("peft_config", None)
     return merged
 
