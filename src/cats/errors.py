@@ -10,6 +10,7 @@ Every error that the library raises on purpose:
   - ModelMismatchError (also a ValueError): thresholds or statistics of another model
   - BackendError (also a RuntimeError): a backend that was asked for by name and cannot run
   - StorageError (also an OSError): a file that cannot be read or written
+  - LogitsError (also a RuntimeError): logits that no token can be drawn from
   - TrainingError (also a RuntimeError): a training that cannot go on
 """
 
@@ -48,6 +49,10 @@ class BackendError(CatsError, RuntimeError):
 
 class StorageError(CatsError, OSError):
     """A file that cannot be read or written."""
+
+
+class LogitsError(CatsError, RuntimeError):
+    """Logits that no token can be drawn from: they are NaN or infinite."""
 
 
 class TrainingError(CatsError, RuntimeError):

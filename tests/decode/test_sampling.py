@@ -8,8 +8,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from cats.decode.sampling import Sampling, choose, process
-from cats.errors import ConfigError
+from cats.decode.sampling import Sampling, check_drawn, choose, process
+from cats.errors import ConfigError, LogitsError
 
 V = 50
 
@@ -22,6 +22,7 @@ V = 50
         ({"top_k": V + 1}, TopKLogitsWarper(V + 1)),
         ({"top_p": 0.8}, TopPLogitsWarper(0.8)),
         ({"top_p": 1e-6}, TopPLogitsWarper(1e-6)),
+        ({"top_p": 0.0}, TopPLogitsWarper(0.0)),
         ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
     ],
     ids=lambda p: str(p) if isinstance(p, dict) else "",
@@ -85,7 +86,7 @@ def test_without_noise_the_likeliest_is_chosen():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
+        {"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": -0.1},
         {"top_p": 1.1}, {"min_p": 1.5}, {"repetition_penalty": 0.0},
     ],
     ids=str,
@@ -101,3 +102,15 @@ def test_likeliest_token_in_two_steps_is_that_of_argmax(monkeypatch):
     scores[1, 77] = scores[1, 5000] = torch.nan
     scores[2] = -torch.inf
     assert choose(scores, None).tolist() == scores.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("row", [[torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]])
+def test_nothing_is_drawn_where_transformers_draws_nothing(row):
+    scores = torch.tensor([[0.0, 1.0], row])
+    with pytest.raises(RuntimeError):
+        torch.multinomial(scores.softmax(-1), 1)
+    tokens = choose(scores, torch.empty(2, 2).exponential_())
+    assert tokens[0] >= 0 > tokens[1]
+    check_drawn(tokens[:1])
+    with pytest.raises(LogitsError, match="row 1"):
+        check_drawn(tokens)

@@ -5,30 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cats.errors import DataError
 
-Prompts = Tensor | Mapping[str, Any] | Sequence[int] | Sequence[Sequence[int]] | str | Sequence[str]
+Prompts = (
+    Tensor
+    | np.ndarray[Any, Any]
+    | Mapping[str, Any]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | str
+    | Sequence[str]
+)
 
 
 def batch_of(
     inputs: Prompts,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     pad_token_id: int,
     vocabulary: int,
+    infer_mask: bool = False,
     tokenizer: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids and mask of prompts, ``[B, T]`` each, int64 and bool, on the inputs' device.
 
     Args:
-        inputs: Ids ``[B, T]``, what a tokenizer returns, one list of ids, or several of any
-            lengths, which are then padded; texts where there is a tokenizer.
+        inputs: Ids ``[B, T]`` of torch or numpy, what a tokenizer returns, one list of ids, or
+            several of any lengths, which are then padded; texts where there is a tokenizer.
         attention_mask: ``[B, T]``, 0 where a row is padded on its left; None where it is not.
         pad_token_id: Fills up rows of different lengths.
         vocabulary: Ids must be below.
+        infer_mask: Whether ``pad_token_id`` in a tensor without a mask is padding.
         tokenizer: Makes ids of texts.
 
     Raises:
@@ -40,30 +51,50 @@ def batch_of(
             raise DataError(f"expected input_ids among {', '.join(map(str, inputs)) or 'nothing'}")
         rows = inputs["input_ids"]
         attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+    if isinstance(rows, np.ndarray) and rows.dtype != object:
+        rows = torch.tensor(rows)
     if not isinstance(rows, Tensor):
-        if attention_mask is not None:
-            raise DataError("give lists of ids without a mask: they are padded here")
-        rows, attention_mask = _padded(rows, pad_token_id)
+        rows, padded = _padded(rows, pad_token_id)
+        attention_mask = _mask_of_lists(attention_mask, padded)
+        infer_mask = False
     ids: Tensor = rows[None] if rows.ndim == 1 else rows
     if ids.ndim != 2 or ids.numel() == 0:
         raise DataError(f"expected token ids [B, T] with at least one, got {list(ids.shape)}")
-    if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocabulary:
-        raise DataError(f"expected token ids from 0 to {vocabulary - 1}, the model's vocabulary")
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    ids = ids.long() if whole else ids
+    if not whole or ids.min() < 0 or ids.max() >= vocabulary:
+        raise DataError(
+            f"expected token ids from 0 to {vocabulary - 1}, the model's vocabulary, got "
+            + (f"{int(ids.min())} to {int(ids.max())}" if whole else f"{ids.dtype}")
+        )
     if attention_mask is None:
-        return ids.long(), torch.ones_like(ids, dtype=torch.bool)
-    mask = attention_mask.bool().reshape(attention_mask.shape[-2:] if ids.shape[0] > 1 else (1, -1))
+        mask = ids != pad_token_id if infer_mask else torch.ones_like(ids, dtype=torch.bool)
+        if not _is_left_padded(mask):
+            raise DataError(
+                f"the prompts hold pad_token_id={pad_token_id} behind other tokens, which "
+                "transformers would leave out: pad on the left, or give an attention_mask"
+            )
+        return ids, mask
+    mask = torch.as_tensor(attention_mask)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise DataError("expected an attention_mask of 0 and 1")
+    mask = mask.bool().reshape(mask.shape[-2:] if ids.shape[0] > 1 else (1, -1))
     if mask.shape != ids.shape:
-        raise DataError(f"expected a mask {list(ids.shape)}, got {list(attention_mask.shape)}")
-    if not mask[:, -1].all() or (mask[:, :-1] & ~mask[:, 1:]).any():
+        raise DataError(f"expected a mask {list(ids.shape)}, got {list(mask.shape)}")
+    if not _is_left_padded(mask):
         raise DataError(
             "expected padding on the left only: set tokenizer.padding_side = 'left', or give "
             "lists of ids"
         )
-    return ids.long(), mask.to(ids.device)
+    return ids, mask.to(ids.device)
+
+
+def _is_left_padded(mask: Tensor) -> bool:
+    return bool(mask[:, -1].all() and not (mask[:, :-1] & ~mask[:, 1:]).any())
 
 
 def _ids_of_texts(inputs: Any, tokenizer: Any) -> Any:
-    """Lists of ids in the place of texts; anything else as it is."""
+    """Lists of ids instead of texts; anything else as it is."""
     texts = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(texts, list | tuple) or not any(isinstance(t, str) for t in texts):
         return inputs
@@ -78,12 +109,13 @@ def _ids_of_texts(inputs: Any, tokenizer: Any) -> Any:
 
 
 def _padded(rows: Any, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    if isinstance(rows, list | tuple) and rows and isinstance(rows[0], int):
+    rows = _lists(rows)
+    if isinstance(rows, list) and rows and isinstance(rows[0], int):
         rows = [rows]
     if not (
-        isinstance(rows, list | tuple)
-        and all(isinstance(row, list | tuple) for row in rows)
-        and all(isinstance(i, int) for row in rows for i in row)
+        isinstance(rows, list)
+        and all(isinstance(row, list) for row in rows)
+        and all(isinstance(i, int) and not isinstance(i, bool) for row in rows for i in row)
     ):
         raise DataError(
             "expected token ids, a tensor [B, T], one list of them or several, or what a tokenizer "
@@ -92,6 +124,28 @@ def _padded(rows: Any, pad_token_id: int) -> tuple[Tensor, Tensor]:
     longest = max((len(row) for row in rows), default=0)
     if not all(len(row) for row in rows):
         raise DataError("a prompt has no tokens")
-    padded = [[pad_token_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    padded = [[pad_token_id] * (longest - len(row)) + row for row in rows]
+    mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
     return torch.tensor(padded), torch.tensor(mask)
+
+
+def _mask_of_lists(given: Any, padded: Tensor) -> Tensor:
+    """The mask of lists that were padded here, or of those that a tokenizer has padded."""
+    if given is None:
+        return padded
+    rows = _lists(given)
+    rows = [rows] if isinstance(rows, list) and rows and not isinstance(rows[0], list) else rows
+    lengths = padded.sum(1).tolist()
+    if not isinstance(rows, list) or list(map(len, rows)) != lengths:
+        raise DataError("expected a mask with one number for each token of the lists")
+    longest = padded.shape[1]
+    return torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+
+
+def _lists(values: Any) -> Any:
+    """Lists of Python's numbers instead of tuples, arrays and tensors."""
+    if isinstance(values, Tensor | np.ndarray | np.generic):
+        return values.tolist()
+    if isinstance(values, list | tuple):
+        return [value if type(value) is int else _lists(value) for value in values]
+    return values

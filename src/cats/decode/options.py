@@ -1,4 +1,4 @@
-"""What to generate: the model's ``GenerationConfig``, and what the caller says instead."""
+"""What to generate: as transformers reads it from the call and from ``GenerationConfig``."""
 
 from __future__ import annotations
 
@@ -8,37 +8,52 @@ from typing import Any
 
 from torch import nn
 
+from cats.decode.processors import DRAWING, PROCESSED, Processors
 from cats.decode.sampling import Sampling
+from cats.decode.values import flag, integer, integers, number, plain
 from cats.errors import ConfigError
 
-_DEFAULT_NEW_TOKENS = 20  # that of transformers
-# Settings of a GenerationConfig that change tokens and that this loop does not know, each with the
-# values under which it changes nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+# What transformers takes where neither the call nor the model says anything.
+_DEFAULTS: Mapping[str, Any] = {"do_sample": False, "top_k": 50}
+_DEFAULT_NEW_TOKENS = 20
+# Other kinds of generation, each with the values under which it is the usual one, beside None.
+_REFUSED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
-    "num_return_sequences": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "constraints": (),
+    "force_words_ids": (),
     "penalty_alpha": (0,),
     "dola_layers": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,),
     "encoder_no_repeat_ngram_size": (0,),
-    "typical_p": (1,),
-    "top_h": (),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
     "guidance_scale": (1,),
-    "watermarking_config": (),
+    "token_healing": (False,),
     "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "use_mtp": (False,),
+    "return_dict_in_generate": (False,),
 }
+# The same, where only a call can ask for it.
+_REFUSED_IN_CALL: Mapping[str, tuple[Any, ...]] = {
+    "assistant_model": (),
+    "custom_generate": (),
+    "negative_prompt_ids": (),
+    "negative_prompt_attention_mask": (),
+    "synced_gpus": (False,),
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+# Taken, since they do not change a token here.
+_WITHOUT_EFFECT = frozenset({"bos_token_id", "early_stopping", "length_penalty", "use_cache"})
+_SAMPLING = frozenset(field.name for field in fields(Sampling))
+_KNOWN = _SAMPLING | frozenset(PROCESSED) | {
+    "max_new_tokens", "max_length", "max_time", "eos_token_id", "pad_token_id", "stop_strings",
+    "num_return_sequences", "seed", "generation_config", "logits_processor", "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +61,16 @@ class Options:
     """Everything that decides about the tokens, but for the prompt.
 
     Attributes:
-        sampling: How a token is chosen.
+        sampling: How a token is chosen; all neutral but ``do_sample`` where there are processors.
         seed: Of the draws; None takes the next number of torch's generator.
         max_new_tokens: New tokens a row, at most.
         eos_token_ids: Tokens that end a row; it is filled up with ``pad_token_id``.
         pad_token_id: As said.
         stop_strings: Texts that end a row where the new text contains one.
+        num_return_sequences: Continuations of each prompt.
+        max_time: Seconds after which all rows end; None for no limit.
+        stopping_criteria: Those of transformers that end rows.
+        processors: Those of transformers that change the scores; such a step cannot be captured.
     """
 
     sampling: Sampling
@@ -60,74 +79,197 @@ class Options:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     stop_strings: tuple[str, ...]
+    num_return_sequences: int = 1
+    max_time: float | None = None
+    stopping_criteria: tuple[Any, ...] = ()
+    processors: Processors | None = None
+
+
+class _Settings:
+    """Values by name: of the call, its ``generation_config``, the model's, and the defaults."""
+
+    def __init__(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        self._given = given
+        config: Any = getattr(model, "generation_config", None)
+        self._configs = [c for c in (given.get("generation_config"), config) if c is not None]
+
+    def __call__(self, name: str) -> Any:
+        # as in transformers, None counts in a call, and is no value in a config
+        if name in self._given:
+            return self._given[name]
+        for config in self._configs:
+            if (value := getattr(config, name, None)) is not None:
+                return value
+        return _DEFAULTS.get(name)
 
 
 def resolve(model: nn.Module, prompt_length: int, given: Mapping[str, Any]) -> Options:
-    """The options of one call: what is given, else what the model's ``generation_config`` says.
+    """The options of one call, as transformers would resolve them.
+
+    Args:
+        model: Its ``generation_config`` says what the call leaves open.
+        prompt_length: Tokens of a row, its padding included.
+        given: Options of the call.
 
     Raises:
         ConfigError: If an option is unknown, out of range, or of a kind of generation that this
             loop does not do (beams, for one).
     """
-    config = getattr(model, "generation_config", None)
-    sampling_names = {field.name for field in fields(Sampling)}
-    known = {
-        "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "stop_strings", "seed",
-        *sampling_names,
-    }  # fmt: skip
-    if unknown := sorted(set(given) - known):
+    _check_names(given)
+    value = _Settings(model, given)
+    _refuse(value, given)
+    sampling = _sampling(value, given)
+    eos, (pad, _) = integers("eos_token_id", value("eos_token_id")), padding(model, given)
+    count = _new_tokens(model, value, prompt_length)
+    sequences = value("num_return_sequences")
+    sequences = 1 if sequences is None else integer("num_return_sequences", sequences)
+    if sequences < 1 or (sequences > 1 and not sampling.do_sample):
         raise ConfigError(
-            f"cats.generate has no option {', '.join(unknown)}; it knows {', '.join(sorted(known))}"
+            f"num_return_sequences={sequences}: expected at least 1, and more than 1 only with "
+            "do_sample=True"
         )
-    for name, neutral in _NEUTRAL.items():
-        setting = getattr(config, name, None)
-        if setting is not None and setting not in neutral:
-            raise ConfigError(
-                f"the model's generation_config sets {name}={setting!r}, which the decode loop "
-                "does not do: use model.generate, or clear it"
-            )
-
-    def value(name: str) -> Any:
-        return given[name] if name in given else getattr(config, name, None)
-
-    sampling = {name: v for name in sampling_names if (v := value(name)) is not None}
-    if not sampling.get("do_sample"):
-        # wrong ones are refused all the same, but for the temperature 0 that means greedy decoding
-        Sampling(**{n: v for n, v in sampling.items() if n in given and n != "temperature"})
-        # as in transformers, which ignores them for greedy decoding
-        sampling = {n: v for n, v in sampling.items() if n in ("do_sample", "repetition_penalty")}
-    eos = value("eos_token_id")
-    eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    pad = value("pad_token_id")
-    if pad is None:
-        pad = eos[0] if eos else 0
-    stop = value("stop_strings")
-    stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not s for s in stop):
-        raise ConfigError("a stop string must not be empty")
+    seed, time = value("seed"), value("max_time")
+    processors = _processors(model, value, given, sampling, eos, prompt_length, count)
     return Options(
-        sampling=Sampling(**sampling),
-        seed=value("seed"),
-        max_new_tokens=_new_tokens(config, prompt_length, given),
+        sampling=sampling if processors is None else Sampling(do_sample=sampling.do_sample),
+        seed=None if seed is None else integer("seed", seed),
+        max_new_tokens=count,
         eos_token_ids=eos,
-        pad_token_id=int(pad),
-        stop_strings=stop,
+        pad_token_id=pad,
+        stop_strings=_stop_strings(value("stop_strings")),
+        num_return_sequences=sequences,
+        max_time=None if time is None else number("max_time", time),
+        stopping_criteria=_several("stopping_criteria", given.get("stopping_criteria")),
+        processors=processors,
     )
 
 
-def _new_tokens(config: Any, prompt_length: int, given: Mapping[str, Any]) -> int:
-    for source in (given, vars(config) if config is not None else {}):
-        if source.get("max_new_tokens") is not None:
-            count = int(source["max_new_tokens"])
-            break
-        if source.get("max_length") is not None:
-            count = int(source["max_length"]) - prompt_length
-            break
+def padding(model: nn.Module, given: Mapping[str, Any]) -> tuple[int, bool]:
+    """The token that fills up rows, and whether ids that hold it are padded with it.
+
+    As in transformers, it marks padding where it is set and ends no row.
+
+    Raises:
+        ConfigError: If the call gives a token that the model does not have.
+    """
+    value = _Settings(model, given)
+    eos, pad = integers("eos_token_id", value("eos_token_id")), value("pad_token_id")
+    config: Any = model.config
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    if pad is not None:
+        pad = integer("pad_token_id", pad)
+        if not 0 <= pad < vocabulary:
+            if given.get("pad_token_id") is not None:
+                raise ConfigError(
+                    f"expected pad_token_id from 0 to {vocabulary - 1}, the model's vocabulary, "
+                    f"got {pad}"
+                )
+            # older checkpoints say -1 for none
+            pad = None
+    if pad is None:
+        return (eos[0] if eos else 0), False
+    return pad, pad not in eos
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    taken = _KNOWN | set(_REFUSED) | set(_REFUSED_IN_CALL) | _WITHOUT_EFFECT
+    if unknown := sorted(set(given) - taken):
+        raise ConfigError(
+            f"cats.generate has no option {', '.join(unknown)}; it knows "
+            f"{', '.join(sorted(_KNOWN))}"
+        )
+
+
+def _refuse(value: _Settings, given: Mapping[str, Any]) -> None:
+    for name, neutral in (*_REFUSED.items(), *_REFUSED_IN_CALL.items()):
+        setting = value(name) if name in _REFUSED else given.get(name)
+        if _is_set(setting, neutral):
+            where = "" if name in given else "the generation_config sets "
+            raise ConfigError(
+                f"{where}{name}={setting!r}, which the decode loop does not do: use "
+                "model.generate, or leave it out"
+            )
+
+
+def _sampling(value: _Settings, given: Mapping[str, Any]) -> Sampling:
+    numbers: dict[str, Any] = {
+        name: (integer if name == "top_k" else number)(name, setting)
+        for name in _SAMPLING - {"do_sample"}
+        if (setting := value(name)) is not None
+    }
+    if flag("do_sample", value("do_sample")):
+        return Sampling(do_sample=True, **numbers)
+    # wrong ones are refused all the same, but for the temperature 0 that means greedy decoding
+    Sampling(**{n: v for n, v in numbers.items() if n in given and n != "temperature"})
+    # as in transformers, which ignores them for greedy decoding
+    return Sampling(**{n: v for n, v in numbers.items() if n == "repetition_penalty"})
+
+
+def _new_tokens(model: nn.Module, value: _Settings, prompt_length: int) -> int:
+    # as in transformers, it counts before max_length, wherever the two are from
+    count, length = value("max_new_tokens"), value("max_length")
+    if count is not None:
+        count = integer("max_new_tokens", count)
+    elif length is not None:
+        count = integer("max_length", length) - prompt_length
     else:
+        config: Any = model.config
+        context = getattr(config, "max_position_embeddings", None)
         count = _DEFAULT_NEW_TOKENS
+        if context is not None:
+            count = min(count, int(context) - prompt_length)
     if count < 1:
         raise ConfigError(
             f"nothing to generate: the prompt has {prompt_length} tokens, which leaves {count} "
             "new ones; raise max_new_tokens"
         )
     return count
+
+
+def _processors(
+    model: nn.Module,
+    value: _Settings,
+    given: Mapping[str, Any],
+    sampling: Sampling,
+    eos: tuple[int, ...],
+    prompt_length: int,
+    count: int,
+) -> Processors | None:
+    names = [n for n in PROCESSED if n not in DRAWING or sampling.do_sample]
+    settings = {n: plain(v) for n in names if _is_set(v := value(n), PROCESSED[n])}
+    processors = _several("logits_processor", given.get("logits_processor"))
+    allowed = given.get("prefix_allowed_tokens_fn")
+    if not settings and not processors and allowed is None:
+        return None
+    if "min_new_tokens" in settings:
+        settings["min_new_tokens"] = integer("min_new_tokens", settings["min_new_tokens"])
+    chosen = {n: getattr(sampling, n) for n in ("do_sample", "repetition_penalty")}
+    if sampling.do_sample:
+        chosen |= {n: getattr(sampling, n) for n in _SAMPLING}
+    settings |= chosen | {"max_length": prompt_length + count, "num_beams": 1}
+    return Processors(
+        model, settings, eos_token_ids=eos, logits_processor=processors,
+        prefix_allowed_tokens_fn=allowed,
+    )  # fmt: skip
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple | set) or not all(isinstance(s, str) and s for s in stop):
+        raise ConfigError(f"expected texts as stop_strings, none of them empty, got {stop!r}")
+    return tuple(stop)
+
+
+def _several(name: str, given: Any) -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"expected a list as {name}, got {type(given).__name__}")
+    return tuple(given)
+
+
+def _is_set(setting: Any, neutral: tuple[Any, ...]) -> bool:
+    setting = plain(setting)
+    return setting is not None and not (
+        isinstance(setting, bool | int | float) and setting in neutral
+    )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cats.errors import ConfigError
+from cats.errors import ConfigError, LogitsError
 
 _COLUMNS = 128
+# In the place of a token where none can be drawn.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +42,8 @@ class Sampling:
             )
         if self.top_k < 0:
             raise ConfigError(f"expected top_k >= 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"expected top_p in (0, 1], got {self.top_p}")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"expected top_p in [0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"expected min_p in [0, 1], got {self.min_p}")
         if not self.repetition_penalty > 0:
@@ -84,8 +86,32 @@ def choose(scores: Tensor, noise: Tensor | None) -> Tensor:
         scores: ``[B, V]``, of :func:`process`.
         noise: ``[B, V]``, independent draws of the exponential distribution. The smallest of
             exponentials with rates ``p`` is number ``i`` with probability ``p[i]``.
+
+    Returns:
+        ``NO_TOKEN`` where the probabilities are NaN, for the host to see; without noise the first
+        NaN counts as the likeliest, as in transformers.
     """
-    return _largest(scores if noise is None else scores.softmax(-1) / noise)
+    if noise is None:
+        return _largest(scores)
+    weights = scores.softmax(-1) / noise
+    chosen = _largest(weights)
+    return chosen.masked_fill(weights.gather(-1, chosen[:, None])[:, 0].isnan(), NO_TOKEN)
+
+
+def check_drawn(tokens: Tensor) -> None:
+    """
+    Args:
+        tokens: What was chosen, ``[B]``, on the CPU.
+
+    Raises:
+        LogitsError: If there was no token to draw for a row.
+    """
+    failed = (tokens == NO_TOKEN).nonzero()
+    if len(failed):
+        raise LogitsError(
+            f"no token can be drawn for row {int(failed[0])}: the model's logits are NaN or "
+            "infinite, or every token was ruled out; check its weights and dtype"
+        )
 
 
 def _largest(scores: Tensor) -> Tensor:
