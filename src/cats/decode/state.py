@@ -103,7 +103,10 @@ class State:
         if options.sampling.repetition_penalty != 1:
             if self.seen is None:
                 self.seen = torch.empty(shape, dtype=torch.bool, device=self.device)
-            self.seen.fill_(False).scatter_(1, ids, True)
+            # the last token, which is none, instead of padding
+            self.seen.fill_(False).scatter_(1, ids.where(mask, ids[:, -1:]), True)
+        if options.processors is not None:
+            options.processors.begin(ids, mask)
         if options.sampling.do_sample:
             if self.noise is None:
                 self.noise = torch.empty(shape, device=self.device)
@@ -119,6 +122,8 @@ class State:
         """Choose the next tokens from logits ``[B, V]``, and move on."""
         if self.logits is not None:
             self.logits.index_copy_(0, self.slot, logits[None].float())
+        if options.processors is not None:
+            logits = options.processors.scores(logits)
         scores = process(logits, self.seen, options.sampling)
         if options.sampling.do_sample:
             assert self.noise is not None
@@ -129,10 +134,14 @@ class State:
         if len(self.eos):
             chosen = torch.where(self.finished, options.pad_token_id, chosen)
             self.finished.logical_or_((chosen[:, None] == self.eos).any(1))
+        # the host raises where nothing could be drawn; a step must not meet it
+        token = chosen.clamp(min=0) if options.sampling.do_sample else chosen
         if options.sampling.repetition_penalty != 1:
             assert self.seen is not None
-            self.seen.scatter_(1, chosen[:, None], True)
-        self.tokens.copy_(chosen[:, None])
+            self.seen.scatter_(1, token[:, None], True)
+        if options.processors is not None:
+            options.processors.add(token)
+        self.tokens.copy_(token[:, None])
         self.positions.add_(1)
         self.slot.add_(1)
         self.chosen.index_copy_(0, self.slot, chosen[None])
