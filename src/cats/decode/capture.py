@@ -39,7 +39,10 @@ def must_be_deterministic() -> bool:
 
 def graph_key(engine: str, window: int, options: Options) -> Hashable:
     """What a captured step depends on: not the seed, nor what the host looks at."""
-    return engine, window, replace(options, seed=None, max_new_tokens=1, stop_strings=())
+    return engine, window, replace(
+        options, seed=None, max_new_tokens=1, stop_strings=(), num_return_sequences=1,
+        max_time=None, stopping_criteria=(),
+    )  # fmt: skip
 
 
 def capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:

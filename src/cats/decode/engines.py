@@ -214,7 +214,7 @@ class CompiledEngine:
         for window in windows_of(state, lengths):
             key = state.batch, state.capacity, window
             graph = graph_key(self.name, window, options)
-            captures = state.device.type == "cuda" and graph not in state.captured
+            captures = _is_captured(state, options) and graph not in state.captured
             if key in self._steps and not captures:
                 continue
             with exclusion.tracing():
@@ -226,7 +226,7 @@ class CompiledEngine:
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
         window = window_of(length, state.capacity)
-        if state.device.type == "cuda":
+        if _is_captured(state, options):
             replay(state, graph_key(self.name, window, options))
         else:
             _run(self._steps[state.batch, state.capacity, window], state, options)
@@ -407,6 +407,11 @@ def _warn_untraced(model: nn.Module, reason: str) -> None:
         "more slowly",
         stacklevel=2,
     )
+
+
+def _is_captured(state: State, options: Options) -> bool:
+    # processors of transformers are no operators that a graph could repeat
+    return state.device.type == "cuda" and options.processors is None
 
 
 def _run(step: StepFunction, state: State, options: Options) -> None:

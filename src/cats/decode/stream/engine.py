@@ -75,7 +75,9 @@ class StreamEngine:
         windows = {
             window: graph_key(self.name, window, options) for window in windows_of(state, lengths)
         }
-        if all(key in state.captured for key in windows.values()):
+        if options.processors is not None:
+            windows = {}
+        if "chain" in state.captured and all(key in state.captured for key in windows.values()):
             return
         with exclusion.tracing():
             if "chain" not in state.captured:
@@ -90,6 +92,11 @@ class StreamEngine:
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
         window = window_of(length, state.capacity)
         state.captured["chain"].use_frequencies_of(length)
+        if options.processors is not None:
+            # no operators that a graph could repeat
+            with torch.cuda.device(state.device):
+                _step(state.captured["chain"], window, state, options)
+            return
         replay(state, graph_key(self.name, window, options))
 
     def chain(self, state: State, *, traced: bool = False) -> Chain:
@@ -130,7 +137,8 @@ def _lay_out(spec: ModelSpec, done: list[ref[nn.Parameter]] | None = None) -> No
 def _step(chain: Chain, window: int, state: State, options: Options) -> None:
     """Run the newest token and choose the next one."""
     sampling = options.sampling
-    if sampling.do_sample or sampling.repetition_penalty != 1 or state.logits is not None:
+    greedy = not sampling.do_sample and sampling.repetition_penalty == 1
+    if not greedy or options.processors is not None or state.logits is not None:
         state.advance(chain.run(window)[None], options)
     else:
         chain.run_greedily(window, options.pad_token_id)
