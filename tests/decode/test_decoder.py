@@ -14,7 +14,13 @@ from transformers import (
 )
 
 import cats
-from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
+from cats.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    LogitsError,
+    UnsupportedModelError,
+)
 from tests import models
 from tests.models import FAMILIES, assert_same_tokens, logits, make_tokenizer
 
@@ -126,8 +132,8 @@ def test_sampled_tokens_follow_the_model(llama):
     ids, rows = make_ids(1, 6), 2000
     with torch.no_grad():
         p = (llama(ids).logits[0, -1].double() / 0.5).softmax(-1)
-    options = dict(do_sample=True, temperature=0.5, max_new_tokens=1, seed=0, eos_token_id=None)
-    tokens = cats.generate(llama, ids.expand(rows, -1), **options)[:, -1]
+    options = dict(do_sample=True, temperature=0.5, top_k=0, seed=0, eos_token_id=None)
+    tokens = cats.generate(llama, ids.expand(rows, -1), max_new_tokens=1, **options)[:, -1]
     likely = p.topk(10).indices
     counts = torch.stack([(tokens == t).sum() for t in likely]).double()
     counts, p = (
@@ -145,7 +151,7 @@ def test_tokens_sampled_step_by_step_follow_the_model(engine):
         # every step then has the same logits
         model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:1].clone())
         p = (model(make_ids(1, 1)).logits[0, -1].double() / 0.5).softmax(-1)
-    options = dict(do_sample=True, temperature=0.5, max_new_tokens=500, eos_token_id=None)
+    options = dict(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=500, eos_token_id=None)
     rows = [
         cats.generate(model, make_ids(1, 1), engine=engine, seed=seed, **options)[0, 1:]
         for seed in range(4)
@@ -191,6 +197,75 @@ def test_callback_and_stream_give_the_tokens_of_each_step(llama):
     streamed = list(cats.Decoder(llama).stream(ids, max_new_tokens=9, **GREEDY))
     assert torch.equal(torch.stack(called, 1), whole[:, 5:].cpu())
     assert torch.equal(torch.stack(streamed, 1), whole[:, 5:].cpu())
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_logits_of_nan_are_an_error_where_a_token_is_drawn(penalty):
+    model = make_model()
+    prompt = model.generate(make_ids(1, 5).to(DEVICE), max_new_tokens=3, do_sample=False)
+    options = dict(max_new_tokens=5, repetition_penalty=penalty, eos_token_id=None)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    decoder = cats.Decoder(model)
+    with pytest.raises(LogitsError, match="NaN"):
+        decoder.generate(prompt, do_sample=True, **options)
+    # what is likeliest is taken as by transformers
+    ours = decoder.generate(prompt, do_sample=False, **options)
+    assert torch.equal(ours, model.generate(prompt, do_sample=False, **options))
+
+
+def test_logits_that_become_nan_end_a_stream_behind_its_good_tokens():
+    model, ids = make_model(), make_ids(1, 5)
+    stream = cats.Decoder(model).stream(ids, max_new_tokens=9, do_sample=True, eos_token_id=None)
+    next(stream)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(LogitsError):
+        list(stream)
+
+
+def test_padding_is_not_penalised(llama):
+    rows = [make_ids(1, 5)[0].tolist(), make_ids(1, 12, seed=1)[0].tolist()]
+    options = dict(max_new_tokens=20, repetition_penalty=1.5, **GREEDY | dict(pad_token_id=3))
+    together = cats.generate(llama, rows, **options)[0, 12:]
+    assert torch.equal(together, cats.generate(llama, rows[:1], **options)[0, 5:])
+    # with the padding of the user it is the same, in transformers too
+    ids = torch.tensor([[3] * 7 + rows[0], rows[1]], device=DEVICE)
+    mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12], device=DEVICE)
+    expected = reference(llama, ids, attention_mask=mask, **options)
+    assert torch.equal(cats.generate(llama, ids, attention_mask=mask, **options), expected)
+    assert torch.equal(expected[0, 12:].cpu(), together.cpu())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_streamed_text_joins_to_the_text_of_the_tokens(llama, skip):
+    tokenizer, ids = make_tokenizer(), make_ids(1, 5)
+    options = dict(max_new_tokens=60, do_sample=True, temperature=3.0, seed=1)
+    new = cats.generate(llama, ids, **options)[0, 5:]
+    pieces = list(
+        cats.Decoder(llama).stream_text(
+            ids, tokenizer=tokenizer, skip_special_tokens=skip, **options
+        )
+    )
+    assert "".join(pieces) == tokenizer.decode(new, skip_special_tokens=skip)
+    assert len(pieces) > 10
+
+
+def test_streamed_text_ends_with_its_stop_string(llama):
+    tokenizer, options = make_tokenizer(), dict(max_new_tokens=40, **GREEDY)
+    prompt = "A cat"
+    whole = "".join(cats.Decoder(llama).stream_text(prompt, tokenizer=tokenizer, **options))
+    stop = next(letter for letter in whole[5:] if letter.isascii())
+    stream = cats.Decoder(llama).stream_text(
+        prompt, tokenizer=tokenizer, stop_strings=[stop], **options
+    )
+    assert "".join(stream) == whole[: whole.index(stop) + 1]
+
+
+def test_streamed_text_of_several_prompts_is_an_error(llama):
+    stream = cats.Decoder(llama).stream_text([[1], [2]], tokenizer=make_tokenizer())
+    with pytest.raises(DataError, match="one prompt"):
+        next(stream)
 
 
 def test_lists_of_ids_of_different_lengths_are_padded(llama):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from weakref import finalize
 
 import torch
@@ -15,13 +15,17 @@ from cats.decode.engines import check_engine
 from cats.decode.extras import extras_of, extras_on
 from cats.decode.inputs import Prompts, batch_of
 from cats.decode.marks import Marks
-from cats.decode.options import Options, resolve
+from cats.decode.options import Options, padding, resolve
 from cats.decode.rotary import LengthRule
 from cats.decode.runner import Runner, runner_of
+from cats.decode.sampling import check_drawn
 from cats.decode.state import State
-from cats.decode.stop import StopStrings
+from cats.decode.stop import stops_of
+from cats.decode.text import Detokenizer
 from cats.decode.turns import Turn, Turns
-from cats.errors import BackendError, ConfigError, UnsupportedModelError
+from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
+
+Piece = TypeVar("Piece")
 
 # The likeliest token, whatever the model's own settings are; no end before the last token.
 _PLAIN: dict[str, Any] = {
@@ -37,6 +41,7 @@ def generate(
     engine: str = "auto",
     tokenizer: Any = None,
     callback: Callable[[Tensor], object] | None = None,
+    streamer: Any = None,
     **options: Any,
 ) -> Tensor:
     """Continue prompts, as ``model.generate`` does, with less overhead a token.
@@ -49,13 +54,18 @@ def generate(
         engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         tokenizer: Needed for ``stop_strings`` and for texts.
         callback: Called with each step's tokens, ``[B]``, int64 on the CPU.
-        **options: As in transformers' ``GenerationConfig``, from which the rest comes:
-            max_new_tokens, max_length, do_sample, temperature, top_k, top_p, min_p,
-            repetition_penalty, eos_token_id, pad_token_id, stop_strings; and ``seed``.
+        streamer: One of transformers, given the prompt and each step's tokens.
+        **options: As in transformers' ``GenerationConfig``, with the same defaults, or a whole
+            ``generation_config``; ``logits_processor``, ``stopping_criteria`` and
+            ``prefix_allowed_tokens_fn``; and ``seed``. Those that change the scores in other ways
+            than do_sample, temperature, top_k, top_p, min_p and repetition_penalty run on each step
+            as transformers' own processors, which costs time on a GPU. Other kinds of generation,
+            such as beams, are refused. Stop strings are looked for in the new text only.
 
     Returns:
         Prompts and new tokens, ``[B, T + N]``, int64, on the device of ``inputs``; rows that ended
-        early are filled up with ``pad_token_id``.
+        early are filled up with ``pad_token_id``. ``B`` counts ``num_return_sequences`` rows for
+        each prompt.
 
     Raises:
         ConfigError: If an option cannot be right, or the prompt and its continuation are longer
@@ -63,10 +73,12 @@ def generate(
         DataError: If the prompts cannot be right.
         UnsupportedModelError: If the model does not cache plain keys and values.
         BackendError: If the engine that was asked for cannot run.
+        LogitsError: If a token is to be drawn, and the logits are NaN or infinite.
     """
     return Decoder(model, engine=engine).generate(
-        inputs, attention_mask=attention_mask, tokenizer=tokenizer, callback=callback, **options
-    )
+        inputs, attention_mask=attention_mask, tokenizer=tokenizer, callback=callback,
+        streamer=streamer, **options,
+    )  # fmt: skip
 
 
 class Decoder:
@@ -123,17 +135,23 @@ class Decoder:
         attention_mask: Tensor | None = None,
         tokenizer: Any = None,
         callback: Callable[[Tensor], object] | None = None,
+        streamer: Any = None,
         **options: Any,
     ) -> Tensor:
         """See :func:`cats.generate`; what the prompt shares with the last call is not run again."""
+        shows = [s for s in (callback, getattr(streamer, "put", None)) if s is not None]
         with self._turns.take() as turn:
             ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
             columns = []
             extras = extras_of(inputs, self.model)
+            if streamer is not None:
+                streamer.put(ids.cpu())
             for tokens in self._run(turn, ids, mask, resolved, tokenizer, extras):
                 columns.append(tokens)
-                if callback is not None:
-                    callback(tokens)
+                for show in shows:
+                    show(tokens)
+        if streamer is not None:
+            streamer.end()
         return torch.cat([ids, torch.stack(columns, dim=1).to(ids.device)], dim=1)
 
     def stream(
@@ -157,6 +175,42 @@ class Decoder:
                 yield from self._run(turn, ids, mask, resolved, tokenizer, extras)
 
         return _Stream(tokens())
+
+    def stream_text(
+        self,
+        inputs: Prompts,
+        *,
+        tokenizer: Any,
+        attention_mask: Tensor | None = None,
+        skip_special_tokens: bool = True,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The new text of one row, in pieces, as soon as later tokens cannot change it.
+
+        The pieces join to ``tokenizer.decode`` of all new tokens; a stop string is part of it, as
+        in transformers. The iterator behaves as that of :meth:`stream`.
+
+        Raises:
+            DataError: At its first piece, if there is more than one row.
+        """
+
+        def pieces() -> Generator[str]:
+            with self._turns.take() as turn:
+                ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
+                if len(ids) > 1:
+                    raise DataError(
+                        f"stream_text continues one prompt, got {len(ids)} rows: use stream, or a "
+                        "decoder for each"
+                    )
+                text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+                extras = extras_of(inputs, self.model)
+                for tokens in self._run(turn, ids, mask, resolved, tokenizer, extras):
+                    if piece := text.add(tokens.tolist()):
+                        yield piece
+                if piece := text.end():
+                    yield piece
+
+        return _Stream(pieces())
 
     def logits(self, ids: Tensor, *, prompt_length: int) -> Tensor:
         """What this engine's steps make of given tokens, whatever they would choose themselves.
@@ -205,12 +259,14 @@ class Decoder:
         options: dict[str, Any],
         tokenizer: Any = None,
     ) -> tuple[Tensor, Tensor, Options]:
-        pad = resolve(self.model, 0, {**options, "max_new_tokens": 1}).pad_token_id
+        pad, infer_mask = padding(self.model, options)
         ids, mask = batch_of(
             inputs, attention_mask, pad_token_id=pad, vocabulary=self._config.vocab_size,
-            tokenizer=tokenizer,
+            infer_mask=infer_mask, tokenizer=tokenizer,
         )  # fmt: skip
         resolved = resolve(self.model, ids.shape[1], options)
+        if resolved.num_return_sequences > 1:
+            ids, mask = (t.repeat_interleave(resolved.num_return_sequences, 0) for t in (ids, mask))
         rule = LengthRule.of(self._config)
         context = (
             getattr(self._config, "max_position_embeddings", None) if rule is None else rule.limit
@@ -233,9 +289,11 @@ class Decoder:
         extras: Mapping[str, Any],
     ) -> Iterator[Tensor]:
         """The tokens of each step, on the CPU; keeps account of what the cache holds."""
-        stop = (
-            StopStrings(options.stop_strings, tokenizer, len(ids)) if options.stop_strings else None
-        )
+        if extras and options.num_return_sequences > 1:
+            raise ConfigError(
+                f"num_return_sequences is not taken with {', '.join(extras)}: repeat the rows"
+            )
+        stops = stops_of(options, tokenizer, ids, mask)
         length, count = ids.shape[1], options.max_new_tokens
         runner, marks = runner_of(self.model, self._engine_name)
         state, start = self._ready_state(runner, ids, mask, length + count, marks, bool(extras))
@@ -259,11 +317,13 @@ class Decoder:
                         pending.append(_Read(state, length + started))
                         started += 1
                     tokens = pending.popleft().wait()
+                if options.sampling.do_sample:
+                    check_drawn(tokens)
                 read.append(tokens)
                 shown = tokens.where(~ended, options.pad_token_id)
                 for eos in options.eos_token_ids:
                     ended |= tokens == eos
-                if stop is not None:
+                for stop in stops:
                     ended |= stop.add(shown)
                 yield shown
                 if ended.all():
@@ -313,7 +373,8 @@ class Decoder:
         """
         with runner.running():
             if runner.runs_again_at(self.model, length):
-                chosen = state.chosen[ids.shape[1] : length].T
+                # NO_TOKEN, at which the host raises, is no token of a pass
+                chosen = state.chosen[ids.shape[1] : length].T.clamp(min=0)
                 state.frequencies = runner.frequencies(length)
                 whole = torch.cat([ids, chosen], dim=1)
                 runner.engine.prefill(self.model, state, whole, 0, options)
@@ -360,17 +421,17 @@ class Decoder:
         return state, min(_common_columns(stored, (ids.cpu(), mask.cpu())), ids.shape[1] - 1)
 
 
-class _Stream(Iterator[Tensor]):
+class _Stream(Iterator[Piece]):
     """What a generator yields; it is closed when this is dropped, and before the interpreter ends.
 
     Python would leave a generator that is half read at exit to the end of torch itself.
     """
 
-    def __init__(self, tokens: Generator[Tensor]) -> None:
+    def __init__(self, tokens: Generator[Piece]) -> None:
         self._tokens = tokens
         self.close = finalize(self, tokens.close)
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Piece:
         return next(self._tokens)
 
 
