@@ -296,8 +296,8 @@ def _print(report: dict[str, Any]) -> None:
     name = f"CATS-{report['target_sparsity'] * 100:g}"
     out = options.out
     out.print(layer_table(report["thresholds"], report["realized_sparsity"]))
-    out.print(Panel(escape(dense["text"]), title="dense", title_align="left"))
-    out.print(Panel(escape(sparse["text"]), title=name, title_align="left"))
+    out.print(Panel(escape(dense["text"].strip()), title="dense", title_align="left"))
+    out.print(Panel(escape(sparse["text"].strip()), title=name, title_align="left"))
     table = Table(title=escape(report["prompt"]), title_justify="left")
     table.add_column("model")
     table.add_column("held-out perplexity", justify="right")

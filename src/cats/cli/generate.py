@@ -21,24 +21,34 @@ def generate(
         typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel="Sampling"),
     ] = 0.0,
     top_k: Annotated[
-        int,
-        typer.Option(min=0, help="Draw from so many tokens; 0: all.", rich_help_panel="Sampling"),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Draw from so many tokens; 0: all. Default: as the model says, else 50.",
+            rich_help_panel="Sampling",
+        ),
+    ] = None,
     top_p: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Draw from the likeliest that reach this sum.", rich_help_panel="Sampling"
+            help="Draw from the likeliest that reach this sum. Default: as the model says.",
+            rich_help_panel="Sampling",
         ),
-    ] = 1,
+    ] = None,
     min_p: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Least share of the likeliest's probability.", rich_help_panel="Sampling"
+            help="Least share of the likeliest's probability. Default: as the model says.",
+            rich_help_panel="Sampling",
         ),
-    ] = 0,
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 avoids repetition.", rich_help_panel="Sampling")
-    ] = 1,
+        float | None,
+        typer.Option(
+            help="Above 1 avoids repetition. Default: as the model says.",
+            rich_help_panel="Sampling",
+        ),
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Text that ends it; repeatable.", rich_help_panel="Sampling"),
@@ -61,28 +71,31 @@ def generate(
     Example: [b]cats generate smollm2 "Why is the sky blue?" --thresholds cats50.safetensors[/b]
     """
     loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
-    from transformers import TextStreamer
-
+    from cats.decode.text import Detokenizer
     from cats.fusion import fuse_
     from cats.mlp import is_sparse
 
     if fuse and is_sparse(loaded):
         fuse_(loaded)
-    streamer: Any = None if as_json else TextStreamer(tokenizer, skip_special_tokens=True)
-    sampling: dict[str, Any] = {
-        "do_sample": temperature > 0, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+    text = Detokenizer(tokenizer, skip_special_tokens=True)
+    given: dict[str, Any] = {
+        "do_sample": temperature > 0, "temperature": temperature or None, "top_k": top_k,
+        "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "stop_strings": stop or None,
     }  # fmt: skip
-    if temperature > 0:
-        sampling["temperature"] = temperature
+
+    def show(tokens: Any) -> None:
+        print(text.add(tokens.tolist()), end="", flush=True)
+
     report = run(
         loaded, tokenizer, prompt, chat=chat, engine=engine, max_new_tokens=max_new_tokens,
-        callback=None if streamer is None else streamer.put, stop_strings=stop or None, seed=seed,
-        repetition_penalty=repetition_penalty, **sampling,
+        callback=None if as_json else show, seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if as_json:
         options.print_json({"model": model, "prompt": prompt, **report})
     else:
-        streamer.end()
+        print(text.end())
         options.err.print(
             f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} tokens/s "
             f"({report['engine']})",
@@ -121,11 +134,10 @@ def run(
         ids,
         callback=stamp,
         tokenizer=tokenizer,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **sampling,
     )
     return {
-        "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip(),
+        "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
         "new_tokens": len(times),
         "engine": decoder.engine,
         "tokens_per_second": tokens_per_second(times),
