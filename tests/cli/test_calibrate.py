@@ -218,6 +218,13 @@ def test_dense_model_alone_is_evaluated_without_empty_columns(command, checkpoin
     assert {"realised", "change", "cats-50"} <= {*out.split()}
 
 
+def test_generate_shows_the_text_as_it_is(command, command_json, checkpoint):
+    arguments = ("generate", checkpoint, "abc", "--max-new-tokens", 40, "--temperature", 2)
+    code, out, _ = command(*arguments)
+    assert code == 0
+    assert out == command_json(*arguments)["text"] + "\n"
+
+
 def test_generate_and_evaluate_print_json(command_json, checkpoint, text):
     report = command_json("generate", checkpoint, "abc", "--max-new-tokens", 3)
     assert report["new_tokens"] <= 3
