@@ -261,6 +261,10 @@ def test_padding_in_ids_without_a_mask_is_found_as_by_transformers(llama):
     expected = llama.generate(ids, **options)
     assert torch.equal(cats.generate(llama, ids, **options), expected)
     assert not torch.equal(cats.generate(llama, ids, max_new_tokens=10), expected)
-    ids[0, 4] = 0
+    ids[0, 4] = ids[1, 2] = 0
+    options["repetition_penalty"] = 1.5
+    expected = llama.generate(ids, **options)
+    assert torch.equal(cats.generate(llama, ids, **options), expected)
+    ids[0, 5] = 0
     with pytest.raises(DataError, match="attention_mask"):
         cats.generate(llama, ids, **options)

@@ -50,7 +50,8 @@ def generate(
         model: A Hugging Face causal model, sparse or dense.
         inputs: Token ids ``[B, T]``, what a tokenizer returns, or lists of ids; with a tokenizer
             also texts.
-        attention_mask: ``[B, T]``, for prompts padded on the left.
+        attention_mask: ``[B, T]``, for prompts padded on the left. Without one, ``pad_token_id`` in
+            a tensor of ids is padding, as in transformers.
         engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         tokenizer: Needed for ``stop_strings`` and for texts.
         callback: Called with each step's tokens, ``[B]``, int64 on the CPU.

@@ -36,7 +36,8 @@ def batch_of(
     Args:
         inputs: Ids ``[B, T]`` of torch or numpy, what a tokenizer returns, one list of ids, or
             several of any lengths, which are then padded; texts where there is a tokenizer.
-        attention_mask: ``[B, T]``, 0 where a row is padded on its left; None where it is not.
+        attention_mask: ``[B, T]``, 0 where a row is padded on its left, or holds a token that is
+            left out; None where it does not.
         pad_token_id: Fills up rows of different lengths.
         vocabulary: Ids must be below.
         infer_mask: Whether ``pad_token_id`` in a tensor without a mask is padding.
@@ -69,10 +70,10 @@ def batch_of(
         )
     if attention_mask is None:
         mask = ids != pad_token_id if infer_mask else torch.ones_like(ids, dtype=torch.bool)
-        if not _is_left_padded(mask):
+        if not mask[:, -1].all():
             raise DataError(
-                f"the prompts hold pad_token_id={pad_token_id} behind other tokens, which "
-                "transformers would leave out: pad on the left, or give an attention_mask"
+                f"a prompt ends in pad_token_id={pad_token_id}, which is padding: pad on the left, "
+                "or give an attention_mask"
             )
         return ids, mask
     mask = torch.as_tensor(attention_mask)
@@ -81,16 +82,12 @@ def batch_of(
     mask = mask.bool().reshape(mask.shape[-2:] if ids.shape[0] > 1 else (1, -1))
     if mask.shape != ids.shape:
         raise DataError(f"expected a mask {list(ids.shape)}, got {list(mask.shape)}")
-    if not _is_left_padded(mask):
+    if not mask[:, -1].all():
         raise DataError(
-            "expected padding on the left only: set tokenizer.padding_side = 'left', or give "
+            "expected no padding on the right: set tokenizer.padding_side = 'left', or give "
             "lists of ids"
         )
     return ids, mask.to(ids.device)
-
-
-def _is_left_padded(mask: Tensor) -> bool:
-    return bool(mask[:, -1].all() and not (mask[:, :-1] & ~mask[:, 1:]).any())
 
 
 def _ids_of_texts(inputs: Any, tokenizer: Any) -> Any:

@@ -103,8 +103,9 @@ class State:
         if options.sampling.repetition_penalty != 1:
             if self.seen is None:
                 self.seen = torch.empty(shape, dtype=torch.bool, device=self.device)
-            # the last token, which is none, instead of padding
-            self.seen.fill_(False).scatter_(1, ids.where(mask, ids[:, -1:]), True)
+            # the last token instead of what is padding before the first
+            penalised = ids.where(mask.cumsum(1) > 0, ids[:, -1:])
+            self.seen.fill_(False).scatter_(1, penalised, True)
         if options.processors is not None:
             options.processors.begin(ids, mask)
         if options.sampling.do_sample:
