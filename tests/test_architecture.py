@@ -14,7 +14,7 @@ LAYERS = {
     5: "calibration apply",
     4: "methods fusion",
     3: "mlp",
-    2: "ops data results history smollm2 placement",
+    2: "ops data results history smollm2 placement fingerprint",
     1: "functional config errors storage version undo",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -5,11 +6,13 @@ import pytest
 import cats
 from cats.errors import DataError
 from cats.evaluation import run
+from cats.evaluation.answers import Answers
 from cats.evaluation.variants import Dense, Sparse
 from tests import models
 from tests.evaluation.test_answers import answers
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
+datasets = pytest.importorskip("datasets", reason="needs the extra eval")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -67,3 +70,44 @@ def test_error_of_a_mean_over_tasks_is_that_of_independent_tasks():
     assert mean.value == 0.625
     assert mean.stderr == pytest.approx((scores[0].stderr ** 2 + scores[1].stderr ** 2) ** 0.5 / 2)
     assert run.mean_over_tasks([dataclasses.replace(scores[0], stderr=None)]).stderr is None
+
+
+def test_answers_of_other_thresholds_weights_tokenizer_or_data_are_not_taken(
+    model, tokenizer, data_dir, tmp_path
+):
+    def sparse(**options):
+        return Sparse(cats.calibrate(model, [models.make_ids()], target_sparsity=0.5, **options))
+
+    def again(variant, model=model, tokenizer=tokenizer):
+        return ask(model, tokenizer, variant, data_dir, tmp_path / "answers", tasks=("piqa",))
+
+    first = again(sparse())
+    assert again(sparse()) == first
+    with pytest.raises(DataError, match="holds answers with thresholds"):
+        again(sparse(exclude="model.layers.0.*"))
+
+    again(Dense())
+    other = models.make_model()
+    with pytest.raises(DataError, match="holds answers with weights"):
+        again(Dense(), model=other)
+    with pytest.raises(DataError, match="holds answers with dtype"):
+        again(Dense(), model=copy.deepcopy(model).bfloat16())
+    templated = models.make_tokenizer()
+    templated.chat_template = "{{ messages }}"
+    with pytest.raises(DataError, match="holds answers with tokenizer"):
+        again(Dense(), tokenizer=templated)
+
+    table = datasets.Dataset.from_parquet(str(data_dir / "piqa" / "validation.parquet"))
+    table.select(range(len(table) - 1)).to_parquet(data_dir / "piqa" / "validation.parquet")
+    with pytest.raises(DataError, match="holds answers with data"):
+        again(Dense())
+
+
+def test_answers_of_an_older_release_are_not_taken(model, tokenizer, data_dir, tmp_path):
+    ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))
+    path = tmp_path / "dense" / "piqa.jsonl"
+    kept = Answers.load(path)
+    del kept.settings["weights"]
+    kept.save(path)
+    with pytest.raises(DataError, match="older release, which did not record weights"):
+        ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))

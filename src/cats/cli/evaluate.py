@@ -213,7 +213,7 @@ def _ask(
     from cats.apply import densify_
     from cats.checkpoint import read_config
     from cats.config import CatsConfig
-    from cats.evaluation.run import answer_tasks, results
+    from cats.evaluation.run import answer_tasks, identity, results
     from cats.evaluation.variants import Dense, Sparse, Variant
     from cats.storage import replacing
 
@@ -223,7 +223,7 @@ def _ask(
         variants.append(Sparse(stored or CatsConfig.load(thresholds or "")))
         densify_(model)
     folder = output and output / "answers"
-    settings = {"model": name, "dtype": str(model.dtype).removeprefix("torch.")}
+    settings = {"model": name, **identity(model, tokenizer)}
     found: list[Result] = []
     dense = None
     for variant in variants:

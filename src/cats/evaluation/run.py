@@ -7,16 +7,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from cats import fingerprint
 from cats.errors import DataError
 from cats.evaluation.answers import Answers, Score, Value, paired_difference
-from cats.evaluation.tasks import evaluate_task
+from cats.evaluation.tasks import evaluate_task, harness_version, task_files
 from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
 from cats.results import MEAN, Result, environment
 
 BENCHMARK = "tasks"
+
+
+def identity(model: Any, tokenizer: Any) -> dict[str, Value]:
+    """What answers and perplexities depend on besides the variant, as short hashes.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer.
+    """
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": fingerprint.of_model(model),
+        "tokenizer": fingerprint.of_tokenizer(tokenizer),
+    }
 
 
 def answer_tasks(
@@ -40,9 +56,10 @@ def answer_tasks(
         tokenizer: Its tokenizer.
         variant: How it runs.
         tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
-        folder: Answers are kept as ``<variant>/<task>.jsonl`` in it; what is there already, with
-            the same settings, is not asked again.
-        settings: What the answers depend on besides the variant, such as the model's name.
+        folder: Answers are kept as ``<variant>/<task>.jsonl`` in it; what is there already, of
+            the same weights, tokenizer, thresholds, data and settings, is not asked again.
+        settings: Kept with the answers, such as the model's name; :func:`identity` where it is
+            known already.
         limit: As for :func:`cats.evaluation.tasks.evaluate_task`, like all that follow.
         seed: Of the draw that ``limit`` makes.
         batch_size: A number or ``"auto"``.
@@ -52,19 +69,24 @@ def answer_tasks(
     Raises:
         DataError: If the folder holds answers with other settings.
     """
-    source = "parquet files" if data_dir else "hub"
-    settings = {**(settings or {}), **variant.settings, "data": source}
+    settings = dict(settings or {})
+    if "weights" not in settings:
+        settings |= identity(model, tokenizer)
+    settings |= {**variant.settings, "harness": harness_version()}
     for task in tasks:
+        settings["data"] = (
+            "hub" if data_dir is None else fingerprint.of_files(task_files(task, data_dir))
+        )
         path = None if folder is None else folder / variant.label / f"{task}.jsonl"
         if path is not None and path.exists():
             answers = Answers.load(path)
-            _check_same(path, answers, {"limit": limit, "seed": seed, **settings})
+            check_same(path, "answers", answers.settings, {"limit": limit, "seed": seed} | settings)
         else:
             on_task(task)
             with variant.on(model):
                 answers = evaluate_task(
                     model, tokenizer, task, limit=limit, seed=seed, batch_size=batch_size,
-                    data_dir=data_dir, settings=settings,
+                    data_dir=data_dir, settings=dict(settings),
                 )  # fmt: skip
             if path is not None:
                 answers.save(path)
@@ -121,14 +143,22 @@ def measure_perplexity(
             **variant.settings,
             "variant": variant.label,
             "text": text,
-            "tokens": sum(batch.numel() for batch in batches),
-            "block": batches[0].shape[1],
+            **text_settings(batches),
             "realized_sparsity": variant.dropped,
             "mlp_share": share,
             "token_bytes": token_bytes(model, share),
         },
         environment=environment(str(next(model.parameters()).device)),
     )  # fmt: skip
+
+
+def text_settings(batches: Sequence[Tensor]) -> dict[str, Value]:
+    """What a perplexity depends on of its text: the tokens, and how they are cut."""
+    return {
+        "tokens": sum(batch.numel() for batch in batches),
+        "block": batches[0].shape[1],
+        "text_hash": fingerprint.of_tokens(torch.cat(tuple(batches))),
+    }
 
 
 def mean_over_tasks(scores: Iterable[Score]) -> Score:
@@ -170,10 +200,28 @@ def _result(
     )  # fmt: skip
 
 
-def _check_same(path: Path, answers: Answers, settings: dict[str, Value]) -> None:
-    for name, value in settings.items():
-        if answers.settings.get(name) != value:
+def check_same(
+    path: Path, what: str, found: Mapping[str, Value], wanted: Mapping[str, Value]
+) -> None:
+    """Complain where what is kept in a file depends on something else than is wanted now.
+
+    Args:
+        path: The file.
+        what: What it holds, for the message.
+        found: The settings that it was kept with.
+        wanted: Those of this run; others in ``found`` do not matter.
+
+    Raises:
+        DataError: If one differs, or was not recorded.
+    """
+    for name, value in wanted.items():
+        if name not in found:
             raise DataError(
-                f"{path}: holds answers with {name} {answers.settings.get(name)!r}, wanted "
-                f"{value!r}; name another folder or delete it"
+                f"{path}: holds {what} of an older release, which did not record {name}: they may "
+                "be of something else; name another folder or delete it"
+            )
+        if found[name] != value:
+            raise DataError(
+                f"{path}: holds {what} with {name} {found[name]!r}, wanted {value!r}; "
+                "name another folder or delete it"
             )

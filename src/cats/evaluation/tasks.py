@@ -61,7 +61,7 @@ def check_data(tasks: Iterable[str], data_dir: Path) -> None:
         StorageError: If ``data_dir`` has not the data of a task.
     """
     for task in tasks:
-        _files(task, data_dir)
+        task_files(task, data_dir)
 
 
 def evaluate_task(
@@ -121,9 +121,19 @@ def evaluate_task(
         task=task,
         split=", ".join(sorted(map(str, splits))),
         settings={"limit": limit, "seed": seed, **(settings or {})},
-        environment=environment(str(device)) | {"version_lm_eval": lm_eval.__version__},
+        environment=environment(str(device)) | {"version_lm_eval": harness_version()},
         questions=questions,
     )
+
+
+def harness_version() -> str:
+    """The release of the harness, whose definitions of tasks and prompts are asked.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    version: str = _harness().__version__
+    return version
 
 
 def _harness() -> Any:
@@ -158,8 +168,13 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
     return tasks
 
 
-def _files(name: str, data_dir: Path) -> dict[str, str]:
-    """The parquet file of each split: one that can be asked, and one of examples if it has any."""
+def task_files(name: str, data_dir: Path) -> dict[str, str]:
+    """The parquet file of each split: one that can be asked, and one of examples if it has any.
+
+    Raises:
+        ConfigError: If the name is that of a group.
+        StorageError: If ``data_dir`` does not have the data of the task.
+    """
     if name not in _manager().all_subtasks:
         raise ConfigError(f"{name} is a group: with --data-dir name its tasks one by one")
     definition = _definition(name)
@@ -183,7 +198,7 @@ def _definition(name: str) -> dict[str, Any]:
 
 def _offline(name: str, data_dir: Path) -> dict[str, Any]:
     """The built-in task with another source of data."""
-    files = _files(name, data_dir)
+    files = task_files(name, data_dir)
     definition = _definition(name)
     absent = {key: None for key in _SPLITS if definition.get(key) not in files}
     source = {

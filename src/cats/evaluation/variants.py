@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cats import fingerprint
 from cats.apply import densify_, sparsify_
 from cats.config import CatsConfig, label_of
 from cats.data import Batch
@@ -71,6 +72,7 @@ class Sparse(Variant):
             "target_sparsity": target,
             "calibration_tokens": config.calibration_tokens,
             "calibration_hash": config.calibration_hash,
+            "thresholds": fingerprint.of_thresholds(config),
         }
 
     @contextmanager
@@ -116,6 +118,7 @@ class InputThresholds(Variant):
             "method": method,
             "target_sparsity": target,
             "calibration_tokens": calibration_tokens,
+            "thresholds": fingerprint.of_value(thresholds),
         }
         # weights that were read, and all of them, of the tokens seen so far
         self._read: dict[str, Tensor | float] = {}
