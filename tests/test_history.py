@@ -1,7 +1,7 @@
 import pytest
 
 from cats.errors import FormatError, StorageError
-from cats.history import History, Point
+from cats.history import History, Point, recovered
 
 POINTS = [
     Point(step=0, tokens=0, losses={"a": 3.0}),
@@ -38,3 +38,17 @@ def test_other_files_are_refused(tmp_path, text):
 def test_missing_file_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError):
         History.load(tmp_path / "absent.jsonl")
+
+
+def test_recovered_loss_is_counted_against_a_dense_run_of_the_same_weights_and_text():
+    def history(method, losses, **settings):
+        points = [Point(step=i, tokens=i, losses={"c4": loss}) for i, loss in enumerate(losses)]
+        return History(settings={"method": method, "weights": "a"} | settings, points=points)
+
+    sparse = history("cats", (4.0, 3.0))
+    assert recovered(sparse, [history("dense", (3.0, 2.5))], "c4") == pytest.approx(2 / 3)
+    for other in (
+        history("dense", (3.0, 2.5), weights="b"),
+        history("dense", (3.0, 2.5), evaluations={"c4": {"hash": "other"}}),
+    ):
+        assert recovered(sparse, [other], "c4") is None

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from cats.errors import FormatError, StorageError
-from cats.storage import load_tensors, replacing, save_tensors
+from cats.storage import load_json, load_tensors, replacing, save_json, save_tensors
 
 TENSORS = {"a.threshold": torch.tensor(0.25), "b": torch.arange(6).view(2, 3)}
 
@@ -181,3 +181,16 @@ def test_metadata_is_json_text(tmp_path):
     save_tensors(tmp_path / "x.safetensors", TENSORS, {"kind": "test"})
     with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["cats"])["kind"] == "test"
+
+
+def test_json_document_of_another_kind_or_damaged_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    save_json(path, "recipe", {"settings": {"seed": 1}})
+    assert load_json(path, "recipe")["settings"] == {"seed": 1}
+    with pytest.raises(FormatError, match="holds recipe, expected a profile"):
+        load_json(path, "profile")
+    path.write_text(path.read_text()[:10])
+    with pytest.raises(FormatError, match="not a recipe"):
+        load_json(path, "recipe")
+    with pytest.raises(StorageError, match="cannot be read"):
+        load_json(tmp_path / "absent.json", "recipe")

@@ -115,10 +115,10 @@ def _numbers(tensor: Tensor) -> tuple[Tensor, Tensor]:
         tensor = tensor.cpu()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    picks = torch.linspace(
-        0, tensor.numel() - 1, min(_SAMPLES, tensor.numel()), dtype=torch.float64
-    )
-    where = torch.unravel_index(picks.long().to(tensor.device), tensor.shape)
+    count = min(_SAMPLES, tensor.numel())
+    # in integers: evenly from the first to the last
+    picks = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
+    where = torch.unravel_index(picks, tensor.shape)
     some = tensor[where] if tensor.ndim else tensor.reshape(1)
     if tensor.dtype.itemsize == 1:
         tensor = tensor.view(torch.uint8)

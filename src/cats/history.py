@@ -153,12 +153,14 @@ def recovered(history: History, others: Iterable[History], text: str) -> float |
     """Share of a sparse model's loss on a text that fine-tuning takes back.
 
     The loss is what the untuned sparse model has more than the lower of the untuned dense model and
-    the best dense run; None for a dense run, or where none is there to compare with.
+    the best dense run; None for a dense run, or where none of the same weights and text is there to
+    compare with.
     """
     dense = [
         point.losses[text]
         for other in others
         if other.settings["method"] == "dense"
+        and _measured(other, text) == _measured(history, text)
         for point in other.points
         if text in point.losses
     ]
@@ -168,6 +170,15 @@ def recovered(history: History, others: Iterable[History], text: str) -> float |
     if first is None or last is None or first <= min(dense):
         return None
     return (first - last) / (first - min(dense))
+
+
+def _measured(history: History, text: str) -> list[Any]:
+    """What a loss before any training depends on."""
+    names = ("model", "revision", "weights", "tokenizer", "dtype")
+    return [
+        *(history.settings.get(name) for name in names),
+        history.settings.get("evaluations", {}).get(text),
+    ]
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -65,6 +65,36 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, block
 
 
+def save_json(path: str | Path, kind: str, block: dict[str, Any]) -> None:
+    """Write one JSON document of a kind, with its format version; it is whole or absent.
+
+    Raises:
+        StorageError: If it cannot be written; nothing is left behind.
+    """
+    text = json.dumps({"version": FORMAT_VERSION, "kind": kind, **block}, indent=1)
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def load_json(path: str | Path, kind: str) -> dict[str, Any]:
+    """Read what :func:`save_json` wrote.
+
+    Raises:
+        StorageError: If it cannot be read.
+        FormatError: If it is something else, or comes from a newer release.
+    """
+    try:
+        block = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise FormatError(f"{path}: not a {kind} ({error})") from error
+    check_version(block, str(path))
+    if block.get("kind") != kind:
+        raise FormatError(f"{path}: holds {block.get('kind')}, expected a {kind}")
+    return dict(block)
+
+
 def cache_directory() -> Path:
     """Where files that can be made again are kept: ``$CATS_CACHE_DIR``, or ``~/.cache/cats``."""
     if chosen := os.environ.get("CATS_CACHE_DIR"):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,3 +108,15 @@ def test_one_pass_serves_every_target_with_rising_thresholds():
     for target in (0, 1):
         with pytest.raises(ConfigError):
             statistics.config(target)
+
+
+def test_statistics_of_models_that_differ_outside_their_mlps_do_not_add():
+    ids = [models.make_ids()]
+    one, other = _model(), _model()
+    with torch.no_grad():
+        other.embed.weight[5, 3] += 1
+    mine = cats.collect(one, ids)
+    with pytest.raises(ModelMismatchError, match="other weights or dtypes differ"):
+        mine + cats.collect(other, ids)
+    with pytest.raises(ModelMismatchError, match="of an older release"):
+        mine + dataclasses.replace(mine, weights="")

@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 
 from cats.benchmarks import decode, mlp
@@ -68,7 +71,7 @@ def test_the_whole_recipe_ends_in_a_report_and_is_resumed(reproduce, tmp_path, m
 
     code, _, err = reproduce("--seed", 1)
     assert code == 1
-    assert "another text or seed" in err
+    assert "recipe.json: holds results with calibration_seed 0, wanted 1" in err
 
 
 def test_another_target_in_the_same_folder_stands_beside_the_first(
@@ -143,3 +146,50 @@ def test_methods_may_be_named(reproduce, command, tmp_path):
     code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", "--methods", "dejavu")
     assert code == 1
     assert "--methods" in err
+
+
+def test_results_of_other_weights_or_text_under_the_same_name_are_refused(
+    reproduce, command, checkpoint, text, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    common = ("--model", folder, "--methods", "cats", "--tasks", "sciq", "--no-speed")
+    code, _, err = reproduce(*common)
+    assert code == 0, err
+    weights = (folder / "model.safetensors").read_bytes()
+    models.make_model().save_pretrained(folder)
+    code, _, err = reproduce(*common)
+    assert (code, "holds results with weights" in err) == (1, True)
+
+    (folder / "model.safetensors").write_bytes(weights)
+    code, _, err = reproduce(*common)
+    assert code == 0, err
+    Path(text).write_text("Of another kind was this one, but of the same name. " * 60)
+    code, _, err = reproduce(*common)
+    assert (code, "holds results with calibration_hash" in err) == (1, True)
+
+
+def test_perplexity_and_profile_of_something_else_are_refused(reproduce, tmp_path):
+    other, run = tmp_path / "other.txt", tmp_path / "run"
+    common = ("--methods", "cats", "--tasks", "sciq", "--no-speed", "--eval-text", other)
+    other.write_text("It is a text. " * 60)
+    code, _, err = reproduce(*common)
+    assert code == 0, err
+    other.write_text("It is a tale. " * 60)
+    code, _, err = reproduce(*common)
+    assert (code, "holds results with text_hash" in err) == (1, True)
+
+    other.write_text("It is a text. " * 60)
+    path = run / "profile-cats-50.json"
+    path.write_text(path.read_text().replace('"thresholds": "', '"thresholds": "0'))
+    code, _, err = reproduce(*common)
+    assert (code, "holds activations with thresholds" in err) == (1, True)
+
+
+def test_folder_of_an_older_release_is_refused(reproduce, tmp_path):
+    common = ("--methods", "cats", "--tasks", "sciq", "--no-speed")
+    code, _, err = reproduce(*common)
+    assert code == 0, err
+    (tmp_path / "run" / "recipe.json").unlink()
+    code, _, err = reproduce(*common)
+    assert (code, "no recipe.json that says what they are of" in err) == (1, True)

@@ -15,6 +15,7 @@ from cats.errors import (
     UnsupportedModelError,
 )
 from cats.finetuning import Blocks, StreamedBlocks, load_adapter
+from cats.finetuning.run import data_settings
 from cats.history import History
 from tests import models
 
@@ -397,3 +398,42 @@ def test_tokenizer_is_needed_for_answers_alone(tune, tmp_path):
     assert (tuned.folder / "merged" / "config.json").exists()
     with pytest.raises(ConfigError, match="tokenizer"):
         tune("answers", answers={"a task": None}, tokenizer=None)
+
+
+def test_run_of_other_weights_thresholds_or_data_under_the_same_names_is_refused(tune, make, ids):
+    tune(options={"steps": 1})
+    model = make()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 3] += 1
+    with pytest.raises(ConfigError, match=r"other settings \(weights\)"):
+        tune(model=model, options={"steps": 1})
+    model = make()
+    model.model.layers[1].mlp.act_fn.threshold.mul_(1.01)
+    with pytest.raises(ConfigError, match=r"other settings \(thresholds\)"):
+        tune(model=model, options={"steps": 1})
+    templated = models.make_tokenizer()
+    templated.chat_template = "{{ messages }}"
+    with pytest.raises(ConfigError, match=r"other settings \(tokenizer\)"):
+        tune(tokenizer=templated, options={"steps": 1})
+    tune("again", options={"steps": 2, "recalibrate": 1}, calibration=ids[:8])
+    with pytest.raises(ConfigError, match=r"other settings \(calibration\)"):
+        tune("again", options={"steps": 2, "recalibrate": 1}, calibration=ids[8:16])
+
+
+def test_streams_that_begin_differently_are_told_apart(ids, tokenizer):
+    def first(text):
+        stream = StreamedBlocks(tokenizer, lambda: iter([text]), length=8)
+        return data_settings(stream, {}, {}, None)["train"]
+
+    assert first("a text of some length") == first("a text of some length")
+    assert first("a text of some length") != first("another text of some length")
+
+
+def test_run_of_an_older_release_is_refused(tune, tmp_path):
+    tune(options={"steps": 1})
+    path = tmp_path / "run" / "history.jsonl"
+    history = History.load(path)
+    del history.settings["weights"]
+    history.save(path)
+    with pytest.raises(ConfigError, match="older release, which did not record weights"):
+        tune(options={"steps": 1})

@@ -32,6 +32,8 @@ class Statistics:
         sizes: Name of each MLP to its number of neurons ``F``.
         counts: Name of each MLP to its counts, int64, 16 MiB whatever the number of tokens.
         fingerprints: Name of each MLP to a few of its weights, float32.
+        weights: Hash of all weights of the model (:func:`cats.fingerprint.of_model`); empty in files
+            of older releases.
         tokens: How many tokens were counted.
         blocks: How many rows of batches were counted.
         text_hash: Sum over the blocks of a hash of their tokens, modulo 2**64: the order is free.
@@ -42,6 +44,7 @@ class Statistics:
     sizes: dict[str, int]
     counts: dict[str, Tensor]
     fingerprints: dict[str, Tensor] = field(repr=False)
+    weights: str = ""
     tokens: int = 0
     blocks: int = 0
     text_hash: int = 0
@@ -156,6 +159,7 @@ class Statistics:
                 sizes=block["sizes"],
                 counts=counts,
                 fingerprints={name: tensors[f"{name}.fingerprint"] for name in block["sizes"]},
+                weights=block.get("weights", ""),
                 tokens=block["tokens"],
                 blocks=block["blocks"],
                 text_hash=int(block["text_hash"], 16),
@@ -169,6 +173,7 @@ class Statistics:
             "method": self.method,
             "activations": self.activations,
             "sizes": self.sizes,
+            "weights": self.weights,
             "tokens": self.tokens,
             "blocks": self.blocks,
             "text_hash": f"{self.text_hash:016x}",
@@ -184,4 +189,14 @@ class Statistics:
             raise ModelMismatchError(
                 "statistics of two different models or methods cannot be added: "
                 "collect both with the same model, method and exclude"
+            )
+        if self.weights != other.weights:
+            if not (self.weights and other.weights):
+                raise ModelMismatchError(
+                    "statistics of an older release do not say which weights they were counted "
+                    "with, so nothing can be added to them: collect them anew"
+                )
+            raise ModelMismatchError(
+                "statistics of two models whose MLPs are alike and whose other weights or dtypes "
+                "differ cannot be added: collect both with the same model"
             )

@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cats.calibration import Statistics
+    from cats.evaluation.answers import Value
     from cats.evaluation.variants import Variant
     from cats.results import Result
 
 _METHODS = ("cats", "relu", "input", "teal")
 _REFINED_WEB = "tiiuae/falcon-refinedweb"
+_RECIPE = "recipe.json"
 _BATCH = 4
 _HELD_OUT_BLOCKS = 20
 _PROFILE_BLOCKS = 32
+# Settings of answers that all variants of a table have in common.
+_ASKED = ("limit", "seed", "data", "harness")
 
 
 def reproduce(
@@ -80,6 +84,7 @@ def reproduce(
     """
     from cats.cli.evaluate import check_tasks, parse_batch_size
     from cats.data import read_text
+    from cats.evaluation.run import identity
 
     targets, chosen = _targets(sparsity), _chosen(methods)
     batch = parse_batch_size(batch_size)
@@ -93,11 +98,12 @@ def reproduce(
     recipe = Recipe(
         model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,
         samples=samples, length=length, seed=seed, bos=bos,
-        source=_REFINED_WEB if text is None else text.name,
+        source=_REFINED_WEB if text is None else text.name, identity=identity(loaded, tokenizer),
     )  # fmt: skip
     with resumable(output, _has_results):
         with options.err.status("reading the text ..."):
             blocks, held_out = recipe.split(calibration)
+            recipe.check_folder(blocks, held_out)
             texts = {f"{recipe.source}, held out": held_out} | recipe.eval_blocks(
                 evaluation, eval_tokens
             )
@@ -153,15 +159,16 @@ class Recipe:
     seed: int
     bos: bool | None
     source: str
+    identity: dict[str, Value]
 
     @property
-    def settings(self) -> dict[str, str | int | float | bool | None]:
+    def settings(self) -> dict[str, Value]:
         """What every number depends on."""
         from cats.data import text_start
 
         return {
             "model": self.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **self.identity,
             "calibration_text": self.source,
             "calibration_samples": self.samples,
             "calibration_length": self.length,
@@ -194,6 +201,34 @@ class Recipe:
             )
             self.samples = len(calibration)
         return calibration, blocks[:held_out]
+
+    def check_folder(self, blocks: Tensor, held_out: Tensor) -> None:
+        """Write what the folder's results depend on, or compare it with what stands there.
+
+        Raises:
+            DataError: If the folder holds results of another recipe, model or text, or of a release
+                that did not write down what they are of.
+        """
+        from cats import fingerprint
+        from cats.errors import DataError
+        from cats.evaluation.run import check_same
+        from cats.storage import load_json, save_json
+
+        hashes: dict[str, Value] = {
+            "calibration_hash": fingerprint.of_tokens(blocks),
+            "held_out_hash": fingerprint.of_tokens(held_out),
+        }
+        wanted = self.settings | hashes
+        path = self.folder / _RECIPE
+        if not path.exists():
+            if _has_results(self.folder):
+                raise DataError(
+                    f"{self.folder}: holds results, but no {_RECIPE} that says what they are of, "
+                    "as an older release wrote them; name another folder or delete it"
+                )
+            save_json(path, "recipe", {"settings": wanted})
+        # read again: another process may fill the same folder
+        check_same(path, "results", load_json(path, "recipe").get("settings", {}), wanted)
 
     def _refined_web(self, blocks: int) -> Iterator[str]:
         from cats.errors import ConfigError
@@ -250,7 +285,8 @@ class Recipe:
 
         path = self.folder / f"statistics-{method}.safetensors"
         if path.exists():
-            found = Statistics.load(path)
+            # added to nothing of this model: counts of another one are refused
+            found = collect(self.model, [], method=method) + Statistics.load(path)
             if found.text_hash != sum(map(block_hash, blocks)) % (1 << 64):
                 raise DataError(f"{path}: counts of another text or seed; name another folder")
             return found
@@ -261,28 +297,37 @@ class Recipe:
 
     def perplexity(self, variant: Variant, text: str, blocks: Tensor) -> None:
         """Of one variant on one text."""
-        from cats.evaluation.run import measure_perplexity
+        from cats.evaluation.run import measure_perplexity, text_settings
 
         file = f"perplexity/{variant.label}-{text.replace('/', '-').replace(', ', '-')}.jsonl"
+        batches = blocks.split(_BATCH)
+        wanted = self.settings | variant.settings | text_settings(batches)
         self._once(file.replace(" ", "-"), lambda: [
             measure_perplexity(
-                self.model, variant, list(options.progress(blocks.split(_BATCH), variant.label)),
+                self.model, variant, list(options.progress(batches, variant.label)),
                 text=text, settings=self.settings,
             )
-        ])  # fmt: skip
+        ], wanted)  # fmt: skip
 
     def profiles(self, variants: list[Variant], blocks: Tensor) -> None:
         """Activations of the dense model and of the sparse one of the first target."""
         from cats.evaluation.profile import profile
+        from cats.evaluation.run import check_same, text_settings
+        from cats.storage import load_json
 
+        batches = blocks[:_PROFILE_BLOCKS].split(8)
         for variant in variants:
             path = self.folder / f"profile-{variant.label}.json"
-            if not path.exists():
-                with variant.on(self.model) as model:
-                    about = {"cats": getattr(model.config, "cats", None), "text": self.source}
-                    batches = blocks[:_PROFILE_BLOCKS].split(8)
-                    found = profile(model, options.progress(batches, "profiling"))
-                found.save(path, model=self.name, block=self.length, **about)
+            wanted = self.settings | variant.settings | text_settings(batches)
+            if path.exists():
+                check_same(
+                    path, "activations", load_json(path, "profile").get("settings", {}), wanted
+                )
+                continue
+            with variant.on(self.model) as model:
+                about = {"cats": getattr(model.config, "cats", None), "text": self.source}
+                found = profile(model, options.progress(batches, "profiling"))
+            found.save(path, model=self.name, block=self.length, settings=wanted, **about)
 
     def tasks(
         self,
@@ -313,7 +358,7 @@ class Recipe:
             found += results(variant.label, answers, dense)
         path = self.folder / "tasks.jsonl"
         before = read_results(path) if path.exists() else []
-        _write(path, found + _of_other_variants(before, found))
+        _write(path, found + _of_other_variants(before, found, {*self.settings, *_ASKED}))
 
     def mlp_times(self) -> None:
         """One MLP of the model's shape, in float32 as in the paper and in the model's dtype."""
@@ -337,7 +382,7 @@ class Recipe:
             )  # fmt: skip
             with stage() as show:
                 show(f"timing one MLP in {name}")
-                self._once(file, partial(measure, case), targets)
+                self._once(file, partial(measure, case), sparsities=targets)
 
     def token_times(self, blocks: Tensor) -> None:
         """A decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
@@ -357,7 +402,7 @@ class Recipe:
                     measure, self.model, blocks, case,
                     on_stage=lambda text: show(f"timing tokens: {text}"),
                 ),
-                targets,
+                sparsities=targets,
             )  # fmt: skip
 
     def _targets_in(self, file: str) -> list[float]:
@@ -381,31 +426,40 @@ class Recipe:
         self,
         file: str,
         measure: Callable[[], Iterable[Result]],
+        wanted: Mapping[str, Value] | None = None,
         sparsities: Sequence[float] = (),
     ) -> None:
-        """Keep the results of ``measure`` in a file, unless they are there, at all sparsities."""
-        from cats.errors import BackendError, DataError
+        """Keep the results of ``measure`` in a file, unless they are there, at all sparsities.
+
+        Those that are there must be of the settings ``wanted``.
+        """
+        from cats.errors import BackendError
+        from cats.evaluation.run import check_same
         from cats.results import read_results
 
         path = self.folder / file
         found = read_results(path) if path.exists() else []
+        for result in found:
+            check_same(path, "results", result.settings, wanted or {})
         if not found or set(sparsities) - {r.settings.get("sparsity") for r in found}:
             try:
                 _write(path, list(measure()))
             except BackendError as error:
                 options.err.print(f"[b]left out:[/b] {file}: {error}")
-            return
-        for result in found:
-            for name, value in self.settings.items():
-                if result.settings.get(name, value) != value:
-                    raise DataError(
-                        f"{path}: {name} is {result.settings[name]!r}, wanted {value!r}; "
-                        "name another folder"
-                    )
 
 
-def _of_other_variants(before: list[Result], found: list[Result]) -> list[Result]:
-    """Of an earlier run with other targets or methods, what was asked the same tasks."""
+def _of_other_variants(before: list[Result], found: list[Result], shared: set[str]) -> list[Result]:
+    """Of an earlier run with other targets or methods, what was asked the same tasks.
+
+    The settings ``shared`` must be the same in both.
+    """
+
+    def asked_of(result: Result) -> tuple[object, ...]:
+        names = sorted(shared)
+        return (result.settings["task"], *(result.settings.get(name) for name in names))
+
+    same = {asked_of(result) for result in found}
+    before = [result for result in before if asked_of(result) in same]
     labels, tasks = ({r.settings[key] for r in found} for key in ("variant", "task"))
     asked: defaultdict[object, set[object]] = defaultdict(set)
     for result in before:

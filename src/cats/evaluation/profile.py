@@ -5,7 +5,6 @@ Gated and ungated MLPs, dense and sparse models: whatever passes through an acti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
 from cats.mlp import CatsActivation, activation_kind
-from cats.storage import FORMAT_VERSION, replacing
+from cats.storage import save_json
 
 # Magnitudes from 0 to 1, where activations are dense, and one bin for all above.
 BINS = 50
@@ -82,9 +81,7 @@ class Profile:
             path: The file.
             about: What else it says, such as the model and the text.
         """
-        block = {"version": FORMAT_VERSION, "kind": "profile", **about, **asdict(self)}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(block, indent=1), "utf-8")
+        save_json(path, "profile", {**about, **asdict(self)})
 
 
 def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) -> Profile:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cats import fingerprint
 from cats.calibration import collect
 from cats.config import CatsConfig
 from cats.errors import ConfigError, DataError, StorageError, UnsupportedModelError
@@ -106,7 +107,8 @@ def finetune(
         raise ConfigError("answers are generated as text: give the tokenizer")
     _check(model, train, options, evaluations, answers, calibration, merge)
     thresholds = thresholds_of(model)
-    settings = settings_of(model, train, options, evaluations, about or {})
+    data = data_settings(train, evaluations, answers, calibration if options.recalibrate else None)
+    settings = settings_of(model, tokenizer, options, data, about or {})
     path = folder / "history.jsonl"
     history, checkpoint = _continue(folder, path, settings)
     history.environment = history.environment or device_environment(model)
@@ -213,25 +215,65 @@ def thresholds_of(model: nn.Module) -> CatsConfig | None:
     return CatsConfig.from_dict(config.cats, tensors, fingerprints=fingerprints)
 
 
+def data_settings(
+    train: Examples,
+    evaluations: Mapping[str, Blocks | Pairs],
+    answers: Mapping[str, Pairs],
+    calibration: Tensor | None,
+) -> dict[str, Any]:
+    """Sizes and hashes of all data of a run; of a stream those of its first block.
+
+    Args:
+        train: What is learnt.
+        evaluations: What is measured.
+        answers: Whose answers are generated.
+        calibration: On what thresholds are set anew; None where they are not.
+    """
+    described = describe(train)
+    if isinstance(train, StreamedBlocks):
+        first = next(iter(train), None)
+        described |= {
+            "length": train.length,
+            "first": None if first is None else fingerprint.of_tokens(first["input_ids"]),
+        }
+    return {
+        "train": described,
+        "evaluations": {name: describe(examples) for name, examples in evaluations.items()},
+        "answers": {name: describe(pairs) for name, pairs in answers.items()},
+        "calibration": None if calibration is None else fingerprint.of_tokens(calibration),
+    }
+
+
 def settings_of(
     model: Any,
-    train: Examples,
+    tokenizer: Any,
     options: FinetuneOptions,
-    evaluations: Mapping[str, Blocks | Pairs],
+    data: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What makes a run the same run, as JSON gives it back."""
+    """What makes a run the same run, as JSON gives it back.
+
+    Args:
+        model: As it is trained, before it has adapters.
+        tokenizer: Of the model, or None.
+        options: How it is trained.
+        data: What :func:`data_settings` gives.
+        about: Further settings, such as the name of the model.
+    """
     block = getattr(model.config, "cats", None) or {"method": "dense", "target_sparsity": None}
+    thresholds = thresholds_of(model)
     settings = {
         **about,
+        "weights": fingerprint.of_model(model),
+        "tokenizer": None if tokenizer is None else fingerprint.of_tokenizer(tokenizer),
         "method": block["method"],
         "target_sparsity": block["target_sparsity"],
         "calibration_hash": block.get("calibration_hash"),
+        "thresholds": None if thresholds is None else fingerprint.of_thresholds(thresholds),
         "dtype": str(model.dtype).removeprefix("torch."),
         "processes": _world(),
         "options": options_that_count(options),
-        "train": describe(train),
-        "evaluations": {name: describe(examples) for name, examples in evaluations.items()},
+        **data,
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
@@ -347,17 +389,31 @@ def _continue(folder: Path, path: Path, settings: dict[str, Any]) -> tuple[Histo
             raise ConfigError(f"{folder}: holds other files; name an empty folder or a new one")
         return History(settings=settings), None
     history = History.load(path)
-    if differing := differences(history.settings, settings):
-        raise ConfigError(
-            f"{folder}: holds a run with other settings ({', '.join(differing)}); "
-            "name another folder, or delete it"
-        )
+    check_same_run(folder, history.settings, settings)
     if history.complete:
         return history, None
     checkpoint = last_checkpoint(folder)
     step = -1 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     history.points = [point for point in history.points if point.step <= step]
     return history, checkpoint
+
+
+def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Complain where a history that is there is not that of this run.
+
+    Raises:
+        ConfigError: If a setting differs, or was not recorded.
+    """
+    if missing := [name for name in now if name not in before]:
+        raise ConfigError(
+            f"{path}: holds a run of an older release, which did not record "
+            f"{', '.join(missing)}: it may be of something else; name another folder, or delete it"
+        )
+    if differing := differences(before, now):
+        raise ConfigError(
+            f"{path}: holds a run with other settings ({', '.join(differing)}); "
+            "name another folder, or delete it"
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,8 +19,9 @@ from cats.finetuning import adapters
 from cats.finetuning.data import Blocks, Examples, Pairs
 from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.run import (
+    check_same_run,
+    data_settings,
     device_environment,
-    differences,
     measure_answers,
     settings_of,
     thresholds_of,
@@ -162,19 +163,18 @@ def sweep(
     # what the folder holds already, before anything is run
     there: dict[Run, History] = {}
     settings: dict[Run, dict[str, Any]] = {}
+    data = data_settings(train, evaluations, answers or {}, calibration)
+    calibration_hash = data["calibration"]
     for run, chosen in chosen_of.items():
         apply_(run.method)
         named = {**(about or {}), "run": run.name}
-        settings[run] = settings_of(model, train, chosen, evaluations, named)
+        of_run = data | {"calibration": calibration_hash if run.recalibrate else None}
+        settings[run] = settings_of(model, tokenizer, chosen, of_run, named)
         path = folder / f"{run.name}.jsonl"
         if not path.exists():
             continue
         found = History.load(path)
-        if differing := differences(found.settings, settings[run]):
-            raise ConfigError(
-                f"{path}: holds a run with other settings ({', '.join(differing)}); "
-                "name another folder, or delete it"
-            )
+        check_same_run(path, found.settings, settings[run])
         if found.complete:
             there[run] = found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import is_history
 from cats.results import Result, place, read_results
-from cats.storage import check_version
+from cats.storage import load_json
 
 # What differs between the lines of one picture of times, or belongs to one of its points.
 _OF_A_POINT = {
@@ -55,7 +54,7 @@ class Material:
                 if file.suffix == ".jsonl":
                     found.results += read_results(file)
                 else:
-                    found.profiles.append(_read_profile(file))
+                    found.profiles.append(load_json(file, "profile"))
         if not found.results and not found.profiles:
             hint = "; cats bench curves draws histories of fine-tuning" if histories else ""
             raise DataError(
@@ -114,14 +113,3 @@ def _files(path: Path) -> list[Path]:
     if path.suffix not in (".jsonl", ".json"):
         raise FormatError(f"{path}: expected results (.jsonl) or a profile (.json)")
     return [path]
-
-
-def _read_profile(path: Path) -> dict[str, Any]:
-    try:
-        block = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: not a profile ({error})") from error
-    check_version(block, str(path))
-    if block.get("kind") != "profile":
-        raise FormatError(f"{path}: holds {block.get('kind')}, expected a profile")
-    return dict(block)
