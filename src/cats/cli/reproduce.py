@@ -326,8 +326,8 @@ class Recipe:
                 continue
             with variant.on(self.model) as model:
                 about = {"cats": getattr(model.config, "cats", None), "text": self.source}
-                found = profile(model, options.progress(batches, "profiling"))
-            found.save(path, model=self.name, block=self.length, settings=wanted, **about)
+                seen = profile(model, options.progress(batches, "profiling"))
+            seen.save(path, model=self.name, block=self.length, settings=wanted, **about)
 
     def tasks(
         self,
