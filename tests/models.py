@@ -1,5 +1,7 @@
 """Tiny models of many families, modules of odd forms, and a checkpoint with a tokenizer."""
 
+import hashlib
+
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
@@ -16,6 +18,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+import cats
 
 FAMILIES = [
     LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
@@ -201,4 +205,30 @@ def quantize_(model):
             scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
             values = (module.weight.detach() / scale).round().to(torch.int8)
             module.weight = nn.Parameter(Int8Tensor(values, scale), requires_grad=False)
+
+
+def fill_hub_cache(folder, *, revision, subfolder="", target=None, name="org/model"):
+    """A cache of the hub that holds one revision of a model and its tokenizer, and no ``main``.
+
+    Whatever is looked for without this revision and subfolder is not there.
+
+    Args:
+        folder: The cache.
+        revision: Name of the revision.
+        subfolder: Within the repository.
+        target: Target of its thresholds; None for a dense model.
+        name: Of the repository.
+
+    Returns:
+        The model.
+    """
+    model = make_model()
+    if target is not None:
+        cats.sparsify_(model, cats.calibrate(model, [make_ids()], target_sparsity=target))
+    repository = folder / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    model.save_pretrained(repository / "snapshots" / commit / subfolder)
+    make_tokenizer().save_pretrained(repository / "snapshots" / commit / subfolder)
     return model

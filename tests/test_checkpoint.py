@@ -49,7 +49,7 @@ def test_config_json_holds_the_small_block(sparse, tmp_path):
 
 def test_dense_checkpoint_is_refused(tmp_path):
     models.make_model().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="dense"):
+    with pytest.raises(ConfigError, match=r"dense.*AutoModelForCausalLM\.from_pretrained"):
         cats.from_pretrained(tmp_path)
 
 
@@ -233,3 +233,39 @@ def test_thresholds_written_in_a_fused_model_are_saved(sparse, tmp_path):
     ids = models.make_ids(seed=1)
     loaded = models.logits(cats.from_pretrained(tmp_path), ids)
     assert torch.equal(loaded, models.logits(cats.unfuse_(sparse), ids))
+
+
+@pytest.mark.parametrize("target", [0.5, None])
+def test_options_of_the_hub_reach_every_file(tmp_path, target):
+    stored = models.fill_hub_cache(tmp_path, revision="v2", subfolder="sub", target=target)
+    where = dict(revision="v2", subfolder="sub", cache_dir=tmp_path, local_files_only=True)
+    assert checkpoint.is_sparse_checkpoint("org/model", **where) == (target is not None)
+    load = checkpoint.load_dense if target is None else cats.from_pretrained
+    ids = models.make_ids(seed=1)
+    loaded = load("org/model", **where)
+    assert torch.equal(models.logits(loaded, ids), models.logits(stored, ids))
+    assert checkpoint.load_tokenizer("org/model", **where).eos_token == "<eos>"
+    for name in where.keys() - {"local_files_only"}:
+        less = {key: value for key, value in where.items() if key != name}
+        with pytest.raises(StorageError, match="org/model"):
+            load("org/model", **less)
+        with pytest.raises(StorageError, match="org/model"):
+            checkpoint.is_sparse_checkpoint("org/model", **less)
+
+
+def test_thresholds_are_read_from_the_files_of_a_variant(sparse, tmp_path):
+    for shard in ("5GB", "10KB"):
+        sparse.save_pretrained(tmp_path / shard, variant="fp16", max_shard_size=shard)
+        loaded = cats.from_pretrained(tmp_path / shard, variant="fp16")
+        assert loaded.model.layers[1].mlp.act_fn.threshold == (
+            sparse.model.layers[1].mlp.act_fn.threshold
+        )
+        with pytest.raises(StorageError, match=r"has no model\.safetensors"):
+            cats.from_pretrained(tmp_path / shard)
+
+
+def test_revision_of_a_folder_is_refused(sparse, tmp_path):
+    sparse.save_pretrained(tmp_path)
+    cats.from_pretrained(tmp_path, revision="main")
+    with pytest.raises(StorageError, match="only models of the Hugging Face hub have revisions"):
+        cats.from_pretrained(tmp_path, revision="v2")

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
 )
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
@@ -28,6 +28,11 @@ from cats.errors import ConfigError, FormatError, StorageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
+# What says which files of the hub are meant, and how they are got: for every file that is loaded.
+_HUB_OPTIONS = (
+    "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies",
+    "trust_remote_code", "code_revision",
+)  # fmt: skip
 # Files by which a folder of fine-tuning is told from that of a model.
 _MARKS = ("adapter_config.json", "history.jsonl", "config.json")
 
@@ -42,7 +47,9 @@ def from_pretrained(
             or ``"smollm2"`` (:func:`locate`).
         thresholds: A thresholds file that ``cats calibrate`` or ``CatsConfig.save`` wrote, or a
             config.
-        **kwargs: Passed on, such as ``dtype="auto"`` or ``device_map="auto"``.
+        **kwargs: Passed on, such as ``dtype="auto"`` or ``device_map="auto"``. Those that say where
+            files come from (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) hold for the
+            thresholds of the checkpoint too.
 
     Raises:
         StorageError: If the model or the thresholds file cannot be read.
@@ -55,7 +62,7 @@ def from_pretrained(
     elif thresholds is not None:
         config = CatsConfig.load(thresholds)
     else:
-        config = read_config(path, **_hub_options(kwargs))
+        config = read_config(path, variant=kwargs.get("variant"), **hub_options(kwargs))
     return sparsify_(load_dense(path, **kwargs), config)
 
 
@@ -66,7 +73,7 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
         StorageError: If there is no such model or its files are damaged.
         FormatError: If weights are missing or of another size than the config says.
     """
-    folder = locate(path, **_hub_options(kwargs))
+    folder = locate(path, **hub_options(kwargs))
     verbosity = hf_logging.get_verbosity()
     # the load report names the thresholds as unexpected; what else is wrong is raised below
     hf_logging.set_verbosity_error()
@@ -89,8 +96,13 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def read_config(path: str | Path, **hub_options: Any) -> CatsConfig:
+def read_config(path: str | Path, *, variant: str | None = None, **hub_options: Any) -> CatsConfig:
     """The thresholds that lie in a sparse checkpoint.
+
+    Args:
+        path: As for :func:`from_pretrained`.
+        variant: Of the weights' files, such as ``"fp16"`` for ``model.fp16.safetensors``.
+        **hub_options: As for ``from_pretrained``: revision, subfolder, token, cache_dir, ...
 
     Raises:
         ConfigError: If the checkpoint is dense.
@@ -101,17 +113,51 @@ def read_config(path: str | Path, **hub_options: Any) -> CatsConfig:
     if block is None:
         raise ConfigError(
             f"{path} is a dense checkpoint: give thresholds=FILE, or make one with "
-            f"cats calibrate {path} -o FILE.safetensors"
+            f"cats calibrate {path} -o FILE.safetensors; to load it dense, call "
+            "transformers.AutoModelForCausalLM.from_pretrained"
         )
-    tensors = _read_thresholds(folder, hub_options)
+    tensors = _read_thresholds(folder, variant, hub_options)
     if not tensors:
         raise FormatError(f"{path}: config.json has a cats block, but no thresholds are stored")
     return CatsConfig.from_dict(block, tensors, source=str(path))
 
 
-def is_sparse_checkpoint(path: str | Path) -> bool:
-    """Whether the checkpoint's ``config.json`` has a ``cats`` block."""
-    return getattr(_load_config(locate(path), {}), "cats", None) is not None
+def is_sparse_checkpoint(path: str | Path, **hub_options: Any) -> bool:
+    """Whether the checkpoint's ``config.json`` has a ``cats`` block.
+
+    Args:
+        path: As for :func:`from_pretrained`.
+        **hub_options: As for ``from_pretrained``: revision, subfolder, token, cache_dir, ...
+    """
+    config = load_config(path, **hub_options)
+    return getattr(config, "cats", None) is not None
+
+
+def load_config(path: str | Path, **hub_options: Any) -> Any:
+    """The configuration of a model, as transformers has it.
+
+    Raises:
+        StorageError: If there is none.
+    """
+    return _load_config(locate(path, **hub_options), hub_options)
+
+
+def load_tokenizer(path: str | Path, **hub_options: Any) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        StorageError: If there is none, or it cannot be read.
+    """
+    folder = locate(path, **hub_options)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **hub_options)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+
+
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of ``from_pretrained`` those that hold for every file that is loaded."""
+    return {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
 
 
 def locate(path: str | Path, **hub_options: Any) -> str:
@@ -128,11 +174,14 @@ def locate(path: str | Path, **hub_options: Any) -> str:
         StorageError: If there is no such folder, and no such model in the cache or on the hub.
         FormatError: If the built-in model is damaged.
     """
-    if path == smollm2.NAME:
-        return str(smollm2.checkpoint())
     name = str(path)
-    if Path(name).is_dir():
-        return name
+    if path == smollm2.NAME or Path(name).is_dir():
+        if hub_options.get("revision") not in (None, "main"):
+            raise StorageError(
+                f"cannot load the model {name} at revision {hub_options['revision']}: it is a "
+                "folder, and only models of the Hugging Face hub have revisions"
+            )
+        return str(smollm2.checkpoint()) if path == smollm2.NAME else name
     if Path(name).is_file():
         raise StorageError(f"cannot load the model {name}: a file, expected a folder")
     if name.startswith(("/", ".", "~")):
@@ -181,7 +230,8 @@ def _missing_on_hub(
 
 
 def _load_config(path: str, hub_options: dict[str, Any]) -> Any:
-    has = {name for name in _MARKS if (Path(path) / name).is_file()}
+    folder = Path(path) / hub_options.get("subfolder", "")
+    has = {name for name in _MARKS if (folder / name).is_file()}
     if has == {"adapter_config.json"}:
         raise StorageError(
             f"{path}: holds an adapter, not a model: cats.finetuning.load_adapter puts it on its "
@@ -195,8 +245,10 @@ def _load_config(path: str, hub_options: dict[str, Any]) -> Any:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
 
 
-def _read_thresholds(path: str, hub_options: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    keys = _stored_keys(path, hub_options)
+def _read_thresholds(
+    path: str, variant: str | None, hub_options: dict[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    keys = _stored_keys(path, variant, hub_options)
     prefixes = [key.removesuffix(_THRESHOLD) for key in keys if key.endswith(_THRESHOLD)]
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, file in keys.items():
@@ -207,32 +259,34 @@ def _read_thresholds(path: str, hub_options: dict[str, Any]) -> dict[str, dict[s
     return tensors
 
 
-def _stored_keys(path: str, hub_options: dict[str, Any]) -> dict[str, str]:
+def _stored_keys(path: str, variant: str | None, hub_options: dict[str, Any]) -> dict[str, str]:
     """Each stored tensor's name to the file that holds it."""
+    single_name, index_name = _SINGLE, _INDEX
+    if variant is not None:
+        single_name = f"model.{variant}.safetensors"
+        index_name = f"model.safetensors.index.{variant}.json"
+    # weights are no code
+    of_code = ("trust_remote_code", "code_revision")
+    of_file = {name: value for name, value in hub_options.items() if name not in of_code}
 
     def find(name: str) -> str | None:
         file: str | None = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, **hub_options
+            path, name, _raise_exceptions_for_missing_entries=False, **of_file
         )
         return file
 
     try:
-        if index := find(_INDEX):
+        if index := find(index_name):
             shards = json.loads(Path(index).read_text())["weight_map"]
             files = {name: find(name) for name in set(shards.values())}
             return {key: file for key, shard in shards.items() if (file := files[shard])}
-        single = find(_SINGLE)
+        single = find(single_name)
         if single is None:
-            raise StorageError(f"{path}: has no {_SINGLE}; CATS reads safetensors only")
+            raise StorageError(f"{path}: has no {single_name}; CATS reads safetensors only")
         with safetensors.safe_open(single, "pt") as file:
             return dict.fromkeys(file.keys(), single)
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise FormatError(f"{path}: not a whole checkpoint ({error}); save it again") from error
-
-
-def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from cats.finetuning.adapters import (
     merge,
     put_adapter,
     remove_adapters_,
+    save_adapter,
 )
 from tests import models
 
@@ -143,3 +144,18 @@ def test_merge_that_fails_leaves_the_model_as_it_was(adapted, ids, monkeypatch):
     assert torch.equal(models.logits(adapted, ids), before)
     monkeypatch.undo()
     torch.testing.assert_close(models.logits(merge(adapted), ids), before, rtol=1e-3, atol=1e-3)
+
+
+def test_adapter_is_put_on_the_base_of_a_revision(tmp_path):
+    model = models.fill_hub_cache(tmp_path, revision="v2", subfolder="sub")
+    tuned = add_adapters(model, OPTIONS)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(tuned, None, tmp_path / "adapter")
+    loaded = load_adapter(
+        "org/model", tmp_path / "adapter", revision="v2", subfolder="sub", cache_dir=tmp_path
+    )
+    ids = models.make_ids(seed=1)
+    assert models.logits(loaded, ids).equal(models.logits(tuned.eval(), ids))

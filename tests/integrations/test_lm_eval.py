@@ -102,3 +102,19 @@ def test_model_that_is_not_named_is_an_error(monkeypatch, capsys):
         main()
     assert caught.value.code == 1
     assert "pretrained=" in capsys.readouterr().err
+
+
+def test_options_of_the_hub_reach_every_file(tmp_path):
+    from lm_eval.api.registry import get_model
+
+    from cats.integrations import lm_eval
+
+    lm_eval.register()
+    for revision, target in (("v2", 0.8), ("v3", 0.2)):
+        models.fill_hub_cache(tmp_path, revision=revision, subfolder="sub", target=target)
+        found = get_model("cats")(
+            pretrained="org/model", revision=revision, subfolder="sub", cache_dir=str(tmp_path),
+            local_files_only=True, device="cpu",
+        )  # fmt: skip
+        assert found.model.config.cats["target_sparsity"] == target
+        assert found.tokenizer.eos_token == "<eos>"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -185,6 +185,9 @@ def decode(
     ] = False,
     output: _AppendEach = None,
     commit: options.Commit = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Time a token of dense and CATS models: the decode loop, transformers, the byte limit.
 
@@ -207,7 +210,8 @@ def decode(
     )  # fmt: skip
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
-    loaded, blocks = _model_and_text(model, dtype, device, count, length)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, blocks = _model_and_text(model, dtype, device, count, length, hub)
     with stage() as show:
         measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
         results = list(_append_each(output, measured))
@@ -228,20 +232,23 @@ def _append_each(output: Path | None, results: Iterable[Result]) -> Iterator[Res
 
 
 def _model_and_text(
-    model: str, dtype: options.Dtype, device: str, count: int, length: int
+    model: str, dtype: options.Dtype, device: str, count: int, length: int, hub: dict[str, Any]
 ) -> tuple[nn.Module, Tensor]:
     """A dense model, or random weights of a shape, and token ids ``[count, length]`` for it."""
     import torch
 
     from cats.benchmarks.shapes import SHAPES, random_model
     from cats.data import sample_text, token_blocks
+    from cats.errors import ConfigError
 
     if model in SHAPES:
+        if hub:
+            raise ConfigError(f"{model} has random weights: leave out options of the hub")
         options.quiet()
         name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
         loaded = random_model(model, _dtype(name), options.torch_device(device))
         return loaded, torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
-    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     with options.err.status("reading the text ..."):
         return loaded, token_blocks(tokenizer, sample_text(), length=length, limit=count)
 
@@ -255,6 +262,9 @@ def timeline(
     device: options.Device = "auto",
     output: _AppendEach = None,
     commit: options.Commit = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Trace the kernels of a layer of the stream engine on a GPU: who waits for whom, how long.
 
@@ -271,7 +281,8 @@ def timeline(
     targets = [_share(part) for part in sparsity.split(",")]
     if options.torch_device(device).type != "cuda":
         raise ConfigError(f"a timeline is of kernels on a CUDA device, got --device {device}")
-    loaded, blocks = _model_and_text(model, dtype, device, 32, max(256, context))
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, blocks = _model_and_text(model, dtype, device, 32, max(256, context), hub)
     with options.err.status("tracing ..."):
         measured = measure(
             loaded, blocks, name=model, sparsities=targets, context=context, commit=commit

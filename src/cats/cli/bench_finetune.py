@@ -74,6 +74,9 @@ def finetune(
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     commit: options.Commit = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -106,7 +109,8 @@ def finetune(
     shared.check_epochs(epochs)
     options.check_output(output / "history.jsonl")
     device = options.process_device(device)
-    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     with options.err.status("reading data ..."):
         train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
         calibration = rows.calibration(tokenizer, train)
@@ -122,7 +126,7 @@ def finetune(
             loaded, train, runs=runs, tokenizer=tokenizer, folder=output, options=chosen,
             calibration=calibration, evaluations=evaluations,
             answers=pairs_of(evaluations) if accuracy else {},
-            about={"model": model, **rows.about()}, commit=commit,
+            about={"model": model, "revision": revision, **rows.about()}, commit=commit,
             on_point=on_point, on_step=lambda run, step: bar.step(step),
         ):  # fmt: skip
             if isinstance(result, TrainingError):

@@ -78,6 +78,9 @@ def calibrate(
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the thresholds at which a model drops a share of its neurons.
@@ -97,8 +100,9 @@ def calibrate(
     options.check_output(statistics)
     rank, world = _start_processes()
     loaded, tokenizer = options.load(
-        model, dtype=dtype, device=options.process_device(device), dense=True
-    )
+        model, dtype=dtype, device=options.process_device(device), dense=True,
+        hub=options.hub(revision, subfolder, trust_remote_code),
+    )  # fmt: skip
     from cats.data import text_start
     from cats.mlp import check_patterns
 

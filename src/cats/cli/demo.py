@@ -36,6 +36,9 @@ def demo(
     ] = "smollm2",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -56,7 +59,8 @@ def demo(
     if output is not None:
         options.check_output(output / "report.html")
         _check_plots()
-    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     report, profiles = _run(
         loaded, tokenizer, sparsity, text, tokens, eval_tokens, prompt, max_new_tokens, seed, bos,
         profiled=output is not None,

@@ -66,6 +66,9 @@ def evaluate(
     ] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Perplexity or zero-shot tasks of a model, and of its sparse form beside it.
@@ -79,11 +82,14 @@ def evaluate(
     options.check_output(output and output / "results.jsonl")
     options.check_tokens(tokens, block)
     names = [] if tasks is None else check_tasks(tasks, data_dir)
-    loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, tokenizer = options.load(
+        model, thresholds=thresholds, dtype=dtype, device=device, hub=hub
+    )
     if tasks is not None:
         with resumable(output, _has_answers):
-            found = _ask(loaded, tokenizer, model, names, thresholds, limit, seed, batch, data_dir,
-                         output)  # fmt: skip
+            found = _ask(loaded, tokenizer, model, hub, names, thresholds, limit, seed, batch,
+                         data_dir, output)  # fmt: skip
         _print_tasks(model, found, as_json)
         return
     from cats.data import text_start, token_blocks
@@ -201,6 +207,7 @@ def _ask(
     model: Any,
     tokenizer: Any,
     name: str,
+    hub: dict[str, Any],
     tasks: list[str],
     thresholds: Path | None,
     limit: int | None,
@@ -219,11 +226,11 @@ def _ask(
 
     variants: list[Variant] = [Dense()]
     if hasattr(model.config, "cats"):
-        stored = read_config(options.resolve(name)) if thresholds is None else None
+        stored = read_config(name, **hub) if thresholds is None else None
         variants.append(Sparse(stored or CatsConfig.load(thresholds or "")))
         densify_(model)
     folder = output and output / "answers"
-    settings = {"model": name, **identity(model, tokenizer)}
+    settings = {"model": name, **identity(model, tokenizer), "revision": hub.get("revision")}
     found: list[Result] = []
     dense = None
     for variant in variants:

@@ -111,6 +111,9 @@ def finetune(
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune a sparse model with LoRA, through the neurons that it keeps.
@@ -148,9 +151,10 @@ def finetune(
     shared.check_epochs(epochs)
     options.check_output(output / "history.jsonl")
     shared.check_continued(output, chosen, epochs)
+    hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, tokenizer = options.load(
         model, thresholds=thresholds, dtype=dtype, device=options.process_device(device),
-        dense=method is not None,
+        dense=method is not None, hub=hub,
     )  # fmt: skip
     check_targets(loaded, chosen.targets)
     sparse = hasattr(loaded.config, "cats")
@@ -171,7 +175,7 @@ def finetune(
         tuned = run(
             loaded, train, tokenizer=tokenizer, output=output, options=chosen,
             evaluations=evaluations, answers=pairs_of(evaluations) if accuracy else {},
-            calibration=calibration, merge=merge, about={"model": model, **rows.about()},
+            calibration=calibration, merge=merge, about={"model": model, "revision": revision, **rows.about()},
             on_point=bar.show, on_step=bar.step,
         )  # fmt: skip
     if not first_process():

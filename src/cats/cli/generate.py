@@ -64,13 +64,19 @@ def generate(
     ] = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt, token by token.
 
     Example: [b]cats generate smollm2 "Why is the sky blue?" --thresholds cats50.safetensors[/b]
     """
-    loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
+    loaded, tokenizer = options.load(
+        model, thresholds=thresholds, dtype=dtype, device=device,
+        hub=options.hub(revision, subfolder, trust_remote_code),
+    )  # fmt: skip
     from cats.decode.text import Detokenizer
     from cats.fusion import fuse_
     from cats.mlp import is_sparse

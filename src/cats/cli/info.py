@@ -25,6 +25,9 @@ def info(
             show_default="this installation",
         ),
     ] = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Versions and backends of this installation, or what a model or file holds.
@@ -34,7 +37,8 @@ def info(
     For a model, also the engine with which [b]cats generate[/b] would run it here.
     """
     options.quiet()
-    report = _installation() if model is None else _describe(model)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    report = _installation() if model is None else _describe(model, hub)
     if as_json:
         options.print_json(report)
         return
@@ -82,14 +86,15 @@ def _backends() -> dict[str, str]:
     return found
 
 
-def _describe(model: str) -> dict[str, dict[str, Any]]:
-    from transformers import AutoConfig
-
-    from cats.checkpoint import is_sparse_checkpoint, read_config
+def _describe(model: str, hub: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    from cats.checkpoint import is_sparse_checkpoint, load_config, read_config
     from cats.config import CatsConfig
+    from cats.errors import ConfigError
     from cats.storage import load_tensors
 
     name = Path(model).name
+    if hub and Path(model).is_file():
+        raise ConfigError(f"{model} is a file: options of the hub are for a model")
     # statistics may have any name; no model is a file
     if model.endswith(".safetensors") or (Path(model).is_file() and not model.endswith(".jsonl")):
         _, block = load_tensors(model)
@@ -101,17 +106,17 @@ def _describe(model: str) -> dict[str, dict[str, Any]]:
     history = Path(model) / "history.jsonl" if Path(model).is_dir() else Path(model)
     if history.suffix == ".jsonl" and history.is_file():
         return _describe_history(name, history)
-    path = options.resolve(model)
-    sparse, config = is_sparse_checkpoint(path), AutoConfig.from_pretrained(path)
+    path = options.resolve(model, **hub)
+    sparse, config = is_sparse_checkpoint(path, **hub), load_config(path, **hub)
     dense = {name: {"thresholds": "none: a dense model"}}
     return {
-        **(_describe_config(name, read_config(path)) if sparse else dense),
-        "architecture": _architecture(config),
-        "engines of cats.generate": _engines(path, config, sparse=sparse),
+        **(_describe_config(name, read_config(path, **hub)) if sparse else dense),
+        "architecture": _architecture(config, **hub),
+        "engines of cats.generate": _engines(path, config, hub, sparse=sparse),
     }
 
 
-def _architecture(config: Any) -> dict[str, Any]:
+def _architecture(config: Any, *, trust_remote_code: bool = False, **_: Any) -> dict[str, Any]:
     """Sizes of a model, from its configuration alone."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -122,7 +127,7 @@ def _architecture(config: Any) -> dict[str, Any]:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError) as error:
         return {"none": f"no causal model: {first_line(error)}"}
     text = config.get_text_config(decoder=True)
@@ -241,7 +246,7 @@ def _by_layer(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in sorted(values, key=padded)}
 
 
-def _engines(path: str, config: Any, *, sparse: bool) -> dict[str, str]:
+def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> dict[str, str]:
     """Which engine would decode a model on this machine, and why not another."""
     import torch
     from torch import nn
@@ -259,7 +264,10 @@ def _engines(path: str, config: Any, *, sparse: bool) -> dict[str, str]:
     kind, loaded = "a CPU", nn.Linear(1, 1)
     if torch.cuda.is_available():
         # there it depends on the weights; on a CPU on the device alone
-        kind, (loaded, _) = "a GPU", options.load(path, dtype=options.Dtype.auto, device="cuda")
+        kind, (loaded, _) = (
+            "a GPU",
+            options.load(path, dtype=options.Dtype.auto, device="cuda", hub=hub),
+        )
         if sparse:
             fuse_(loaded)
     chosen = make_engine("auto", loaded).name

