@@ -2,10 +2,12 @@ import dataclasses
 import json
 
 import pytest
+from typer.testing import CliRunner
 
 from cats import results
-from cats.errors import FormatError, StorageError
-from cats.results import Result, append_results, environment, read_results
+from cats.cli import app
+from cats.errors import DataError, FormatError, StorageError
+from cats.results import Result, append_results, environment, join_results, read_results, run_of
 
 
 def make_result(**changes: object) -> Result:
@@ -84,3 +86,44 @@ def test_sources_outside_a_checkout_may_be_named(monkeypatch):
         assert results.environment("cpu")["commit"] == "abc123"
     finally:
         results._commit.cache_clear()
+
+
+def test_joined_results_stand_once_run_by_run(tmp_path):
+    first = [make_result(settings={"sparsity": s}, environment={"time": "1"}) for s in (0.5, 0.7)]
+    second = [make_result(settings={"sparsity": 0.5}, environment={"time": "2"}, value=9.0)]
+    append_results(tmp_path / "a", first[:1])
+    append_results(tmp_path / "b", [*second, *first])
+    found = join_results([tmp_path / "a", tmp_path / "b"])
+    assert found == [*first, *second]
+    assert [run_of(result) for result in found] == [run_of(first[0])] * 2 + [run_of(second[0])]
+    append_results(tmp_path / "joined", found)
+    assert join_results([tmp_path / "joined", tmp_path / "a"]) == found
+
+
+def test_results_that_do_not_agree_are_not_joined(tmp_path):
+    about = {"sparsity": 0.5, "limit_us": 2.0, "bytes": 8}
+    one = make_result(settings=about, environment={"time": "1"})
+    append_results(tmp_path / "a", [one])
+    for name, other in {
+        "b": dataclasses.replace(one, value=2.0),
+        "c": dataclasses.replace(one, settings=about | {"bytes": 9}),
+    }.items():
+        append_results(tmp_path / name, [other])
+        with pytest.raises(DataError, match="of the same run and settings"):
+            join_results([tmp_path / "a", tmp_path / name])
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(DataError, match="no results"):
+        join_results([tmp_path / "empty"])
+    (tmp_path / "half").write_text(one.to_json()[:40])
+    with pytest.raises(FormatError, match="line 1"):
+        join_results([tmp_path / "a", tmp_path / "half"])
+
+
+def test_files_are_joined_by_a_command(tmp_path):
+    append_results(tmp_path / "a.jsonl", [make_result(environment={"time": "1"})])
+    append_results(tmp_path / "b.jsonl", [make_result(environment={"time": "2"})])
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "a.jsonl")]
+    run = CliRunner().invoke(app, ["bench", "join", *files, "-o", str(tmp_path / "all.jsonl")])
+    assert run.exit_code == 0, run.output
+    assert "2 results of 2 runs" in run.output.replace("\n", " ")
+    assert len(read_results(tmp_path / "all.jsonl")) == 2

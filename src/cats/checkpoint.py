@@ -47,9 +47,9 @@ def from_pretrained(
             or ``"smollm2"`` (:func:`locate`).
         thresholds: A thresholds file that ``cats calibrate`` or ``CatsConfig.save`` wrote, or a
             config.
-        **kwargs: Passed on, such as ``dtype="auto"`` or ``device_map="auto"``. Those that say where
-            files come from (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) hold for the
-            thresholds of the checkpoint too.
+        **kwargs: Passed on, such as ``dtype="auto"`` or ``device_map="auto"``. Those that say
+            where files come from (``revision``, ``subfolder``, ``token``, ``cache_dir``, ...) hold
+            for the thresholds of the checkpoint too.
 
     Raises:
         StorageError: If the model or the thresholds file cannot be read.

@@ -14,17 +14,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cats.errors import FormatError, StorageError
+from cats.errors import DataError, FormatError, StorageError
 from cats.version import __version__
 
 __all__ = [
-    "COMPARED", "MEAN", "Result", "append_results", "environment", "place", "read_results",
+    "COMPARED", "MEAN", "Result", "append_results", "environment", "join_results", "place",
+    "read_results", "run_of",
 ]  # fmt: skip
 
 # Methods whose quality is compared, in the order of tables.
 COMPARED = ("dense", "cats", "relu", "input", "teal")
 # In the place of a task: the mean over the tasks.
 MEAN = "mean"
+# Fractions that are asked for, and whole numbers that are found.
+_TARGETS = ("sparsity", "target_sparsity")
+_COUNTS = ("bytes", "token_bytes", "copies", "calls", "compilations")
 _VERSION = 1
 _PACKAGES = (
     "torch", "triton", "transformers", "accelerate", "peft", "cuda-bindings", "nvidia-cuda-nvrtc",
@@ -112,6 +116,52 @@ def read_results(path: Path) -> list[Result]:
         except FormatError as error:
             raise FormatError(f"{path}, line {number}: {error}") from error
     return results
+
+
+def run_of(result: Result) -> str:
+    """What tells the run of a result from others: device, commit, time and all else of it.
+
+    Only results of one run are compared as speeds: those of another may come from another machine
+    of the same name.
+    """
+    return json.dumps(result.environment, sort_keys=True)
+
+
+def join_results(paths: Iterable[Path]) -> list[Result]:
+    """The results of several files, run by run, each once.
+
+    Every result keeps its environment, which says of which run it is. The runs keep their order, and
+    so do the results of a run.
+
+    Raises:
+        StorageError: If a file cannot be read.
+        FormatError: If a line is no result.
+        DataError: If two results of one run measured the same and do not agree, or if there is none.
+    """
+    runs: dict[str, dict[str, Result]] = {}
+    for path in paths:
+        for result in read_results(path):
+            found = runs.setdefault(run_of(result), {})
+            key = json.dumps(
+                [result.benchmark, result.quantity, _measured(result)], sort_keys=True
+            )
+            if found.setdefault(key, result) != result:
+                raise DataError(
+                    f"{path}: holds another {result.quantity} of {result.benchmark} than a file "
+                    f"before it, of the same run and settings: {result.settings}"
+                )
+    if not runs:
+        raise DataError("no results in these files")
+    return [result for found in runs.values() for result in found.values()]
+
+
+def _measured(result: Result) -> dict[str, _Value]:
+    """The settings that say what was measured: without those that were found along with it."""
+    return {
+        name: value
+        for name, value in result.settings.items()
+        if name in _TARGETS or not (isinstance(value, float) or name in _COUNTS)
+    }
 
 
 def place(result: Result) -> tuple[int, float]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from typer.testing import CliRunner
 
@@ -87,15 +89,56 @@ def test_times_of_tokens_are_quoted_too(tmp_path):
     assert requote(document) == text
 
 
-def test_speedup_is_over_the_fastest_dense_loop_whichever_run_timed_it(tmp_path):
+def test_speedup_is_over_the_dense_loop_of_the_same_run(tmp_path):
     rows = [
         token_time(4.0, dtype="bfloat16", variant="compiled", sparsity=0.5, dense_ms=5.0),
         token_time(2.0, dtype="bfloat16", variant="stream", sparsity=0.5, dense_ms=3.0),
         token_time(2.0, dtype="bfloat16", variant="stream", sparsity=0.7, dense_ms=4.0),
     ]
     _, text = quoted_tokens(tmp_path, rows)
-    assert "| compiled | 250.0 (0.50, 0.75x) |" in text
+    assert "| compiled | 250.0 (0.50, 1.25x) |" in text
     assert "| stream | 500.0 (1.00, 1.50x) | 500.0 (1.00, 2.00x) |" in text
+
+
+def test_speedup_is_left_out_where_the_run_timed_no_dense_loop(tmp_path):
+    rows = [
+        token_time(4.0, dtype="bfloat16", variant="compiled", sparsity=0.5, dense_ms=5.0),
+        token_time(2.0, dtype="bfloat16", variant="generate", sparsity=0.5, dense_ms=None),
+    ]
+    _, text = quoted_tokens(tmp_path, rows)
+    assert "| generate | 500.0 (1.00) |" in text
+
+
+def in_run(time, *results):
+    return [
+        dataclasses.replace(r, environment={"device": "a GPU", "time": time}) for r in results
+    ]
+
+
+def quoted_mlps(folder, rows):
+    append_results(folder / "mlp.jsonl", rows)
+    (folder / "README.md").write_text("<!-- mlp: mlp.jsonl -->\n<!-- /mlp -->\n")
+    return requote(folder / "README.md")
+
+
+def test_mlps_of_two_runs_are_not_compared(tmp_path):
+    text = quoted_mlps(tmp_path, [
+        *in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0)),
+        *in_run("2:00", result("triton", 0.5, 20.0)),
+    ])  # fmt: skip
+    assert "| | cuda |  | 50.0 (0.80, 2.00x) |" in text
+    assert "| 64x128, run of 2:00 | no dense in this run | | |" in text
+    assert "| | triton |  | 20.0 (2.00) |" in text
+
+
+def test_mlp_that_was_measured_again_whole_counts_once(tmp_path):
+    text = quoted_mlps(tmp_path, [
+        *in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0)),
+        *in_run("2:00", result("dense_eager", 0.0, 90.0), result("cuda", 0.5, 45.0)),
+    ])  # fmt: skip
+    assert text.count("64x128") == 1
+    assert "| 64x128 | best dense of: dense_eager 90.0 | 90.0 | |" in text
+    assert "| | cuda |  | 45.0 (0.89, 2.00x) |" in text
 
 
 def test_batches_and_prompts_of_one_table_are_told_apart(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cats.benchmarks.decode import NAME
 from cats.benchmarks.pictures import pictures
 from cats.errors import DataError
-from cats.results import Result
+from cats.results import Result, run_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What the columns mean, for below the tables.
 LEGEND = """\
 spread: distance of the quartiles over the median. x dense: speed over the fastest loop of the
-dense model, timed in turns. limit: share of the rate at which memory could deliver the bytes.
+dense model, timed in turns in the same run. limit: share of the rate at which memory could deliver the bytes.
 first: time of the first token. dense: the shortest of a dense loop, timed in turns. start: from
 the first call to its third token. anew: graphs compiled for it. over: peak of memory over the
 dense model's weights. KL: divergence of each step from the model's modules on the same tokens.
@@ -32,19 +32,21 @@ _Row = tuple[str, float]
 
 
 class Panel:
-    """The results of one model, dtype and prompt on one device; the last ones count.
+    """The results of one model, dtype and prompt on one device; of each row the last run counts.
+
+    Rows may be of different runs: nothing of one is compared with another.
 
     Attributes:
-        rows: By variant and target, one result a quantity.
+        rows: By variant and target, one result a quantity, all of one run.
         launches: By variant and target, one result a kernel.
-        bandwidth: The read bandwidth, GB/s.
+        bandwidths: The read bandwidth of each run, GB/s.
     """
 
     def __init__(self, key: _Key) -> None:
         self.device, self.model, self.dtype, self.batch, self.prompt_length, _ = key
         self.rows: defaultdict[_Row, dict[str, Result]] = defaultdict(dict)
         self.launches: defaultdict[_Row, dict[str, Result]] = defaultdict(dict)
-        self.bandwidth: float | None = None
+        self.bandwidths: dict[str, float] = {}
 
     @property
     def title(self) -> str:
@@ -54,25 +56,34 @@ class Panel:
     def add(self, result: Result) -> None:
         s = result.settings
         if result.quantity == "read_bandwidth":
-            self.bandwidth = result.value
+            self.bandwidths[run_of(result)] = result.value
             return
         row = str(s["variant"]), _number(s["sparsity"])
         if result.quantity == "launch":
             self.launches[row][str(s["kernel"])] = result
         else:
             if result.quantity == "time":
-                # the kernels of an earlier run are not those of this one
+                # nothing of an earlier run stands beside what is of this one
                 self.launches.pop(row, None)
+                self.rows[row].clear()
             self.rows[row][result.quantity] = result
 
     def times(self) -> dict[_Row, Result]:
         return {row: found["time"] for row, found in self.rows.items() if "time" in found}
 
-    def dense_ms(self, sparsity: float) -> float | None:
-        """The fastest loop of the dense model that was timed in turns with this sparsity."""
-        steps = [step for (_, target), step in self.times().items() if target == sparsity]
-        found = [step.settings.get("dense_ms") for step in steps]
-        return min((_number(ms) for ms in found if ms is not None), default=None)
+    @property
+    def runs(self) -> list[str]:
+        """The runs that the rows are of."""
+        return list(dict.fromkeys(map(run_of, self.times().values())))
+
+
+def speedup(step: Result) -> float | None:
+    """Speed over the fastest loop of the dense model that was timed in turns with it, in one run.
+
+    None where that run timed no such loop.
+    """
+    dense = step.settings.get("dense_ms")
+    return None if dense is None else _number(dense) / step.value
 
 
 def panels(results: Iterable[Result]) -> list[Panel]:
@@ -103,14 +114,16 @@ def tables(panel: Panel) -> list[Table]:
 
 def _speed(panel: Panel) -> Table:
     """Each way to generate beside the fastest dense loop and the memory's limit."""
-    reads = "" if panel.bandwidth is None else f": reads {panel.bandwidth:.0f} GB/s"
+    rates = [f"{panel.bandwidths[run]:.0f}" for run in panel.runs if run in panel.bandwidths]
+    reads = f": reads {', '.join(rates)} GB/s" if rates else ""
+    several = f" ({len(panel.runs)} runs)" if len(panel.runs) > 1 else ""
     out = _table(
-        panel.title + reads,
+        panel.title + reads + several,
         "variant", "target", "dropped", "tok/s", "ms", "spread", "x dense", "GB/s", "limit",
     )  # fmt: skip
     for (variant, sparsity), step in panel.times().items():
         s = step.settings
-        dense = panel.dense_ms(sparsity)
+        faster = speedup(step)
         out.add_row(
             variant,
             f"{sparsity:.0%}",
@@ -118,7 +131,7 @@ def _speed(panel: Panel) -> Table:
             f"{panel.batch * 1e3 / step.value:.1f}",
             f"{step.value:.2f}",
             f"{(step.high - step.low) / step.value:.0%}",
-            "" if dense is None else f"{dense / step.value:.2f}",
+            "" if faster is None else f"{faster:.2f}",
             f"{_number(s['bytes']) / step.value / 1e6:.0f}",
             f"{_number(s['limit_ms']) / step.value:.2f}",
         )

@@ -9,25 +9,31 @@ from rich.table import Table
 from cats.benchmarks.mlp import DENSE, NAME, PAPER
 from cats.benchmarks.pictures import pictures
 from cats.errors import DataError
-from cats.results import Result
+from cats.results import Result, run_of
 
-# device, hidden size, intermediate size, dtype, batch, neighbour
+# device, hidden size, intermediate size, dtype, batch, neighbour; a panel is of one run of it
 _Key = tuple[str, int, int, str, int, str]
 
 
 class Panel:
-    """The results of one shape, dtype, batch and neighbour on one device; the last ones count."""
+    """The results of one shape, dtype, batch and neighbour on one device, of one run.
+
+    Attributes:
+        times: By variant and sparsity.
+        run_words: What tells the run from others of the same in a table; empty where none is.
+    """
 
     def __init__(self, key: _Key) -> None:
         self.device, self.hidden_size, self.intermediate_size, self.dtype, self.batch, _ = key
         self.neighbour = key[-1]
         self.times: dict[tuple[str, float], Result] = {}
+        self.run_words = ""
 
     @property
     def title(self) -> str:
         neighbour = "" if self.neighbour == "none" else f", between {self.neighbour}"
         shape = f"{self.hidden_size}x{self.intermediate_size}"
-        return f"{self.device}, {shape}, {self.dtype}, batch {self.batch}{neighbour}"
+        return f"{self.device}, {shape}, {self.dtype}, batch {self.batch}{neighbour}{self.run_words}"
 
     @property
     def sparse_variants(self) -> list[str]:
@@ -44,20 +50,20 @@ class Panel:
         return found
 
     @property
-    def best_dense(self) -> float:
-        """In microseconds."""
-        if not self.dense:
-            raise DataError(f"{self.title}: no dense result in the file")
-        return min(result.value for result in self.dense.values())
+    def best_dense(self) -> float | None:
+        """In microseconds; None where the run timed no dense one."""
+        return min((result.value for result in self.dense.values()), default=None)
 
 
 def panels(results: Iterable[Result]) -> list[Panel]:
-    """Results of this benchmark grouped by what a reader compares.
+    """Results of this benchmark grouped by what a reader compares: each panel is of one run.
+
+    A run all of whose points a later one measured again is left out.
 
     Raises:
         DataError: If there are none.
     """
-    groups: dict[_Key, Panel] = {}
+    groups: dict[_Key, dict[str, Panel]] = {}
     for result in results:
         if result.benchmark != NAME or result.quantity != "time":
             continue
@@ -67,11 +73,24 @@ def panels(results: Iterable[Result]) -> list[Panel]:
             int(s["intermediate_size"] or 0), str(s["dtype"]), int(s["batch"] or 0),
             str(s["neighbour"]),
         )  # fmt: skip
-        panel = groups.setdefault(key, Panel(key))
+        panel = groups.setdefault(key, {}).setdefault(run_of(result), Panel(key))
         panel.times[str(s["variant"]), float(s["sparsity"] or 0)] = result
     if not groups:
         raise DataError("no result of `cats bench mlp` in the file")
-    return list(groups.values())
+    return [panel for runs in groups.values() for panel in _current([*runs.values()])]
+
+
+def _current(runs: list[Panel]) -> list[Panel]:
+    """Those runs of the same that no later one measured again, named where they are several."""
+    kept = [
+        panel
+        for number, panel in enumerate(runs)
+        if not any(panel.times.keys() <= later.times.keys() for later in runs[number + 1 :])
+    ]
+    for panel in kept if len(kept) > 1 else []:
+        time = next(iter(panel.times.values())).environment.get("time")
+        panel.run_words = f", run of {time}"
+    return kept
 
 
 def table(panel: Panel) -> Table:
@@ -87,8 +106,11 @@ def table(panel: Panel) -> Table:
         view.add_row(
             "dense" if name in DENSE else f"{sparsity:.0%}", name, f"{result.value:.1f}",
             f"{result.low:.1f}-{result.high:.1f}", f"{limit:.1f}", f"{limit / result.value:.2f}",
-            f"{best / result.value:.2f}",
+            "" if best is None else f"{best / result.value:.2f}",
         )  # fmt: skip
+    if best is None:
+        view.caption = "no dense MLP was timed in this run"
+        return view
     all_four = ", ".join(f"{name} {result.value:.1f}" for name, result in panel.dense.items())
     view.caption = f"best dense {best:.1f} us of: {all_four}"
     return view

@@ -57,19 +57,22 @@ def mlp_table(found: list[mlp_report.Panel]) -> str:
     columns = [f"{sparsity:.0%}" for sparsity in sparsities]
     lines = [
         f"{found[0].device}, {found[0].dtype}: microseconds a call "
-        "(fraction of the memory limit, speed-up over the best dense)",
+        "(fraction of the memory limit, speed-up over the best dense of the same run)",
         "",
         "| shape | | " + " | ".join(columns) + " |",
         "| --- | --- |" + " ---: |" * len(columns),
     ]
     for panel in found:
         tokens = f", {panel.batch} tokens" if panel.batch > 1 else ""
-        shape = f"{panel.hidden_size}x{panel.intermediate_size}{tokens}"
+        shape = f"{panel.hidden_size}x{panel.intermediate_size}{tokens}{panel.run_words}"
         dense = ", ".join(f"{name} {result.value:.1f}" for name, result in panel.dense.items())
-        lines.append(
-            f"| {shape} | best dense of: {dense} | {panel.best_dense:.1f} |"
-            + " |" * (len(columns) - 1)
-        )
+        if panel.best_dense is None:
+            lines.append(f"| {shape} | no dense in this run |" + " |" * len(columns))
+        else:
+            lines.append(
+                f"| {shape} | best dense of: {dense} | {panel.best_dense:.1f} |"
+                + " |" * (len(columns) - 1)
+            )
         for name in panel.sparse_variants:
             cells = [_cell(panel, name, sparsity) for sparsity in sparsities]
             lines.append(f"| | {name} | " + " | ".join(cells) + " |")
@@ -82,8 +85,8 @@ def _cell(panel: mlp_report.Panel, name: str, sparsity: float) -> str:
     if result is None:
         return ""
     limit = float(result.settings["limit_us"] or 0)
-    share, speedup = limit / result.value, panel.best_dense / result.value
-    return f"{result.value:.1f} ({share:.2f}, {speedup:.2f}x)"
+    beside = "" if panel.best_dense is None else f", {panel.best_dense / result.value:.2f}x"
+    return f"{result.value:.1f} ({limit / result.value:.2f}{beside})"
 
 
 def decode_table(found: list[decode_report.Panel]) -> str:
@@ -96,7 +99,7 @@ def decode_table(found: list[decode_report.Panel]) -> str:
     dtypes = ", ".join(dict.fromkeys(panel.dtype for panel in found))
     lines = [
         f"{found[0].device}, {dtypes}, batch {batch}, prompt {prompt}: tokens a second "
-        "(fraction of the memory limit, speed-up over the fastest dense loop)",
+        "(fraction of the memory limit, speed-up over the fastest dense loop of the same run)",
         "",
         "| model | | " + " | ".join(f"{sparsity:.0%}" for sparsity in sparsities) + " |",
         "| --- | --- |" + " ---: |" * len(sparsities),
@@ -117,11 +120,10 @@ def decode_table(found: list[decode_report.Panel]) -> str:
                 if step is None:
                     cells.append("")
                     continue
-                limit, dense = float(step.settings["limit_ms"] or 0), panel.dense_ms(sparsity) or 0
-                cells.append(
-                    f"{panel.batch * 1e3 / step.value:.1f} "
-                    f"({limit / step.value:.2f}, {dense / step.value:.2f}x)"
-                )
+                share = float(step.settings["limit_ms"] or 0) / step.value
+                faster = decode_report.speedup(step)
+                beside = "" if faster is None else f", {faster:.2f}x"
+                cells.append(f"{panel.batch * 1e3 / step.value:.1f} ({share:.2f}{beside})")
             lines.append(f"| {model} | {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

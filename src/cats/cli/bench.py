@@ -313,6 +313,26 @@ def show(
 
 
 @app.command()
+def join(
+    files: Annotated[list[Path], typer.Argument(help="Results of cats bench, in this order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File that is written anew.")],
+) -> None:
+    """Put results files together: checked, each result once, with the run that it is of.
+
+    Example: [b]cats bench join OUT/decode-*.jsonl -o decode.jsonl[/b]
+    """
+    from cats.results import join_results, run_of
+    from cats.storage import replacing
+
+    options.check_output(output)
+    results = join_results(files)
+    with replacing(output) as temporary:
+        temporary.write_text("".join(result.to_json() + "\n" for result in results), "utf-8")
+    runs = len({run_of(result) for result in results})
+    options.out.print(f"wrote {output}: {len(results)} results of {runs} runs", markup=False)
+
+
+@app.command()
 def plot(
     file: Annotated[Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")],

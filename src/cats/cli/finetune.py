@@ -175,7 +175,8 @@ def finetune(
         tuned = run(
             loaded, train, tokenizer=tokenizer, output=output, options=chosen,
             evaluations=evaluations, answers=pairs_of(evaluations) if accuracy else {},
-            calibration=calibration, merge=merge, about={"model": model, "revision": revision, **rows.about()},
+            calibration=calibration, merge=merge,
+            about={"model": model, "revision": revision, **rows.about()},
             on_point=bar.show, on_step=bar.step,
         )  # fmt: skip
     if not first_process():
