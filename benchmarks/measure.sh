@@ -44,7 +44,7 @@ sanitize() {
 }
 
 mlp() {
-    bench mlp.jsonl 400 "mlp --shape 4096x14336 --shape 4096x11008 --shape 2048x8192 --shape 896x4864 --shape 576x1536"
+    bench mlp-1.jsonl 400 "mlp --shape 4096x14336 --shape 4096x11008 --shape 2048x8192 --shape 896x4864 --shape 576x1536"
     bench mlp-2.jsonl 120 "mlp --shape 4096x14336 --shape 4096x11008 --batch 2 --backend cuda --no-compiled --sparsity 0,0.5,0.7"
 }
 
@@ -115,6 +115,14 @@ finetune() {
     step finetune-recalibrate.log 200 $python -m cats $general --lr 3e-4 --recalibrate 50 --method cats-50
 }
 
+# The runs of one benchmark as one file, as results/<device>/ holds them.
+join() {
+    for name in mlp decode timeline; do
+        set -- "$out/$name"-*.jsonl
+        [ ! -e "$1" ] || $python -m cats bench join "$@" -o "$out/$name.jsonl"
+    done
+}
+
 while [ $# -gt 0 ]; do
     case $1 in
         quality|finetune) needs="${needs:-} $1" ;;
@@ -127,3 +135,4 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ -z "${needs:-}" ] || usage
+join

@@ -142,9 +142,7 @@ def join_results(paths: Iterable[Path]) -> list[Result]:
     for path in paths:
         for result in read_results(path):
             found = runs.setdefault(run_of(result), {})
-            key = json.dumps(
-                [result.benchmark, result.quantity, _measured(result)], sort_keys=True
-            )
+            key = json.dumps([result.benchmark, result.quantity, _measured(result)], sort_keys=True)
             if found.setdefault(key, result) != result:
                 raise DataError(
                     f"{path}: holds another {result.quantity} of {result.benchmark} than a file "

@@ -110,9 +110,7 @@ def test_speedup_is_left_out_where_the_run_timed_no_dense_loop(tmp_path):
 
 
 def in_run(time, *results):
-    return [
-        dataclasses.replace(r, environment={"device": "a GPU", "time": time}) for r in results
-    ]
+    return [dataclasses.replace(r, environment={"device": "a GPU", "time": time}) for r in results]
 
 
 def quoted_mlps(folder, rows):

@@ -33,7 +33,9 @@ class Panel:
     def title(self) -> str:
         neighbour = "" if self.neighbour == "none" else f", between {self.neighbour}"
         shape = f"{self.hidden_size}x{self.intermediate_size}"
-        return f"{self.device}, {shape}, {self.dtype}, batch {self.batch}{neighbour}{self.run_words}"
+        return (
+            f"{self.device}, {shape}, {self.dtype}, batch {self.batch}{neighbour}{self.run_words}"
+        )
 
     @property
     def sparse_variants(self) -> list[str]:
