@@ -59,7 +59,7 @@ def of_thresholds(config: CatsConfig) -> str:
 
 def of_tokenizer(tokenizer: Any) -> str:
     """Hash of a Hugging Face tokenizer: how it splits, its special tokens, its chat template."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(fast, "to_str"):
         rules = json.loads(fast.to_str())
         # these change with every call that pads or cuts

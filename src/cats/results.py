@@ -130,13 +130,13 @@ def run_of(result: Result) -> str:
 def join_results(paths: Iterable[Path]) -> list[Result]:
     """The results of several files, run by run, each once.
 
-    Every result keeps its environment, which says of which run it is. The runs keep their order, and
-    so do the results of a run.
+    Every result keeps its environment, which says of which run it is. The runs keep their order,
+    and so do the results of a run.
 
     Raises:
         StorageError: If a file cannot be read.
         FormatError: If a line is no result.
-        DataError: If two results of one run measured the same and do not agree, or if there is none.
+        DataError: If two results of one run and the same settings differ, or if there is none.
     """
     runs: dict[str, dict[str, Result]] = {}
     for path in paths:

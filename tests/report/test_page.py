@@ -1,3 +1,4 @@
+import dataclasses
 import html
 import json
 import re
@@ -139,6 +140,23 @@ def test_repeated_results_count_once_and_the_dense_one_stands_first(folder):
     (group,) = Material.read([folder]).perplexities().values()
     assert [r.settings["variant"] for r in group] == ["dense", "cats-50", "cats-90", "relu"]
     assert group[1].value == pytest.approx(10 / 0.69)
+
+
+def test_other_weights_under_the_same_name_stand_apart(folder):
+    other = [
+        dataclasses.replace(r, settings=r.settings | {"weights": "abc"})
+        for r in quality("dense", None, 0.5)
+    ]
+    before = Material.read([folder])
+    append_results(folder / "results.jsonl", other)
+    found = Material.read([folder])
+    for old, new in (
+        (before.tasks(), found.tasks()),
+        (before.perplexities(), found.perplexities()),
+    ):
+        ((name, results),) = old.items()
+        assert new[f"{name}, hashes unknown"] == results
+        assert [r.settings["weights"] for r in new[f"{name}, hashes abc"]][:1] == ["abc"]
 
 
 def test_variants_stand_by_method_and_target_whatever_the_order_of_their_files(folder):

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 # What the columns mean, for below the tables.
 LEGEND = """\
 spread: distance of the quartiles over the median. x dense: speed over the fastest loop of the
-dense model, timed in turns in the same run. limit: share of the rate at which memory could deliver the bytes.
-first: time of the first token. dense: the shortest of a dense loop, timed in turns. start: from
-the first call to its third token. anew: graphs compiled for it. over: peak of memory over the
-dense model's weights. KL: divergence of each step from the model's modules on the same tokens.
-own KL: of these modules a token at a time. same: equal choices. drop: sparsity above that of
-the modules, in percentage points."""
+dense model, timed in turns in the same run. limit: share of the rate at which memory could
+deliver the bytes. first: time of the first token. dense: the shortest of a dense loop, timed in
+turns. start: from the first call to its third token. anew: graphs compiled for it. over: peak
+of memory over the dense model's weights. KL: divergence of each step from the model's modules
+on the same tokens. own KL: of these modules a token at a time. same: equal choices. drop:
+sparsity above that of the modules, in percentage points."""
 
 # device, model, dtype, batch, prompt length, new tokens
 _Key = tuple[str, str, str, int, int, int]

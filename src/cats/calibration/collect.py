@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cats import fingerprint
 from cats.calibration import counts as _counts
 from cats.calibration.statistics import Statistics
 from cats.config import CatsConfig, check_target
 from cats.data import Batch, as_batch
 from cats.errors import ConfigError, DataError, UnsupportedModelError
+from cats.fingerprint import of_model
 from cats.methods import get_method
 from cats.mlp import (
     CatsActivation,
@@ -93,7 +93,7 @@ def collect(
         sizes={mlp.name: mlp.intermediate_size for mlp in mlps},
         counts={mlp.name: torch.zeros(_counts.BINS, dtype=torch.int64) for mlp in mlps},
         fingerprints={mlp.name: mlp.fingerprint() for mlp in mlps},
-        weights=fingerprint.of_model(model),
+        weights=of_model(model),
     )
     with _Counting(model, mlps, fresh) as counting:
         for batch in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ _OF_A_POINT = {
     "copies", "calls", "dense_ms", "kl", "kl_of_rounding", "same_choice",
     "sparsity_error",
 }  # fmt: skip
+
+# A name for readers, and hashes of what it names.
+_Group = tuple[str, tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -64,24 +68,25 @@ class Material:
 
     def tasks(self) -> dict[str, list[Result]]:
         """Model and limit to its results of zero-shot tasks; a repeated one counts once."""
-        groups: dict[str, dict[tuple[Any, ...], Result]] = {}
+        groups: dict[_Group, dict[Any, Result]] = {}
         for r in self.results:
             if r.benchmark == "tasks":
                 s = r.settings
                 asked = "" if s["limit"] is None else f", at most {s['limit']:,} questions a task"
                 key = (s["variant"], s["task"], r.quantity)
-                groups.setdefault(f"{s['model']}, {s['dtype']}{asked}", {})[key] = r
-        return {name: sorted(group.values(), key=place) for name, group in groups.items()}
+                group = f"{s['model']}, {s['dtype']}{asked}", _identity(r)
+                groups.setdefault(group, {})[key] = r
+        return _named(groups)
 
     def perplexities(self) -> dict[str, list[Result]]:
         """Model and text to its perplexities, one a variant."""
-        groups: dict[str, dict[Any, Result]] = {}
+        groups: dict[_Group, dict[Any, Result]] = {}
         for r in self.results:
             if r.benchmark == "perplexity":
                 s = r.settings
                 name = f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens of {s['text']}"
-                groups.setdefault(name, {})[s["variant"]] = r
-        return {name: sorted(group.values(), key=place) for name, group in groups.items()}
+                groups.setdefault((name, _identity(r)), {})[s["variant"]] = r
+        return _named(groups)
 
     def times(self) -> dict[str, list[Result]]:
         """What was timed, where and how to its times, over variants and sparsities."""
@@ -94,6 +99,22 @@ class Material:
                 key = (r.settings["variant"], r.settings["sparsity"])
                 groups.setdefault(name, {})[key] = r
         return {name: list(group.values()) for name, group in groups.items()}
+
+
+def _identity(result: Result) -> tuple[str, ...]:
+    """Hashes that tell models and texts of one name apart; older results have none."""
+    names = ("weights", "tokenizer", "text_hash")
+    return tuple(str(result.settings[n]) for n in names if result.settings.get(n))
+
+
+def _named(groups: dict[_Group, dict[Any, Result]]) -> dict[str, list[Result]]:
+    """The groups, sorted, by their names; those of one name say their hashes too."""
+    names = Counter(name for name, _ in groups)
+    return {
+        name if names[name] == 1 else f"{name}, hashes {' '.join(identity) or 'unknown'}":
+            sorted(group.values(), key=place)
+        for (name, identity), group in groups.items()
+    }  # fmt: skip
 
 
 def limit(result: Result) -> float | None:
