@@ -195,7 +195,7 @@ class Uses:
         if self.fused:
             with pytest.raises(BackendError):
                 self.model(self.ids(2, 8)).logits.sum().backward()
-            cats.unfuse_(self.model)
+            cats.unfuse_(self.model).zero_grad()
         ids, losses = self.ids(2, 16), []
         for model in (self.model, self.plain.model):
             model.train()

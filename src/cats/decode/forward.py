@@ -170,7 +170,8 @@ def _logits(
 
 def arguments_of(model: nn.Module) -> frozenset[str]:
     """The named arguments of a model's forward pass; those of its base where it is a wrapper."""
-    found = _parameters(type(model))
+    kind: Any = type(model)
+    found = _parameters(kind)
     base: Any = getattr(model, "get_base_model", None)
     inner = None if base is None else base()
     return found if inner is None or inner is model else found | arguments_of(inner)

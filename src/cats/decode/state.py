@@ -12,6 +12,7 @@ from cats.decode.cache import SlotCache
 from cats.decode.options import Options
 from cats.decode.sampling import choose, process
 from cats.errors import UnsupportedModelError
+from cats.placement import has_weights, input_device
 
 
 class State:
@@ -172,13 +173,9 @@ def device_of(model: nn.Module) -> torch.device:
         UnsupportedModelError: If its weights are nowhere.
     """
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    where = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    if where is not None:
-        return torch.device(where)
-    device = next(embedding.parameters()).device
-    if device.type == "meta":
+    if not has_weights(embedding):
         raise UnsupportedModelError(
             f"the weights of {type(model).__name__} are on the meta device, which holds no "
             "numbers: load them, for example with from_pretrained"
         )
-    return device
+    return input_device(embedding)
