@@ -83,7 +83,7 @@ class Uses:
     def generate(self):
         ids, count = self.ids(), self.random.randint(1, 12)
         wanted = self.plain.generate(ids, max_new_tokens=count)
-        actual = cats.generate(self.model, ids, max_new_tokens=count, **GREEDY)
+        actual = cats.generate(self.model, **whole(ids), max_new_tokens=count, **GREEDY)
         assert_same_tokens(self.plain.model, actual, wanted, tie=1e-3)
 
     def generate_batch(self):
@@ -103,14 +103,14 @@ class Uses:
         if self.random.random() < 0.3:  # an earlier turn is edited
             text[0, self.random.randrange(text.shape[1])] = self.random.randrange(256)
         wanted = self.plain.generate(text, max_new_tokens=10)
-        actual = self.decoder.generate(text, max_new_tokens=10, **GREEDY)
+        actual = self.decoder.generate(**whole(text), max_new_tokens=10, **GREEDY)
         assert_same_tokens(self.plain.model, actual, wanted, tie=1e-3)
         self.text = wanted
 
     def stream(self):
         ids, count = self.ids(), self.random.randint(1, 12)
         wanted = self.plain.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
-        stream = self.decoder.stream(ids, max_new_tokens=12, **GREEDY)
+        stream = self.decoder.stream(**whole(ids), max_new_tokens=12, **GREEDY)
         found = [int(next(stream)) for _ in range(count)]  # and is dropped
         row = torch.cat([ids, torch.tensor([found], device=DEVICE)], 1)
         ended = torch.cat([ids, torch.tensor([wanted[:count]], device=DEVICE)], 1)
@@ -252,6 +252,11 @@ class Uses:
         self.model.model.layers = kept
 
 
+def whole(ids):
+    """Ids of which none is padding, whatever their number."""
+    return {"inputs": ids, "attention_mask": torch.ones_like(ids)}
+
+
 class cats_dense:  # noqa: N801 (a context)
     """The model of some uses as a dense one, which calibration asks for."""
 
@@ -310,9 +315,11 @@ def test_eight_threads_on_one_model_get_the_tokens_of_one(fused):
                 ids = make_ids(rows, choose.randint(1, 40), seed=choose.randrange(2**31))
                 ids, count = ids.to(DEVICE), choose.randint(1, 20)
                 if choose.random() < 0.5:
-                    found = decoder.generate(ids, max_new_tokens=count, **GREEDY)
+                    found = decoder.generate(**whole(ids), max_new_tokens=count, **GREEDY)
                 else:
-                    stream = cats.Decoder(model).stream(ids, max_new_tokens=count, **GREEDY)
+                    stream = cats.Decoder(model).stream(
+                        **whole(ids), max_new_tokens=count, **GREEDY
+                    )
                     found = torch.cat([ids, torch.stack(list(stream), 1).to(DEVICE)], 1)
                 results.append((ids, count, found))
         except Exception as error:  # an assertion in a thread would be lost
