@@ -1,4 +1,5 @@
 // Runs each kernel of the CPU backend on exactly sized memory, against a plain loop, under sanitizers (sanitize.sh).
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #include "../../src/cats/ops/cpu/gated_mlp.h"
 #include "../../src/cats/ops/cpu/linear.h"
+#include "../../src/cats/ops/cpu/threads.h"
 
 using cats::Activation;
 using cats::BFloat16;
@@ -19,10 +21,49 @@ using cats::LinearPart;
 
 namespace {
 
-void run_in_threads(int64_t count, cats::Threads::Body body, void* context) {
+// so few that small matrices are shared
+constexpr int64_t kBytesEach = 1024;
+
+// the calling thread takes part, as in torch
+void start_threads(int64_t count, cats::Threads::Body body, void* context) {
   std::vector<std::thread> threads;
-  for (int64_t i = 0; i < count; ++i) threads.emplace_back(body, i, i + 1, context);
+  for (int64_t i = 1; i < count; ++i) threads.emplace_back(body, i, i + 1, context);
+  body(0, 1, context);
   for (auto& thread : threads) thread.join();
+}
+
+void run_in_threads(int64_t count, cats::Threads::Body body, void* context) {
+  // starting a thread takes longer than this work: one for each call, or most calls would run alone
+  cats::Helpers().run(count, body, context, start_threads);
+}
+
+// What `Helpers` decides, at made-up times; returns the number of wrong decisions.
+int helpers_failures() {
+  using std::chrono::microseconds;
+  const cats::Helpers::Clock::time_point now{std::chrono::hours(1)};
+  int wrong = 0;
+  const auto expect = [&](bool right, const char* what) {
+    if (!right) std::printf("helpers: wrong, %s\n", what);
+    wrong += !right;
+  };
+  cats::Helpers helpers;
+  expect(!helpers.are_paused(now), "they take part at first");
+  helpers.note(2, microseconds(100), microseconds(90), now);
+  expect(!helpers.are_paused(now), "a wait that is shorter than the work saved is no reason");
+  helpers.note(2, microseconds(100), microseconds(500), now);
+  expect(helpers.are_paused(now + microseconds(9999)), "late threads are left out for a while");
+  expect(!helpers.are_paused(now + microseconds(10001)), "and are tried again");
+  helpers.note(8, microseconds(100), microseconds(500), now + microseconds(20000));
+  expect(!helpers.are_paused(now + microseconds(20001)), "eight threads save more than that wait");
+  helpers.note(2, microseconds(100), std::chrono::seconds(60), now);
+  expect(!helpers.are_paused(now + std::chrono::seconds(11)), "no pause is longer than ten seconds");
+  // alone, one call of the body does all the work, in the calling thread
+  cats::Helpers paused;
+  paused.note(2, microseconds(0), std::chrono::seconds(60), cats::Helpers::Clock::now());
+  int calls = 0;
+  paused.run(2, [](int64_t, int64_t, void* calls) { ++*static_cast<int*>(calls); }, &calls, start_threads);
+  expect(calls == 1, "a call alone is one call of the body");
+  return wrong;
 }
 
 // Values in the type of the weights and, for the plain loop, as that type rounds them. No spare capacity: a read past the
@@ -98,7 +139,7 @@ double error_of(cats::GatedMlpKernel kernel, int64_t B, int64_t D, int64_t F, bo
   call.activation = Activation::kSilu;
   call.gate_is_router = true;
   call.out = out.data(bfloat16);
-  kernel(call, cats::Threads{threads, run_in_threads});
+  kernel(call, cats::Threads{threads, run_in_threads, kBytesEach});
 
   double worst = 0;
   for (int64_t b = 0; b < B; ++b) {
@@ -126,7 +167,7 @@ double linear_error_of(cats::LinearKernel kernel, int64_t B, int64_t D, int64_t 
       {N, weight.data(bfloat16), bias.data(bfloat16), out.data(bfloat16)},
       {1, other.data(bfloat16), nullptr, other_out.data(bfloat16)},
   };
-  kernel(LinearCall{B, D, bfloat16, x.data(bfloat16), parts, 2}, cats::Threads{threads, run_in_threads});
+  kernel(LinearCall{B, D, bfloat16, x.data(bfloat16), parts, 2}, cats::Threads{threads, run_in_threads, kBytesEach});
 
   double worst = 0;
   for (int64_t b = 0; b < B; ++b) {
@@ -160,7 +201,7 @@ int main() {
 #endif
   };
   const int64_t shapes[][2] = {{1, 1}, {3, 1}, {1, 5}, {37, 61}, {131, 257}, {1030, 67}, {2100, 33}};
-  int failures = 0;
+  int failures = helpers_failures();
   for (const Set& set : sets) {
     if (!set.is_supported) {
       std::printf("%s: not on this processor\n", set.name);

@@ -333,10 +333,19 @@ def test_any_number_of_threads_matches_and_repeats_bitwise(threads, D, F, dtype)
     assert all(torch.equal(run("cpu", inputs), first) for _ in range(5))
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @needs_kernels
-def test_calls_from_several_python_threads_do_not_disturb_each_other():
+def test_calls_from_several_python_threads_do_not_disturb_each_other(two_threads):
+    # each is large enough for a second thread
     cases = [
-        make_inputs(300 + 50 * i, 500 - 70 * i, dtype=DTYPES[i % 2], device=CPU, batch=i + 1)
+        make_inputs(700 + 150 * i, 900 - 130 * i, dtype=DTYPES[i % 2], device=CPU, batch=i + 1)
         for i in range(4)
     ]
     expected = [run("cpu", inputs) for inputs in cases]
@@ -356,9 +365,9 @@ def test_calls_from_several_python_threads_do_not_disturb_each_other():
 
 
 @needs_kernels
-def test_linears_in_several_python_threads_do_not_disturb_each_other():
+def test_linears_in_several_python_threads_do_not_disturb_each_other(two_threads):
     cases = [
-        linear_inputs(500 - 70 * i, 300 + 50 * i, dtype=DTYPES[i % 2], batch=i + 1)
+        linear_inputs(900 - 130 * i, 700 + 150 * i, dtype=DTYPES[i % 2], batch=i + 1)
         for i in range(4)
     ]
     expected = [linear(*inputs) for inputs in cases]

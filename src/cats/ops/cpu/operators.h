@@ -7,6 +7,7 @@
 
 #include "gated_mlp.h"
 #include "linear.h"
+#include "threads.h"
 #include "torch_abi.h"
 
 namespace cats {
@@ -104,8 +105,14 @@ inline AtenTensorHandle empty(int64_t dim, const int64_t* sizes, const int64_t* 
   return out;
 }
 
-inline void run_in_threads(int64_t count, Threads::Body body, void* context) {
+inline void run_in_torch(int64_t count, Threads::Body body, void* context) {
   check(torch.torch_parallel_for(0, count, 1, body, context), "run threads");
+}
+
+inline void run_in_threads(int64_t count, Threads::Body body, void* context) {
+  // one for the whole process, as the threads are
+  static Helpers helpers;
+  helpers.run(count, body, context, run_in_torch);
 }
 
 inline Threads threads_of_torch() {

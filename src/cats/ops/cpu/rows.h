@@ -161,11 +161,8 @@ const typename Lanes::Input* inputs_of(const void* x, int64_t count, std::vector
 
 // --- the work of a call, in threads
 
-// below this, a second thread costs more than it brings
-constexpr int64_t kBytesPerThread = 64 * 1024;
-
 inline int64_t workers_for(int64_t bytes, const Threads& threads) {
-  return std::max<int64_t>(1, std::min(threads.count, bytes / kBytesPerThread));
+  return std::max<int64_t>(1, std::min(threads.count, bytes / threads.bytes_each));
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
