@@ -1,5 +1,10 @@
 import os
 
+# A machine that other programs use, or a second run of the tests, makes each parallel region wait
+# for its last thread. The models are so small that one thread is enough; tests of threads set their
+# own number. Processes that a test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -7,6 +12,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 
 import pytest
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture

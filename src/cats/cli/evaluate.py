@@ -69,6 +69,7 @@ def evaluate(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Perplexity or zero-shot tasks of a model, and of its sparse form beside it.
@@ -84,7 +85,7 @@ def evaluate(
     names = [] if tasks is None else check_tasks(tasks, data_dir)
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=device, hub=hub
+        model, thresholds=thresholds, dtype=dtype, device=device, threads=threads, hub=hub
     )
     if tasks is not None:
         with resumable(output, _has_answers):

@@ -67,6 +67,7 @@ def generate(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt, token by token.
@@ -74,7 +75,7 @@ def generate(
     Example: [b]cats generate smollm2 "Why is the sky blue?" --thresholds cats50.safetensors[/b]
     """
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=device,
+        model, thresholds=thresholds, dtype=dtype, device=device, threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
     from cats.decode.text import Detokenizer

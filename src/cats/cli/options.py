@@ -60,6 +60,12 @@ Texts = Annotated[
         "--text", help="UTF-8 text file, .gz too; repeatable. Default: the sample that ships."
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads. Default: one for each processor that other programs leave free."
+    ),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as stored.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Block = Annotated[int, typer.Option(min=2, help="Tokens a block.")]
@@ -110,6 +116,7 @@ def load(
     device: str,
     dense: bool = False,
     hub: dict[str, Any] | None = None,
+    threads: int | None = None,
 ) -> tuple[Any, Any]:
     """A model and its tokenizer.
 
@@ -120,7 +127,11 @@ def load(
         device: ``"auto"`` or a torch device.
         dense: Whether to leave stored thresholds aside.
         hub: What :func:`hub` gives.
+        threads: What the user wants; None: as many as there are free processors.
     """
+    from cats.cli.threads import OtherLoad, use_threads
+
+    others = OtherLoad()
     quiet()
     from cats.checkpoint import (
         from_pretrained,
@@ -138,6 +149,10 @@ def load(
         else:
             loaded = load_dense(path, dtype=dtype.value, **hub)
         tokenizer = load_tokenizer(path, **hub)
+    if where.type != "cpu" and threads is None:
+        return loaded.to(where), tokenizer
+    if limited := use_threads(threads, others):
+        err.print(limited, style="dim", highlight=False)
     return loaded.to(where), tokenizer
 
 

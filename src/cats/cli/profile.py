@@ -44,6 +44,7 @@ def profile(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Share of activations that are zero or near zero, and how tokens share them.
@@ -60,7 +61,7 @@ def profile(
     options.check_output(output)
     tokens = options.tokens_or_default(tokens, 20_000, block)
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=device,
+        model, thresholds=thresholds, dtype=dtype, device=device, threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
     texts = options.texts_or_sample([text] if text else None)
