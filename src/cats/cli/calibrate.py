@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cats.cli import options
-from cats.cli.running import resumable
+from cats.cli.running import duration, resumable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 # Batches between two saves of a long calibration.
 _CHUNK = 32
 _DEFAULT_TARGET = 0.5
+# A search for the largest sparsity starts on one batch of so many.
+_PART = 4
 
 
 def calibrate(
@@ -81,6 +86,7 @@ def calibrate(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the thresholds at which a model drops a share of its neurons.
@@ -101,6 +107,7 @@ def calibrate(
     rank, world = _start_processes()
     loaded, tokenizer = options.load(
         model, dtype=dtype, device=options.process_device(device), dense=True,
+        threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
     from cats.data import text_start
@@ -300,17 +307,37 @@ def _perplexity(model: Any, batches: tuple[Tensor, ...], label: str) -> float:
 def _largest_target(
     model: Any, counted: Statistics, batches: tuple[Tensor, ...], limit: float
 ) -> tuple[float, float]:
-    """The largest whole percentage whose perplexity is within the limit, and dense perplexity."""
-    from cats.apply import densify_, sparsify_
+    """The largest whole percentage whose perplexity is within the limit, and dense perplexity.
+
+    Percentages are compared on a part of the text. What is found there is confirmed on the whole:
+    it is within the limit, and one percent more is not; otherwise the search goes on there.
+    """
+    from cats.apply import densify_
     from cats.errors import ConfigError
 
-    dense = _perplexity(model, batches, "dense perplexity")
+    perplexity = _Perplexities(model, counted, batches)
+    perplexity.of_part(0)
+    perplexity.announce()
+    dense = perplexity.of_whole(0)
     low, high = 0, 100
+
+    def look(percent: int, of: Callable[[int], float]) -> None:
+        nonlocal low, high
+        within = of(percent) / of(0) - 1 <= limit
+        low, high = (percent, high) if within else (low, percent)
+
     while high - low > 1:
-        middle = (low + high) // 2
-        sparsify_(model, counted.config(middle / 100))
-        loss = _perplexity(model, batches, f"perplexity at {middle} %") / dense - 1
-        low, high = (middle, high) if loss <= limit else (low, middle)
+        look((low + high) // 2, perplexity.of_part)
+    guess, low, high = max(low, 1), 0, 100
+    # from the guess in steps of 1, 2, 4, ... percent until the limit lies between two of them
+    look(guess, perplexity.of_whole)
+    step = 1 if low == guess else -1
+    while (high if step > 0 else low) in (0, 100) and high - low > 1:
+        start = low if step > 0 else high
+        look(min(99, max(1, start + step)), perplexity.of_whole)
+        step *= 2
+    while high - low > 1:
+        look((low + high) // 2, perplexity.of_whole)
     densify_(model)
     if low == 0:
         raise ConfigError(
@@ -318,6 +345,55 @@ def _largest_target(
             "allow a larger --max-loss"
         )
     return low / 100, dense
+
+
+class _Perplexities:
+    """Perplexity of a model at a percentage of sparsity, on a part of a text and on all of it.
+
+    Nothing is measured twice: what the part gave counts for the whole as well.
+    """
+
+    def __init__(self, model: Any, counted: Statistics, batches: tuple[Tensor, ...]) -> None:
+        self._model, self._counted = model, counted
+        cut = max(1, len(batches) // _PART)
+        self._pieces = [piece for piece in (batches[:cut], batches[cut:]) if piece]
+        # predicted tokens: of all but the first of each block
+        self._tokens = [sum(b[:, 1:].numel() for b in piece) for piece in self._pieces]
+        self._found: dict[tuple[int, int], float] = {}
+        self._seconds = 0.0
+
+    def of_part(self, percent: int) -> float:
+        """On the part; 0 % is the dense model."""
+        return self._of(percent, 0)
+
+    def of_whole(self, percent: int) -> float:
+        """On the whole text; 0 % is the dense model."""
+        losses = [math.log(self._of(percent, i)) for i in range(len(self._pieces))]
+        total = sum(loss * n for loss, n in zip(losses, self._tokens, strict=True))
+        return math.exp(total / sum(self._tokens))
+
+    def announce(self) -> None:
+        """Say how long one perplexity takes, by the one that was measured last."""
+        whole = self._seconds * sum(self._tokens) / self._tokens[0]
+        options.err.print(
+            f"One perplexity takes about {duration(self._seconds)} on a part of the held-out text "
+            f"and {duration(whole)} on all of it. The search needs about 8 of a part and 3 of all.",
+            highlight=False,
+        )
+
+    def _of(self, percent: int, i: int) -> float:
+        from cats.apply import densify_, sparsify_
+
+        if (percent, i) not in self._found:
+            if percent:
+                sparsify_(self._model, self._counted.config(percent / 100))
+            else:
+                densify_(self._model)
+            start = time.perf_counter()
+            label = f"at {percent} %, " + ("a part" if i == 0 else "the rest")
+            self._found[percent, i] = _perplexity(self._model, self._pieces[i], label)
+            self._seconds = time.perf_counter() - start
+        return self._found[percent, i]
 
 
 def _apply_and_measure(

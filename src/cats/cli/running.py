@@ -45,3 +45,10 @@ def resumable(folder: Path | None, kept: Callable[[Path], bool] = Path.exists) -
             message = f"stopped; the same command goes on from {folder}"
             options.err.print(message, markup=False, highlight=False, soft_wrap=True)
         raise
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``"40 s"``, ``"3 min"``, ``"2.5 h"``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
