@@ -185,6 +185,16 @@ def test_histories_in_a_folder_are_left_out(folder):
         Material.read([folder / "run" / "history.jsonl"])
 
 
+def test_one_point_is_a_row_of_a_table_and_no_figure(tmp_path):
+    rows = [("dense", None, 0.7), ("cats", 0.5, 0.68)]
+    append_results(tmp_path / "quality.jsonl", [r for row in rows for r in quality(*row)])
+    figures = write_page(Material.read([tmp_path]), tmp_path / "report.html")
+    assert figures == {}
+    text = (tmp_path / "report.html").read_text()
+    assert "<td>cats-50</td><td>14.706</td>" in text
+    assert '<div class="figures">' not in text
+
+
 def test_large_times_have_no_exponent(folder):
     append_results(folder / "slow.jsonl", [
         result("mlp", "time", 28180.4, "us", variant="cpu", sparsity=s, limit_us=16130.0,
@@ -232,6 +242,9 @@ frame.onload = () => {{
   document.body.innerHTML = "<pre>" + JSON.stringify({{
     width: root.clientWidth, scroll: root.scrollWidth, wide,
     svgs: [...d.querySelectorAll("svg")].map(e => e.getBoundingClientRect().height),
+    cut: [...d.querySelectorAll(".wide")].map(e => e.scrollWidth > e.clientWidth),
+    shadows: [...d.querySelectorAll(".wide")]
+      .every(e => getComputedStyle(e).backgroundImage.includes("linear-gradient")),
     ink: frame.contentWindow.getComputedStyle(d.body).color,
     paper: frame.contentWindow.getComputedStyle(d.body).backgroundColor,
   }}) + "</pre>";
@@ -258,6 +271,9 @@ def test_chromium_shows_the_page_without_overflow(page, width, scheme):
     assert seen["width"] > width - 20
     assert seen["scroll"] == seen["width"]
     assert seen["wide"] == 0
+    # the first table is whole on a phone, and one that goes on shows a shadow
+    assert not seen["cut"][0]
+    assert seen["shadows"]
     assert len(seen["svgs"]) == 8
     assert all(100 < height < 700 for height in seen["svgs"])
     light = [sum(map(int, re.findall(r"\d+", seen[name])[:3])) for name in ("ink", "paper")]

@@ -10,12 +10,15 @@ import typer
 from cats.cli import options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cats.results import Result
 
 # Tokens a block of text.
 _BLOCK = 512
-# Rows of a batch whose activations are drawn: unions over up to eight tokens are measured.
-_PROFILED = 8
+# Rows and tokens of the batch whose activations are drawn: unions over up to eight tokens are
+# measured, and a short block shows what a long one does.
+_PROFILED = (8, 128)
 # How often each loop answers, in turns with the others: the load of a machine changes meanwhile.
 _ROUNDS = 3
 
@@ -23,7 +26,7 @@ _ROUNDS = 3
 def demo(
     sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
     text: options.Texts = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 20_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 10_240,
     eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens.")] = 8_000,
     prompt: Annotated[str, typer.Option(help="What both models answer.")] = (
         "Explain in two sentences why the sky is blue."
@@ -39,6 +42,7 @@ def demo(
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    threads: options.Threads = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -60,7 +64,9 @@ def demo(
         options.check_output(output / "report.html")
         _check_plots()
     hub = options.hub(revision, subfolder, trust_remote_code)
-    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
+    loaded, tokenizer = options.load(
+        model, dtype=dtype, device=device, dense=True, hub=hub, threads=threads
+    )
     report, profiles = _run(
         loaded, tokenizer, sparsity, text, tokens, eval_tokens, prompt, max_new_tokens, seed, bos,
         profiled=output is not None,
@@ -108,6 +114,7 @@ def _run(
     from cats.benchmarks.decode import copy_for_fusion
     from cats.calibration import calibrate
     from cats.cli.calibrate import split
+    from cats.cli.running import duration
     from cats.evaluation.profile import profile
     from cats.evaluation.traffic import mean_share, neuron_share, token_bytes
     from cats.fusion import fuse_
@@ -117,9 +124,17 @@ def _run(
         part.split(4)
         for part in split(tokenizer, text, None, _BLOCK, tokens, eval_tokens, seed, bos)
     )
+    seen = [torch.cat(held_out)[: _PROFILED[0], : _PROFILED[1]]] if profiled else []
+    # calibration once; perplexity and activations once dense and once sparse
+    read = sum(b.numel() for b in (*blocks, *held_out, *held_out, *seen, *seen))
+    step, token = _seconds_of_a_token(model, blocks[0])
+    answers = 2 * len(("dense", "sparse")) * _ROUNDS * max_new_tokens
+    options.err.print(
+        f"about {duration(read * token + answers * step)} at the speed of a first short batch",
+        highlight=False,
+    )
     config = calibrate(model, options.progress(blocks, "calibrating"), target_sparsity=sparsity)
     profiles = {}
-    seen = [torch.cat(held_out)[:_PROFILED]] if profiled else []
     if seen:
         profiles["dense"] = profile(model, options.progress(seen, "activations"))
     dense_perplexity = perplexity(model, options.progress(held_out, "dense perplexity"))
@@ -163,6 +178,23 @@ def _run(
         "dense": dense,
         "cats": cats,
     }, profiles
+
+
+def _seconds_of_a_token(model: Any, blocks: Tensor) -> tuple[float, float]:
+    """Seconds that a token takes alone, and as one of a block: measured on a first short one."""
+    import time
+
+    import torch
+
+    seconds = []
+    with torch.inference_mode():
+        for ids in (blocks[:1, :1], blocks[:1]):
+            model(ids[:, :8], use_cache=False)
+            start = time.perf_counter()
+            logits = model(ids, use_cache=False).logits
+            float(logits[0, -1, 0])  # a GPU has finished then
+            seconds.append((time.perf_counter() - start) / ids.numel())
+    return seconds[0], seconds[1]
 
 
 def _write(folder: Path, report: dict[str, Any], profiles: dict[str, Any]) -> None:
@@ -294,38 +326,41 @@ def _print(report: dict[str, Any]) -> None:
     from rich.panel import Panel
     from rich.table import Table
 
-    from cats.cli.tables import layer_table, loss
+    from cats.cli.tables import layer_table
+    from cats.report import Material
 
     dense, sparse = report["dense"], report["cats"]
     name = f"CATS-{report['target_sparsity'] * 100:g}"
     out = options.out
     out.print(layer_table(report["thresholds"], report["realized_sparsity"]))
+    out.print(f"[b]{escape(report['prompt'])}[/b]")
     out.print(Panel(escape(dense["text"].strip()), title="dense", title_align="left"))
     out.print(Panel(escape(sparse["text"].strip()), title=name, title_align="left"))
-    table = Table(title=escape(report["prompt"]), title_justify="left")
+    table = Table()
     table.add_column("model")
-    table.add_column("held-out perplexity", justify="right")
-    table.add_column("change", justify="right")
-    table.add_column("tokens/s, transformers", justify="right")
-    table.add_column("tokens/s, cats", justify="right")
-    change = loss(dense["perplexity"], sparse["perplexity"])
-    for label, row, lost in (("dense", dense, ""), (name, sparse, change)):
+    table.add_column("perplexity on held-out text", justify="right")
+    table.add_column("tokens per second, transformers", justify="right")
+    table.add_column("tokens per second, cats", justify="right")
+    for label, row in (("dense", dense), (name, sparse)):
         table.add_row(
             label,
             f"{row['perplexity']:.2f}",
-            lost,
             f"{row['transformers_tokens_per_second']:.1f}",
             f"{row['tokens_per_second']:.1f}",
         )
     out.print(table)
+    for tradeoff in Material(results=_results(report)).tradeoffs():
+        out.print(f"[b]{escape(tradeoff.sentence())}[/b]", highlight=False)
     out.print(
-        f"transformers is model.generate; cats is cats.generate, engine {sparse['engine']}, CATS "
-        f"with fused MLPs; medians of {len(sparse['rounds'])} runs in turns",
+        f"transformers: model.generate. cats: cats.generate with the engine {sparse['engine']}; "
+        f"{name} runs with fused MLPs there. Each speed is the median of {len(sparse['rounds'])} "
+        "runs in turns.",
         style="dim",
     )
     out.print(
-        f"calibrated on {report['calibration_tokens']:,} tokens and measured on "
+        f"Calibrated on {report['calibration_tokens']:,} tokens and measured on "
         f"{report['held_out_tokens']:,} held-out tokens of {report['text']}, "
-        f"seed {report['seed']}",
+        f"seed {report['seed']}.",
         style="dim",
+        markup=False,
     )

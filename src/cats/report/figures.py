@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cats.errors import DataError
-from cats.report.material import limit
+from cats.report.material import Tradeoff, limit
 from cats.results import COMPARED, Result
 
 # Replaced by the colour of the page's text.
@@ -17,6 +17,8 @@ _INK = "#010203"
 # Readable on white and on black.
 _COLOURS = ("#3b82c4", "#d9822b", "#3a9e5c", "#c9484f", "#8f6cc0", "#8a7a3c", "#2a9d9d")
 _SIZE = (4.8, 3.3)
+# More lines than that are hard to tell apart.
+_HISTOGRAMS = 6
 
 
 def _figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -60,18 +62,31 @@ def _legend(axis: Any) -> None:
         axis.legend(fontsize=8, framealpha=0)
 
 
+def layer_labels(names: Sequence[str]) -> list[str]:
+    """``"layer 0"`` for ``"model.layers.0.mlp.act_fn"``; the names themselves where two of them
+    would be called the same, or one has no number."""
+    numbers = [re.search(r"\.(\d+)(?:\.|$)", name) for name in names]
+    labels = [f"layer {number[1]}" for number in numbers if number]
+    return labels if len(set(labels)) == len(names) else list(names)
+
+
 def histograms(profile: dict[str, Any], name: str) -> str:
-    """Magnitudes of the activations of up to six layers, with the threshold."""
+    """Magnitudes of the activations of up to six layers, with the threshold.
+
+    The first and the last layer are among them, and the others lie at equal distances between.
+    """
     layers = profile["layers"]
-    step = max(1, -(-len(layers) // 6))
-    chosen = layers[::step]
+    labels = layer_labels([layer["name"] for layer in layers])
+    gaps = min(len(layers), _HISTOGRAMS) - 1
+    chosen = [round(i * (len(layers) - 1) / gaps) for i in range(gaps + 1)] if gaps else [0]
     figure, axes = _figure()
     axis = axes[0, 0]
-    for i, layer in enumerate(chosen):
+    for i, index in enumerate(chosen):
+        layer = layers[index]
         shares = layer["histogram"]
         edges = [b / (len(shares) - 1) for b in range(len(shares) - 1)]
         colour = _COLOURS[i % len(_COLOURS)]
-        axis.plot(edges, shares[:-1], drawstyle="steps-post", label=layer["name"], color=colour)
+        axis.plot(edges, shares[:-1], drawstyle="steps-post", label=labels[index], color=colour)
         if layer["threshold"] is not None:
             axis.axvline(layer["threshold"], color=colour, linestyle=":", linewidth=1)
     axis.set(xlabel="magnitude of the activation", ylabel="share", yscale="log")
@@ -155,6 +170,14 @@ def quality(
     return _svg(figure, name)
 
 
+def has_lines(results: Sequence[Result]) -> bool:
+    """Whether some variant was timed at two sparsities: one point says no more than a table."""
+    at: defaultdict[Any, set[float]] = defaultdict(set)
+    for r in results:
+        at[r.settings["variant"]].add(float(r.settings["sparsity"] or 0))
+    return any(len(sparsities) > 1 for sparsities in at.values())
+
+
 def times(results: Sequence[Result], name: str) -> str:
     """Time over sparsity of every variant, with the limit that its bytes set."""
     figure, axes = _figure()
@@ -182,5 +205,28 @@ def times(results: Sequence[Result], name: str) -> str:
         axis.plot([*limits], [*limits.values()], color=_INK, linestyle="--", label="memory limit")
     axis.set(xlabel="sparsity", ylabel=results[0].unit)
     axis.set_ylim(bottom=0)
+    _legend(axis)
+    return _svg(figure, name)
+
+
+def tradeoff(found: Tradeoff, name: str) -> str:
+    """Perplexity against measured speed: dense and sparse, one line for each loop."""
+    figure, axes = _figure()
+    axis = axes[0, 0]
+    for i, (loop, (dense, sparse)) in enumerate(found.times.items()):
+        speeds = [found.speed(time) for time in (dense, sparse)]
+        lows = [v - found.speed(t, t.high) for v, t in zip(speeds, (dense, sparse), strict=True)]
+        highs = [found.speed(t, t.low) - v for v, t in zip(speeds, (dense, sparse), strict=True)]
+        perplexities = [found.dense.value, found.sparse.value]
+        axis.errorbar(
+            speeds, perplexities, xerr=[lows, highs], label=loop, marker="o", markersize=4,
+            capsize=2, color=_COLOURS[i % len(_COLOURS)],
+        )  # fmt: skip
+        for speed, value, label in zip(speeds, perplexities, found.labels, strict=True):
+            axis.annotate(label, (speed, value), (0, 6), textcoords="offset points", fontsize=8,
+                          ha="center")  # fmt: skip
+    axis.set(xlabel="tokens per second (right is faster)", ylabel="perplexity (lower is better)")
+    axis.set_xlim(left=0)
+    axis.margins(x=0.1, y=0.15)
     _legend(axis)
     return _svg(figure, name)

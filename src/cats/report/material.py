@@ -24,6 +24,42 @@ _OF_A_POINT = {
 _Group = tuple[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Tradeoff:
+    """What one sparse variant costs in perplexity and gives in speed, measured on one model.
+
+    Attributes:
+        dense: Perplexity of the dense model.
+        sparse: Perplexity of the sparse one.
+        times: Name of each decode loop to the time of a token, dense and sparse.
+    """
+
+    dense: Result
+    sparse: Result
+    times: dict[str, tuple[Result, Result]]
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What figures call the two."""
+        return str(self.dense.settings["variant"]), str(self.sparse.settings["variant"])
+
+    @staticmethod
+    def speed(time: Result, value: float | None = None) -> float:
+        """Tokens per second of a time in milliseconds: of its value, or of the one given."""
+        return 1e3 / (time.value if value is None else value)
+
+    def sentence(self) -> str:
+        """What was gained for what, in the first loop."""
+        dense, sparse = (self.speed(time) for time in next(iter(self.times.values())))
+        name = self.labels[1].replace("cats", "CATS")
+        ratio = f"{sparse / dense:.2f} times as fast as the dense model"
+        return (
+            f"{name} decodes {ratio} ({sparse:.1f} instead of {dense:.1f} tokens per second), and "
+            f"its perplexity on held-out text is {self.sparse.value:.2f} instead of "
+            f"{self.dense.value:.2f}."
+        )
+
+
 @dataclass(slots=True)
 class Material:
     """What a report is made of.
@@ -99,6 +135,31 @@ class Material:
                 key = (r.settings["variant"], r.settings["sparsity"])
                 groups.setdefault(name, {})[key] = r
         return {name: list(group.values()) for name, group in groups.items()}
+
+    def tradeoffs(self) -> list[Tradeoff]:
+        """Perplexity and speed of the same model, dense and sparse, where both were measured."""
+        times: dict[tuple[Any, ...], dict[float, Result]] = {}
+        for r in self.results:
+            if r.benchmark == "demo" and r.quantity == "time" and r.unit == "ms":
+                s = r.settings
+                key = (s["model"], s["dtype"], s["variant"])
+                times.setdefault(key, {})[float(s["sparsity"] or 0)] = r
+        found = []
+        for group in self.perplexities().values():
+            dense = next((r for r in group if r.settings["method"] == "dense"), None)
+            for r in group:
+                model = (r.settings["model"], r.settings["dtype"])
+                target = float(r.settings["target_sparsity"] or 0)
+                pairs = {
+                    str(variant): (of[0.0], of[target])
+                    for (*where, variant), of in times.items()
+                    if tuple(where) == model
+                    and r.settings["method"] == "cats"
+                    and {0.0, target} <= of.keys()
+                }
+                if dense is not None and target and pairs:
+                    found.append(Tradeoff(dense, r, pairs))
+        return found
 
 
 def _identity(result: Result) -> tuple[str, ...]:

@@ -16,16 +16,24 @@ from cats.storage import replacing
 from cats.version import __version__
 
 _STYLE = """
-:root { color-scheme: light dark; }
+:root { color-scheme: light dark; --paper: light-dark(#fff, #16181b);
+  --shadow: light-dark(#0005, #fff5); }
 body { margin: 0 auto; max-width: 72rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif;
-  color: light-dark(#1c1c1c, #e4e4e4); background: light-dark(#fff, #16181b); }
+  color: light-dark(#1c1c1c, #e4e4e4); background: var(--paper); }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin-bottom: 1rem; }
+/* a shadow at an edge shows that the table goes on there */
+.wide { overflow-x: auto; margin-bottom: 1rem; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 3rem 100% local no-repeat,
+  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 3rem 100% local no-repeat,
+  linear-gradient(to right, var(--shadow), transparent) 0 0 / 1rem 100% scroll no-repeat,
+  linear-gradient(to left, var(--shadow), transparent) 100% 0 / 1rem 100% scroll no-repeat; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid light-dark(#ddd, #383c42); }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+@media (max-width: 40rem) { th, td { padding-left: .3rem; padding-right: .3rem; } }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 34rem; }
 figure svg { width: 100%; height: auto; }
@@ -50,6 +58,7 @@ def write_page(material: Material, path: Path, *, title: str = "CATS") -> dict[s
         StorageError: If the page cannot be written.
     """
     page = _Page()
+    page.tradeoffs(material)
     page.quality(material)
     page.profiles(material)
     page.times(material)
@@ -77,6 +86,17 @@ class _Page:
         self.parts: list[str] = []
         self.figures: dict[str, str] = {}
 
+    def tradeoffs(self, material: Material) -> None:
+        found = material.tradeoffs()
+        if found:
+            self._heading("What was gained for what")
+        for each in found:
+            self._text(each.sentence())
+            self._draw({
+                "Perplexity against measured speed; bars span the slowest and the fastest run":
+                    lambda name, e=each: figures.tradeoff(e, name)
+            })  # fmt: skip
+
     def quality(self, material: Material) -> None:
         perplexities, tasks = material.perplexities(), material.tasks()
         traffic = {
@@ -89,7 +109,7 @@ class _Page:
         for name, group in perplexities.items():
             self._heading(name, level=3)
             self._table(
-                ["variant", "perplexity", "change", "MLP weights read", "MB a token"],
+                ["variant", "perplexity", "change", "MLP weights read", "MB read per token"],
                 _perplexity_rows(group),
             )
             self._note(_calibration(group))
@@ -135,7 +155,10 @@ class _Page:
             self._heading("Speed")
         for name, group in groups.items():
             self._heading(name, level=3)
-            self._draw({"Time over sparsity": lambda figure, g=group: figures.times(g, figure)})
+            if figures.has_lines(group):
+                self._draw(
+                    {"Time against sparsity": lambda figure, g=group: figures.times(g, figure)}
+                )
             header = ["variant", "sparsity", group[0].unit, "quartiles", "limit", "of limit"]
             self._table(header, map(_time_row, group))
 
@@ -184,9 +207,17 @@ class _Page:
             value = read(r, "token_bytes")
             return None if value is None else value / 1e6
 
-        drawings = {f"{label} over sparsity, as each method counts it": (sparsity, "sparsity")}
-        if any(megabytes(r) is not None for r in group):
-            drawings[f"{label} over the bytes that a token reads"] = (megabytes, "MB a token")
+        sparse = [r for r in group if r.settings["method"] != "dense"]
+        drawings = {}
+        # one point says no more than the table
+        if sum(sparsity(r) is not None for r in sparse) > 1:
+            caption = (
+                f"{label} at each sparsity; two methods may count the same sparsity differently"
+            )
+            drawings[_capital(caption)] = (sparsity, "sparsity")
+        if sum(megabytes(r) is not None for r in sparse) > 1:
+            caption = f"{label} against the weights that one token reads: compare methods here"
+            drawings[_capital(caption)] = (megabytes, "MB read per token")
         self._draw({
             caption: lambda name, x=x, x_label=x_label: figures.quality(
                 group, name, label=label, x_label=x_label, x=x, log=label == "perplexity"
@@ -196,6 +227,8 @@ class _Page:
 
     def _draw(self, drawings: dict[str, Any]) -> None:
         """Figures side by side where there is room; each caption to what draws it."""
+        if not drawings:
+            return
         html = []
         for caption, draw in drawings.items():
             name = f"figure{len(self.figures) + 1}"
@@ -207,6 +240,9 @@ class _Page:
 
     def _heading(self, text: str, *, level: int = 2) -> None:
         self.parts.append(f"<h{level}>{escape(text)}</h{level}>")
+
+    def _text(self, text: str) -> None:
+        self.parts.append(f"<p>{escape(text)}</p>")
 
     def _note(self, text: str) -> None:
         self.parts.append(f'<p class="note">{escape(text)}</p>')
@@ -225,6 +261,14 @@ class _Page:
             f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _perplexity_rows(group: Sequence[Result]) -> Iterable[Sequence[str]]:
