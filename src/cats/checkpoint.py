@@ -114,7 +114,7 @@ def read_config(path: str | Path, *, variant: str | None = None, **hub_options: 
         raise ConfigError(
             f"{path} is a dense checkpoint: give thresholds=FILE, or make one with "
             f"cats calibrate {path} -o FILE.safetensors; to load it dense, call "
-            "transformers.AutoModelForCausalLM.from_pretrained"
+            f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         )
     tensors = _read_thresholds(folder, variant, hub_options)
     if not tensors:
