@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from cats.report import Material
@@ -27,3 +29,16 @@ def test_demo_ends_in_a_page_of_what_it_measured(command, checkpoint, text, tmp_
     page = (folder / "report.html").read_text("utf-8")
     assert "<svg" in page
     assert f"{perplexities[1].value:.3f}" in page
+    # one sentence and one figure; the speeds are in that figure, and in a table
+    (tradeoff,) = material.tradeoffs()
+    assert tradeoff.sentence() in page
+    assert " ".join(tradeoff.sentence().split()) in " ".join(out.split())
+    assert "Perplexity against measured speed" in page
+    assert "Time against sparsity" not in page
+    assert "<th>quartiles</th></tr>" in page
+
+
+def test_demo_says_at_the_start_how_long_it_takes(command, checkpoint, text):
+    code, _, err = command("demo", "--model", checkpoint, "--text", text, *SMALL)
+    assert code == 0, err
+    assert re.match(r"about \d+ (s|min) at the speed of a first short batch\n", err)

@@ -217,7 +217,7 @@ def _write(folder: Path, report: dict[str, Any], profiles: dict[str, Any]) -> No
 
 def _results(report: dict[str, Any]) -> list[Result]:
     """Perplexity, and the time of a token through both loops, dense and sparse."""
-    from statistics import median
+    from statistics import median, quantiles
 
     from cats.config import label_of
     from cats.results import Result, environment
@@ -230,9 +230,10 @@ def _results(report: dict[str, Any]) -> list[Result]:
     def result(
         benchmark: str, quantity: str, values: list[float], unit: str, **more: Any
     ) -> Result:
+        low, _, high = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
         return Result(
             benchmark=benchmark, quantity=quantity, value=median(values), unit=unit,
-            low=min(values), high=max(values), samples=len(values), settings=common | more,
+            low=low, high=high, samples=len(values), settings=common | more,
             environment=where,
         )  # fmt: skip
 

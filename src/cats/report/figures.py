@@ -222,11 +222,18 @@ def tradeoff(found: Tradeoff, name: str) -> str:
             speeds, perplexities, xerr=[lows, highs], label=loop, marker="o", markersize=4,
             capsize=2, color=_COLOURS[i % len(_COLOURS)],
         )  # fmt: skip
-        for speed, value, label in zip(speeds, perplexities, found.labels, strict=True):
-            axis.annotate(label, (speed, value), (0, 6), textcoords="offset points", fontsize=8,
-                          ha="center")  # fmt: skip
+        # above the upper point and below the lower one: away from the line between them
+        above = 1 if found.sparse.value >= found.dense.value else -1
+        for speed, value, label, side in zip(
+            speeds, perplexities, found.labels, (-above, above), strict=True
+        ):
+            axis.annotate(
+                label, (speed, value), (0, 6 * side), textcoords="offset points", fontsize=8,
+                ha="center", va="bottom" if side > 0 else "top",
+            )  # fmt: skip
     axis.set(xlabel="tokens per second (right is faster)", ylabel="perplexity (lower is better)")
+    axis.margins(x=0.1, y=0.2)
     axis.set_xlim(left=0)
-    axis.margins(x=0.1, y=0.15)
-    _legend(axis)
+    # above the frame: inside, it would hide a point
+    axis.legend(fontsize=8, framealpha=0, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return _svg(figure, name)

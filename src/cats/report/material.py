@@ -130,7 +130,13 @@ class Material:
         for r in self.results:
             if r.quantity == "time" and {"variant", "sparsity"} <= r.settings.keys():
                 rest = {n: v for n, v in r.settings.items() if n not in _OF_A_POINT}
-                words = ", ".join(f"{n} {v}" for n, v in rest.items() if v not in (None, "none"))
+                words = ", ".join(
+                    f"{n.replace('_', ' ')} {v:,}"
+                    if type(v) is int
+                    else f"{n.replace('_', ' ')} {v}"
+                    for n, v in rest.items()
+                    if v not in (None, "none")
+                )
                 name = f"{r.benchmark} on {r.environment['device']}: {words}"
                 key = (r.settings["variant"], r.settings["sparsity"])
                 groups.setdefault(name, {})[key] = r

@@ -69,10 +69,9 @@ def write_page(material: Material, path: Path, *, title: str = "CATS") -> dict[s
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n"
-        f'<p class="note">Made by cats {__version__} of {len(material.files)} files of results. '
-        "Errors are one standard error; times are medians with quartiles.</p>\n"
-        + "\n".join(page.parts)
-        + "\n</body>\n</html>\n"
+        f'<p class="note">Made with cats {__version__} from {_count(len(material.files), "file")} '
+        "of measurements. What stands after ± is one standard error. A time is the median of "
+        "several runs.</p>\n" + "\n".join(page.parts) + "\n</body>\n</html>\n"
     )
     with replacing(path) as temporary:
         temporary.write_text(html, "utf-8")
@@ -93,7 +92,7 @@ class _Page:
         for each in found:
             self._text(each.sentence())
             self._draw({
-                "Perplexity against measured speed; bars span the slowest and the fastest run":
+                "Perplexity against measured speed; the bars are quartiles of the runs":
                     lambda name, e=each: figures.tradeoff(e, name)
             })  # fmt: skip
 
@@ -155,12 +154,15 @@ class _Page:
             self._heading("Speed")
         for name, group in groups.items():
             self._heading(name, level=3)
-            if figures.has_lines(group):
+            # a demo's speeds stand in its figure of what was gained
+            if group[0].benchmark != "demo" and figures.has_lines(group):
                 self._draw(
                     {"Time against sparsity": lambda figure, g=group: figures.times(g, figure)}
                 )
             header = ["variant", "sparsity", group[0].unit, "quartiles", "limit", "of limit"]
-            self._table(header, map(_time_row, group))
+            # a column that nothing stands in is left out
+            columns = 6 if any(limit(r) is not None for r in group) else 4
+            self._table(header[:columns], [_time_row(r)[:columns] for r in group])
 
     def paper(self) -> None:
         self._heading("The paper's numbers")
@@ -290,7 +292,7 @@ def _calibration(group: Sequence[Result]) -> str:
     if s is None:
         return where
     if "calibration_samples" not in s:
-        return f"{where}Calibrated on {s['calibration_tokens']} tokens."
+        return f"{where}Calibrated on {s['calibration_tokens']:,} tokens."
     return (
         f"{where}Calibrated on {s['calibration_samples']} blocks of {s['calibration_length']} "
         f"tokens of {s['calibration_text']}, seed {s['calibration_seed']}."
