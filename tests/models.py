@@ -3,6 +3,8 @@
 import hashlib
 
 import torch
+import transformers
+from packaging import version
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from torch import nn
@@ -25,6 +27,8 @@ FAMILIES = [
     LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
     GemmaConfig, Gemma2Config, Gemma3TextConfig, Phi3Config,
 ]  # fmt: skip
+# Some of what transformers does changed in this version; the tests say what.
+OLDER_TRANSFORMERS = version.parse(transformers.__version__) < version.parse("5.23")
 VOCABULARY = 257  # the bytes, and the end of text
 BOS = 257  # of tokenizers that begin a text with it
 F = 40
@@ -205,6 +209,7 @@ def quantize_(model):
             scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
             values = (module.weight.detach() / scale).round().to(torch.int8)
             module.weight = nn.Parameter(Int8Tensor(values, scale), requires_grad=False)
+    return model
 
 
 def fill_hub_cache(folder, *, revision, subfolder="", target=None, name="org/model"):

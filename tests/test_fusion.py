@@ -567,3 +567,14 @@ def test_model_that_is_an_mlp_itself_is_refused():
     mlp.act_fn = CatsActivation(mlp.act_fn, torch.tensor(0.1))
     with pytest.raises(UnsupportedModelError, match="itself"):
         cats.fuse_(mlp)
+
+
+def test_model_that_is_fused_or_decoded_in_inference_mode_can_be_trained():
+    model, ids = make_sparse()
+    with torch.inference_mode():
+        cats.fuse_(model)
+        cats.generate(model, ids[:1, :4], max_new_tokens=3, eos_token_id=None)
+        cats.release(model)
+        cats.unfuse_(model)
+    assert not any(p.is_inference() for p in model.parameters())
+    model(input_ids=ids, labels=ids).loss.backward()

@@ -409,7 +409,9 @@ def _computes(mlp: GatedMLP, layout: Layout) -> bool:
     weights_and_biases = fused.operands()
     weights, biases = weights_and_biases[:3], weights_and_biases[3:]
     assert isinstance(mlp.act, CatsActivation)
-    rest = mlp.act.threshold.expand(mlp.intermediate_size), fused.activation, "gate"
+    # kernels read it by its address
+    thresholds = mlp.act.threshold.expand(mlp.intermediate_size).contiguous()
+    rest = thresholds, fused.activation, "gate"
     for x in probe_inputs(mlp):
         with evaluating(mlp.module), torch.no_grad():
             # without the MLP's own hooks, which will run around the operator

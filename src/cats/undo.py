@@ -47,8 +47,10 @@ def lay_out_(weight: Tensor, stride: tuple[int, ...]) -> None:
     """Move a weight to memory with these strides; the parameter stays the same object."""
     if weight.stride() == stride:
         return
-    data = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
-    # torch copies fast into row-major memory
-    target, source = (data.t(), weight.data.t()) if stride[0] < stride[-1] else (data, weight.data)
-    target.copy_(source)
-    weight.data = data
+    # a tensor of inference mode could not be trained later
+    with torch.inference_mode(False), torch.no_grad():
+        data = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
+        # torch copies fast into row-major memory
+        rows_first = stride[0] < stride[-1]
+        (data.t() if rows_first else data).copy_(weight.data.t() if rows_first else weight.data)
+        weight.data = data

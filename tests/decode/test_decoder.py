@@ -22,7 +22,7 @@ from cats.errors import (
     UnsupportedModelError,
 )
 from tests import models
-from tests.models import FAMILIES, assert_same_tokens, logits, make_tokenizer
+from tests.models import FAMILIES, OLDER_TRANSFORMERS, assert_same_tokens, logits, make_tokenizer
 
 # The same tests on a GPU, where `auto` is another engine.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,6 +231,8 @@ def test_padding_is_not_penalised(llama):
     pad = options["pad_token_id"] = int(cats.generate(llama, rows[:1], **options)[0, 5])
     together = cats.generate(llama, rows, **options)[0, 12:]
     assert torch.equal(together, cats.generate(llama, rows[:1], **options)[0, 5:])
+    if OLDER_TRANSFORMERS:
+        return
     # with the padding of the user it is the same, in transformers too
     ids = torch.tensor([[pad] * 7 + rows[0], rows[1]], device=DEVICE)
     mask = torch.tensor([[0] * 7 + [1] * 5, [1] * 12], device=DEVICE)

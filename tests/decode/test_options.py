@@ -17,7 +17,7 @@ import cats
 from cats.decode import state
 from cats.decode.options import resolve
 from cats.errors import ConfigError, DataError
-from tests.models import make_ids, make_model
+from tests.models import OLDER_TRANSFORMERS, make_ids, make_model
 
 IDS, MASK = make_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
 MASK[1, :4] = 0
@@ -59,6 +59,8 @@ def scores(monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # of transformers, about settings that it ignores
 @pytest.mark.parametrize("of_model", MODELS, ids=str)
 def test_scores_and_lengths_are_those_of_transformers(of_model, scores):
+    if "repetition_penalty" in of_model and OLDER_TRANSFORMERS:
+        pytest.skip("there, a penalty reaches the padding of a row")
     model = make_model()
     model.generation_config.update(**of_model)
     for call, config in itertools.product(CALLS, CONFIGS):
@@ -123,7 +125,7 @@ def test_allowed_tokens_are_those_of_the_function(llama):
 
 
 def test_processor_of_the_user_replaces_that_of_the_option(llama):
-    own = MinNewTokensLengthLogitsProcessor(5, 9, torch.tensor([7]))
+    own = MinNewTokensLengthLogitsProcessor(5, 9, torch.tensor([7], device=llama.device))
     free = cats.generate(llama, make_ids(1, 5), max_new_tokens=20, do_sample=False)
     options = dict(
         min_new_tokens=1, logits_processor=[own], eos_token_id=int(free[0, 6]), max_new_tokens=20,

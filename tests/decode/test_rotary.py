@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import transformers
-from packaging import version
 from transformers import LlamaConfig, Phi3Config
 
 import cats
 from cats.decode.rotary import LengthRule
 from cats.errors import ConfigError
-from tests.models import assert_same_tokens, make_ids, make_model
+from tests.models import OLDER_TRANSFORMERS, assert_same_tokens, make_ids, make_model
 
 ORIGINAL = 40
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -77,7 +75,7 @@ def test_padded_rows_past_the_original_context_are_those_of_transformers():
 
 
 @pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.23"),
+    OLDER_TRANSFORMERS,
     reason="there, this model's forward pass branches on its length: it is refused",
 )
 def test_compiled_step_follows_the_lengths():

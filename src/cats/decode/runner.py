@@ -62,7 +62,8 @@ class Runner:
         self._checked: set[frozenset[str]] = set()
         copied = copy_to_probe(model)
         before = Marks.of(copied)
-        check_cache(copied, self._config)
+        with torch.inference_mode():
+            check_cache(copied, self._config)
         # What a pass itself stores in the modules is no change that a user has made.
         self._volatile = before.changed(Marks.of(copied))
         self.engine = make_engine(name, model, stored_names(self._volatile, copied))
@@ -143,7 +144,8 @@ def runner_of(model: nn.Module, name: str) -> tuple[Runner, Marks]:
         runners = _RUNNERS.setdefault(model, {})
     found = _current(runners, key, model)
     if found is None:
-        with exclusion.tracing(), torch.inference_mode():
+        # weights that are laid out anew must not become tensors of inference mode
+        with exclusion.tracing(), torch.inference_mode(False), torch.no_grad():
             # another thread may have made it meanwhile
             found = _current(runners, key, model)
             if found is None:
@@ -160,7 +162,7 @@ def release(model: nn.Module) -> None:
     A dense model whose weights the engine ``stream`` has laid out for its kernels gets its own
     memory layout back. Decoders that are still in use make anew what they need.
     """
-    with exclusion.tracing(), _LOCK:
+    with exclusion.tracing(), _LOCK, torch.inference_mode(False), torch.no_grad():
         for runner in _RUNNERS.pop(model, {}).values():
             runner.engine.reset()
 

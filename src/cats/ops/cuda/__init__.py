@@ -62,6 +62,8 @@ def unavailable() -> str | None:
 
 def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
     """Why the backend leaves this call to another one, or None where it takes it."""
+    if not x.is_cuda:
+        return f"expected tensors on an NVIDIA GPU, got {x.device}"
     batch, hidden = x.shape
     if not 1 <= batch <= MAX_BATCH:
         return f"takes 1 to {MAX_BATCH} tokens, got {batch}"
