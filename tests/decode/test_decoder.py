@@ -296,7 +296,7 @@ def test_next_turn_runs_only_new_tokens_and_gives_the_same(engine):
     decoder = cats.Decoder(model, engine=engine)
     first = decoder.generate(make_ids(1, 20), max_new_tokens=10, **GREEDY)
     prompt = torch.cat([first, make_ids(1, 6, seed=1)], 1)
-    stored = decoder._stored[0]
+    stored = decoder._session._stored[0]
     assert torch.equal(stored, first[:, :-1].cpu())
     second = decoder.generate(prompt, max_new_tokens=10, **GREEDY)
     assert torch.equal(second, reference(model, prompt, max_new_tokens=10, **GREEDY))
@@ -575,3 +575,45 @@ def test_asking_for_logits_leaves_the_conversation_alone(llama):
 def test_logits_without_a_token_after_the_prompt_are_an_error(llama):
     with pytest.raises(ConfigError, match="shorter than the 9 tokens"):
         cats.Decoder(llama).logits(make_ids(1, 9), prompt_length=9)
+
+
+def test_rows_say_why_they_ended(llama):
+    decoder, ids = cats.Decoder(llama), make_ids(2, 5)
+    assert decoder.reasons == []
+    free = decoder.generate(ids, max_new_tokens=20, **GREEDY)
+    assert decoder.reasons == ["length", "length"]
+    options = dict(do_sample=False, pad_token_id=0, eos_token_id=int(free[0, 9]))
+    decoder.generate(ids, max_new_tokens=20, **options)
+    assert decoder.reasons[0] == "stop"
+
+
+def test_cancelled_answer_ends_and_the_next_one_is_right(llama):
+    decoder, ids, seen = cats.Decoder(llama), make_ids(1, 5), []
+
+    def cancel(tokens):
+        seen.append(int(tokens))
+        if len(seen) == 4:
+            threading.Thread(target=decoder.cancel).start()
+            while not decoder._session._cancelled.is_set():
+                pass
+
+    short = decoder.generate(ids, max_new_tokens=20, callback=cancel, **GREEDY)
+    assert decoder.reasons == ["cancelled"]
+    assert short.shape == (1, 9)
+    wanted = reference(llama, ids, max_new_tokens=20, **GREEDY)
+    assert torch.equal(short, wanted[:, :9])
+    assert torch.equal(decoder.generate(ids, max_new_tokens=20, **GREEDY), wanted)
+
+
+def test_old_stream_that_is_dropped_late_leaves_the_newer_account_alone(llama):
+    decoder, ids = cats.Decoder(llama), make_ids(1, 8)
+    old = decoder.stream(ids, max_new_tokens=20, **GREEDY)
+    next(old)
+    other = make_ids(1, 30, seed=1)
+    whole = decoder.generate(other, max_new_tokens=10, **GREEDY)
+    stored = decoder._session._stored
+    old.close()
+    assert decoder._session._stored is stored
+    again = torch.cat([whole, make_ids(1, 2)], 1)
+    found = decoder.generate(again, max_new_tokens=10, **GREEDY)
+    assert torch.equal(found, reference(llama, again, max_new_tokens=10, **GREEDY))

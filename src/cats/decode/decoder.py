@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeVar
 from weakref import finalize
@@ -10,19 +9,13 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from cats.decode.capture import window_of
 from cats.decode.engines import check_engine
-from cats.decode.extras import extras_of, extras_on
-from cats.decode.inputs import Prompts, batch_of
-from cats.decode.marks import Marks
-from cats.decode.options import Options, padding, resolve
-from cats.decode.rotary import LengthRule
-from cats.decode.runner import Runner, runner_of
-from cats.decode.sampling import check_drawn
-from cats.decode.state import State
-from cats.decode.stop import stops_of
+from cats.decode.inputs import Prompts
+from cats.decode.request import Request
+from cats.decode.runner import runner_of
+from cats.decode.session import Session
 from cats.decode.text import Detokenizer
-from cats.decode.turns import Turn, Turns
+from cats.decode.turns import Turns
 from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
 
 Piece = TypeVar("Piece")
@@ -111,9 +104,7 @@ class Decoder:
         self._config: Any = config.get_text_config(decoder=True)
         self._engine_name = engine
         self._turns = Turns()
-        self._state: State | None = None
-        self._marks: Marks | None = None
-        self._stored: tuple[Tensor, Tensor] | None = None
+        self._session = Session(model, self._config, engine)
 
     @property
     def engine(self) -> str:
@@ -127,7 +118,16 @@ class Decoder:
     def reset(self) -> None:
         """Forget the conversation and free its memory; needed after writes through ``.data``."""
         with self._turns.take():
-            self._state = self._stored = None
+            self._session.close()
+
+    def cancel(self) -> None:
+        """End the answer that is running after its current token; from any thread."""
+        self._session.cancel()
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each row of the last answer ended: ``"stop"``, ``"length"`` or ``"cancelled"``."""
+        return list(self._session.reasons)
 
     def generate(
         self,
@@ -142,12 +142,11 @@ class Decoder:
         """See :func:`cats.generate`; what the prompt shares with the last call is not run again."""
         shows = [s for s in (callback, getattr(streamer, "put", None)) if s is not None]
         with self._turns.take() as turn:
-            ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
-            columns = []
-            extras = extras_of(inputs, self.model)
+            request = self._request(inputs, attention_mask, options, tokenizer)
+            ids, columns = request.ids, []
             if streamer is not None:
                 streamer.put(ids.cpu())
-            for tokens in self._run(turn, ids, mask, resolved, tokenizer, extras):
+            for tokens in self._session.answer(request, turn):
                 columns.append(tokens)
                 for show in shows:
                     show(tokens)
@@ -171,9 +170,8 @@ class Decoder:
 
         def tokens() -> Generator[Tensor]:
             with self._turns.take() as turn:
-                ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
-                extras = extras_of(inputs, self.model)
-                yield from self._run(turn, ids, mask, resolved, tokenizer, extras)
+                request = self._request(inputs, attention_mask, options, tokenizer)
+                yield from self._session.answer(request, turn)
 
         return _Stream(tokens())
 
@@ -197,15 +195,14 @@ class Decoder:
 
         def pieces() -> Generator[str]:
             with self._turns.take() as turn:
-                ids, mask, resolved = self._prepare(inputs, attention_mask, options, tokenizer)
-                if len(ids) > 1:
+                request = self._request(inputs, attention_mask, options, tokenizer)
+                if len(request.ids) > 1:
                     raise DataError(
-                        f"stream_text continues one prompt, got {len(ids)} rows: use stream, or a "
-                        "decoder for each"
+                        f"stream_text continues one prompt, got {len(request.ids)} rows: use "
+                        "stream, or a decoder for each"
                     )
                 text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-                extras = extras_of(inputs, self.model)
-                for tokens in self._run(turn, ids, mask, resolved, tokenizer, extras):
+                for tokens in self._session.answer(request, turn):
                     if piece := text.add(tokens.tolist()):
                         yield piece
                 if piece := text.end():
@@ -235,191 +232,23 @@ class Decoder:
             raise ConfigError(
                 f"expected a prompt shorter than the {length} tokens, got {prompt_length}"
             )
+        given = {**_PLAIN, "max_new_tokens": length - prompt_length + 1}
+        mask = torch.ones_like(ids[:, :prompt_length])
         with self._turns.take(), torch.inference_mode():
-            mask = torch.ones_like(ids, dtype=torch.bool)
-            given = {**_PLAIN, "max_new_tokens": length - prompt_length + 1}
-            prompt, _, options = self._prepare(ids[:, :prompt_length], None, given)
-            runner, _ = runner_of(self.model, self._engine_name)
-            state = State(self.model, self._config, len(ids), window_of(length))
-            shape = state.capacity, len(ids), self._config.vocab_size
-            state.logits = torch.full(shape, torch.nan, device=state.device)
-            self._first(runner, state, prompt, mask[:, :prompt_length], 0, options)
-            for end in range(prompt_length + 1, length + 1):
-                state.tokens.copy_(ids[:, end - 1 : end])
-                self._step(runner, state, ids[:, :end].to(state.device), end, options)
-            found = state.logits[prompt_length:length]
+            request = self._request(ids[:, :prompt_length], mask, given)
+            found, name = self._session.logits(ids, request)
         if found.isnan().all():
-            name = runner.name_for(len(ids))
             raise BackendError(f"the engine {name} does not show its logits")
-        return found.transpose(0, 1)
+        return found
 
-    def _prepare(
+    def _request(
         self,
         inputs: Prompts,
         attention_mask: Tensor | None,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
         tokenizer: Any = None,
-    ) -> tuple[Tensor, Tensor, Options]:
-        pad, infer_mask = padding(self.model, options)
-        ids, mask = batch_of(
-            inputs, attention_mask, pad_token_id=pad, vocabulary=self._config.vocab_size,
-            infer_mask=infer_mask, tokenizer=tokenizer,
-        )  # fmt: skip
-        resolved = resolve(self.model, ids.shape[1], options)
-        if resolved.num_return_sequences > 1:
-            ids, mask = (t.repeat_interleave(resolved.num_return_sequences, 0) for t in (ids, mask))
-        rule = LengthRule.of(self._config)
-        context = (
-            getattr(self._config, "max_position_embeddings", None) if rule is None else rule.limit
-        )
-        length = ids.shape[1] + resolved.max_new_tokens
-        if context is not None and length > context:
-            raise ConfigError(
-                f"the prompt has {ids.shape[1]} tokens and {resolved.max_new_tokens} new ones were "
-                f"asked for, but the model's context is {context}: shorten one of them"
-            )
-        return ids, mask, resolved
-
-    def _run(
-        self,
-        turn: Turn,
-        ids: Tensor,
-        mask: Tensor,
-        options: Options,
-        tokenizer: Any,
-        extras: Mapping[str, Any],
-    ) -> Iterator[Tensor]:
-        """The tokens of each step, on the CPU; keeps account of what the cache holds."""
-        if extras and options.num_return_sequences > 1:
-            raise ConfigError(
-                f"num_return_sequences is not taken with {', '.join(extras)}: repeat the rows"
-            )
-        stops = stops_of(options, tokenizer, ids, mask)
-        length, count = ids.shape[1], options.max_new_tokens
-        runner, marks = runner_of(self.model, self._engine_name)
-        state, start = self._ready_state(runner, ids, mask, length + count, marks, bool(extras))
-        given = ids.to(state.device)
-        # until this call's account is complete, another one finds no prefix
-        self._stored = None
-        started = 1  # steps whose tokens are chosen; all but the newest are in the cache
-        read: list[Tensor] = []
-        ended = torch.zeros(len(ids), dtype=torch.bool)
-        try:
-            with torch.inference_mode():
-                if extras:
-                    state.extras = extras_on(extras, state.device)
-                    runner.check_extras(self.model, given, mask.to(state.device), state.extras)
-                pending = deque([self._first(runner, state, ids, mask, start, options)])
-            for number in range(count):
-                turn.check()
-                with torch.inference_mode():
-                    while started <= min(number + runner.engine.lag, count - 1):
-                        self._step(runner, state, given, length + started, options)
-                        pending.append(_Read(state, length + started))
-                        started += 1
-                    tokens = pending.popleft().wait()
-                if options.sampling.do_sample:
-                    check_drawn(tokens)
-                read.append(tokens)
-                shown = tokens.where(~ended, options.pad_token_id)
-                for eos in options.eos_token_ids:
-                    ended |= tokens == eos
-                for stop in stops:
-                    ended |= stop.add(shown)
-                yield shown
-                if ended.all():
-                    break
-        finally:
-            # a text with images is not recognised by its ids
-            if read and turn.is_valid() and not extras:
-                new = torch.stack(read[: started - 1], 1) if started > 1 else ids[:, :0].cpu()
-                self._stored = (
-                    torch.cat([ids.cpu(), new], dim=1),
-                    torch.cat([mask.cpu(), torch.ones_like(new, dtype=torch.bool)], dim=1),
-                )
-
-    def _first(
-        self,
-        runner: Runner,
-        state: State,
-        ids: Tensor,
-        mask: Tensor,
-        start: int,
-        options: Options,
-    ) -> _Read:
-        """Run the prompt, and prepare every step that may follow."""
-        ids, mask = ids.to(state.device), mask.to(state.device)
-        state.begin(ids, mask, self._config.vocab_size, options)
-        state.frequencies = runner.frequencies(ids.shape[1])
-        engine = runner.engine
-        with runner.running():
-            engine.prefill(self.model, state, ids[:, start:], start, options)
-        first = _Read(state, ids.shape[1])
-        if options.max_new_tokens > 1:
-            lengths = range(ids.shape[1] + 1, ids.shape[1] + options.max_new_tokens)
-            engine.prepare(self.model, state, lengths, options)
-        return first
-
-    def _step(
-        self, runner: Runner, state: State, ids: Tensor, length: int, options: Options
-    ) -> None:
-        """Run the newest tokens, which make ``length`` a row, and choose the next ones.
-
-        Args:
-            runner: Of the model.
-            state: The conversation.
-            ids: What came before the chosen tokens, ``[B, T]``, on the model's device.
-            length: Of a row.
-            options: Of this call.
-        """
-        with runner.running():
-            if runner.runs_again_at(self.model, length):
-                # NO_TOKEN, at which the host raises, is no token of a pass
-                chosen = state.chosen[ids.shape[1] : length].T.clamp(min=0)
-                state.frequencies = runner.frequencies(length)
-                whole = torch.cat([ids, chosen], dim=1)
-                runner.engine.prefill(self.model, state, whole, 0, options)
-                return
-            if state.frequencies != runner.frequencies(length):
-                state.frequencies = None  # its keys are of two kinds
-            runner.engine.step(self.model, state, length, options)
-
-    def _ready_state(
-        self,
-        runner: Runner,
-        ids: Tensor,
-        mask: Tensor,
-        length: int,
-        marks: Marks,
-        extras: bool,
-    ) -> tuple[State, int]:
-        """Buffers for ``length`` tokens a row, and how many tokens of the prompt they hold."""
-        state, stored, known = self._state, self._stored, self._marks
-        capacity = window_of(length)
-        if (
-            state is None
-            or known is None
-            or known.structure != marks.structure
-            or state.batch != len(ids)
-        ):
-            with torch.inference_mode():
-                self._state = State(self.model, self._config, len(ids), capacity)
-            self._marks = marks
-            return self._state, 0
-        same_weights, self._marks = known.content == marks.content, marks
-        if capacity > state.capacity:
-            with torch.inference_mode():
-                state.grow(capacity)
-        frequencies = runner.frequencies(ids.shape[1])
-        if (
-            stored is None
-            or extras
-            or not same_weights
-            or frequencies is None
-            or frequencies != state.frequencies
-        ):
-            return state, 0
-        return state, min(_common_columns(stored, (ids.cpu(), mask.cpu())), ids.shape[1] - 1)
+    ) -> Request:
+        return Request.of(self.model, self._config, inputs, attention_mask, options, tokenizer)
 
 
 class _Stream(Iterator[Piece]):
@@ -434,32 +263,3 @@ class _Stream(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         return next(self._tokens)
-
-
-class _Read:
-    """The tokens chosen for a slot, ``[B]``, on their way to the host while later steps run."""
-
-    def __init__(self, state: State, slot: int) -> None:
-        chosen, reader = state.chosen[slot], state.reader
-        self._event: torch.cuda.Event | None = None
-        if reader is None:
-            self._host = chosen.clone()
-            return
-        # not between two steps, where the GPU would wait 10 us for it
-        reader.wait_stream(torch.cuda.current_stream(state.device))
-        self._host = torch.empty_like(chosen, device="cpu", pin_memory=True)
-        with torch.cuda.stream(reader):
-            self._host.copy_(chosen, non_blocking=True)
-            self._event = reader.record_event()
-
-    def wait(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
-
-
-def _common_columns(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> int:
-    """How many columns from the left agree in ids and mask."""
-    n = min(a[0].shape[1], b[0].shape[1])
-    equal = (a[0][:, :n] == b[0][:, :n]) & (a[1][:, :n] == b[1][:, :n])
-    return int(equal.all(0).long().cumprod(0).sum())
