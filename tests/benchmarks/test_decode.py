@@ -136,10 +136,10 @@ def test_engine_that_cannot_run_a_model_is_left_out_with_the_reason(monkeypatch)
 
 
 def test_engine_that_refuses_a_model_is_left_out_before_it_is_run(monkeypatch):
-    def refuse(name, model):
+    def refuse(*_):
         raise BackendError("not this one")
 
-    monkeypatch.setattr("cats.decode.decoder.make_engine", refuse)
+    monkeypatch.setattr("cats.decode.runner.make_engine", refuse)
     with pytest.warns(UserWarning, match="auto at 0% is left out: not this one"):
         found = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.0,)})))
     assert found.keys() == {("generate", 0.0)}

@@ -107,6 +107,7 @@ def test_blocks_begin_as_the_option_says_and_every_number_tells(tmp_path, bos, b
     recipe = Recipe(
         model=models.make_model(), tokenizer=models.make_tokenizer(begins=True), folder=tmp_path,
         name="tiny", targets=[0.5], samples=2, length=8, seed=0, bos=bos, source="text",
+        identity={},
     )  # fmt: skip
     blocks = [*recipe.split("abc" * 40), *recipe.eval_blocks({"other": "xy" * 40}, None).values()]
     assert all((b[:, 0] == models.BOS).all() == bool(begins) for b in blocks)

@@ -249,11 +249,10 @@ def _by_layer(values: Mapping[str, Any]) -> dict[str, Any]:
 def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> dict[str, str]:
     """Which engine would decode a model on this machine, and why not another."""
     import torch
-    from torch import nn
 
     from cats.decode import ENGINES
     from cats.decode.cache import SlotCache
-    from cats.decode.engines import make_engine
+    from cats.decode.engines import make_engine, stream_refusal
     from cats.errors import CatsError, UnsupportedModelError
     from cats.fusion import fuse_
 
@@ -261,15 +260,18 @@ def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> di
         SlotCache(config, 1)
     except UnsupportedModelError as error:
         return {"none": str(error)}
-    kind, loaded = "a CPU", nn.Linear(1, 1)
-    if torch.cuda.is_available():
-        # there it depends on the weights; on a CPU on the device alone
-        kind, (loaded, _) = (
-            "a GPU",
-            options.load(path, dtype=options.Dtype.auto, device="cuda", hub=hub),
-        )
-        if sparse:
-            fuse_(loaded)
+    works = "works where it is asked for; on {} {} is taken"
+    if not torch.cuda.is_available():
+        # there it depends on the device alone
+        reason = stream_refusal(torch.device("cpu"))
+        return {
+            "eager": "is taken",
+            "compiled": works.format("a CPU", "eager"),
+            "stream": f"the engine stream cannot run: {reason}",
+        }
+    loaded, _ = options.load(path, dtype=options.Dtype.auto, device="cuda", hub=hub)
+    if sparse:
+        fuse_(loaded)
     chosen = make_engine("auto", loaded).name
     found = {}
     for name in ENGINES:
@@ -278,7 +280,7 @@ def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> di
         except CatsError as error:
             found[name] = str(error)
         else:
-            found[name] = f"works where it is asked for; on {kind} {chosen} is taken"
+            found[name] = works.format("a GPU", chosen)
     return found | {chosen: "is taken"}
 
 

@@ -372,11 +372,17 @@ def check_engine(name: str) -> None:
         raise ConfigError(f"engine must be auto or one of {', '.join(ENGINES)}; got {name!r}")
 
 
-def _stream_engine(model: nn.Module, untraceable: str | None) -> Engine:
-    device = device_of(model)
-    reason = cuda.unavailable() or untraceable
+def stream_refusal(device: torch.device) -> str | None:
+    """Why ``stream`` runs no model on a device, or None where it does."""
+    reason: str | None = cuda.unavailable()
     if reason is None and device.type != "cuda":
         reason = f"the model is on {device}"
+    return reason
+
+
+def _stream_engine(model: nn.Module, untraceable: str | None) -> Engine:
+    device = device_of(model)
+    reason = stream_refusal(device) or untraceable
     if reason is None and runs_own_code(model):
         reason = "the model has forward hooks or replaced forward methods, which it would not run"
     if reason is None and casts(device):
