@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 
 import cats
-from cats.decode.engines import window_of
+from cats.decode.capture import window_of
 from cats.decode.forward import prefill, step_inputs, trace_unmasked, trace_window
 from cats.decode.options import resolve
 from cats.decode.state import State

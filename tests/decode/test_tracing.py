@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, Phi3Config
 
 import cats
-from cats.decode import engines
+from cats.decode import eager as engines
 from cats.decode.marks import Marks
 from cats.decode.tracing import _Exclusion, disagreement, shadow_of
 from tests.decode.test_rotary import longrope
