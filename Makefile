@@ -30,7 +30,7 @@ test-sanitize:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cats bench quote --check README.md docs/kernels.md docs/finetune.md docs/reproduce.md
+	$(BIN)/cats bench quote --check docs/performance.md docs/finetune.md docs/reproduce.md
 	$(BIN)/mypy
 
 wheel:
