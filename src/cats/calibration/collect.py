@@ -1,4 +1,4 @@
-"""Run text through the dense model and count what each MLP's router gives."""
+"""Run text through the dense model and count the outputs of each MLP's router."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cats.mlp import (
 )
 from cats.placement import check_has_weights, input_device
 
-# First bin of infinity, sign taken off; NaN lies above it.
+# First bin of infinity, without the sign; the bins of NaN are above it.
 _INFINITY_BIN = int(_counts.count(torch.tensor([float("inf")])).argmax())
 
 
@@ -39,7 +39,8 @@ def calibrate(
 ) -> CatsConfig:
     """Thresholds that drop ``target_sparsity`` of each MLP's neurons on the given text.
 
-    The dense model is left unchanged. For several targets, :func:`collect` once and ask its result.
+    The dense model does not change. For several targets, call :func:`collect` once, and then
+    ``config`` of its result for each.
 
     Args:
         model: A dense Hugging Face model with gated MLPs.
@@ -75,10 +76,10 @@ def collect(
         batches: As for :func:`calibrate`.
         method: Name of the method, which says what is counted.
         exclude: As for :func:`calibrate`.
-        statistics: Counts of an earlier part of the text, to be continued; not changed.
+        statistics: Counts of an earlier part of the text, which are added; they do not change.
 
     Returns:
-        Statistics that take the same memory after ten times the tokens.
+        Statistics, whose memory does not grow with the number of tokens.
     """
     for name, module in model.named_modules():
         if isinstance(module, CatsActivation):
@@ -103,7 +104,7 @@ def collect(
 
 
 class _Counting:
-    """Hooks on the model for as long as the text runs."""
+    """Hooks on the model while the text runs."""
 
     def __init__(self, model: nn.Module, mlps: list[GatedMLP], statistics: Statistics) -> None:
         self._model, self._mlps, self._statistics = model, mlps, statistics

@@ -21,7 +21,7 @@ def count(values: Tensor) -> Tensor:
         ``[BINS]``, int64, on the device of ``values``.
     """
     bits = values.float().flatten().view(torch.int32)
-    # the shift fills up with the sign: the mask takes that off again
+    # the shift fills with the sign bit, which the mask removes
     return torch.bincount((bits >> _SHIFT) & (BINS - 1), minlength=BINS)
 
 
@@ -33,7 +33,7 @@ def bin_values(bins: Tensor) -> Tensor:
 def threshold_at(
     counts: Tensor, score: Callable[[Tensor], Tensor], target: float
 ) -> tuple[Tensor, float]:
-    """The threshold on ``score(value)`` below which the target fraction of the values lies.
+    """The threshold on ``score(value)`` that drops the target fraction of the values.
 
     The error is at most half the mass that shares one score plus the mass of a bin on each branch
     of ``score``: about 0.03 % for a smooth density.
@@ -63,7 +63,7 @@ def fraction_dropped(counts: Tensor, score: Callable[[Tensor], Tensor]) -> float
 def _scores_and_fractions_below(
     counts: Tensor, score: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The distinct scores, rising, and which fraction of the values has a smaller one."""
+    """The distinct scores in rising order, and the fraction of values with a smaller score."""
     bins = counts.nonzero()[:, 0]
     scores, where = torch.unique(score(bin_values(bins)), return_inverse=True)
     mass = torch.zeros_like(scores, dtype=torch.int64).index_add_(0, where, counts[bins])
@@ -73,8 +73,8 @@ def _scores_and_fractions_below(
 def _between(dropped: Tensor, kept: Tensor) -> Tensor:
     """A threshold above one score and at most the next, far from both.
 
-    Another device may compute an activation that differs in the last bit; at the score itself that
-    bit would decide about all values that share it.
+    Another device may compute an activation that differs in the last bit. If the threshold were a
+    score itself, that bit would decide about all values that share the score.
     """
     middle = (dropped.double() / 2 + kept.double() / 2).float()
     return middle if middle > dropped else kept.clone()

@@ -24,19 +24,20 @@ _HASH_MODULUS = 1 << 64
 class Statistics:
     """Counts of each MLP's router values over some text.
 
-    Two of them over two parts of a text add up to that over the whole, bit for bit.
+    Statistics of two parts of a text add up to those of the whole text, bit for bit.
 
     Attributes:
         method: Name of the method that chose what is counted.
         activations: Name of each MLP to the name of its activation.
         sizes: Name of each MLP to its number of neurons ``F``.
-        counts: Name of each MLP to its counts, int64, 16 MiB whatever the number of tokens.
+        counts: Name of each MLP to its counts, int64: 16 MiB for any number of tokens.
         fingerprints: Name of each MLP to a few of its weights, float32.
         weights: Hash of the whole model, :func:`cats.fingerprint.of_model`; empty in files of older
             releases.
         tokens: How many tokens were counted.
         blocks: How many rows of batches were counted.
-        text_hash: Sum over the blocks of a hash of their tokens, modulo 2**64: the order is free.
+        text_hash: Sum over the blocks of a hash of their tokens, modulo 2**64, so that their order
+            does not matter.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""What every method answers. A new method is one subclass in a file of its own."""
+"""What every method defines. A new method is one subclass in its own file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,8 +30,8 @@ class Method(ABC):
     def observe(self, mlp: GatedMLP, record: Callable[[Tensor], None]) -> RemovableHandle:
         """Hook the dense MLP so that ``record`` gets the values ``[B, T, F]`` to be counted.
 
-        Here these are the inputs of the activation: their density is smooth, where that of
-        ``abs(silu)`` piles up below 0.2785, so that counting them gives finer thresholds.
+        By default these are the inputs of the activation. Their density is smooth, while that of
+        ``abs(silu)`` piles up below 0.2785, so counting the inputs gives finer thresholds.
         """
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -41,11 +41,11 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, values: Tensor, activation: str) -> Tensor:
-        """From counted values to what the threshold is compared with, float32, same shape."""
+        """Scores of counted values, which a threshold is compared with; float32, same shape."""
 
     @abstractmethod
     def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
-        """Make the MLP sparse in place with the stored tensors; a stored weight never changes."""
+        """Make the MLP sparse in place with the stored tensors; no stored weight changes."""
 
     def _threshold_on(self, mlp: GatedMLP, act: nn.Module, threshold: Tensor) -> None:
         if act is not mlp.dense_act and is_hooked(mlp.dense_act):

@@ -1,4 +1,4 @@
-"""ReLUfication: ReLU in the place of the activation ("ReLU Strikes Back", arXiv:2310.04564)."""
+"""ReLUfication: ReLU instead of the activation ("ReLU Strikes Back", arXiv:2310.04564)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from cats.mlp import GatedMLP
 
 
 class Relu(Method):
-    """Drop a neuron where its gate is negative; the sparsity is whatever that gives."""
+    """Drop a neuron where its gate is negative; there is no target sparsity."""
 
     name = "relu"
     has_target = False
