@@ -19,7 +19,7 @@ Value = str | int | float | bool | None
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A mean over questions, and its standard error (None of a single question)."""
+    """A mean over questions, and its standard error (None for a single question)."""
 
     value: float
     stderr: float | None
@@ -49,7 +49,7 @@ class Answers:
 
     Attributes:
         task: Name of the task or group of tasks.
-        split: The split of the data that was asked, such as ``"test"``.
+        split: The split of the data that the questions come from, such as ``"test"``.
         settings: What another run must have in common to give the same answers.
         environment: Where they were computed; see :func:`cats.results.environment`.
         questions: In the order of the task.
@@ -67,11 +67,11 @@ class Answers:
         return list(dict.fromkeys(name for q in self.questions for name in q.scores))
 
     def score(self, metric: str) -> Score:
-        """Mean of a metric over the questions; of a group of tasks over all of its questions."""
+        """Mean of a metric over the questions; for a group of tasks, over those of all tasks."""
         return _mean([q.scores[metric] for q in self.questions if metric in q.scores])
 
     def save(self, path: Path) -> None:
-        """Write JSON lines: a header, then one line a question; the file is whole or absent."""
+        """Write JSON lines: a header, then one line per question; the file is whole or absent."""
         header = {
             "version": _VERSION, "task": self.task, "split": self.split,
             "settings": self.settings, "environment": self.environment,
@@ -112,11 +112,13 @@ def paired_difference(first: Answers, second: Answers, metric: str) -> Score:
     Raises:
         DataError: If the two did not answer the same questions.
     """
-    asked, again = ([(q.key, q.prompt_hash) for q in a.questions] for a in (first, second))
-    if asked != again:
+    first_asked, second_asked = (
+        [(q.key, q.prompt_hash) for q in answers.questions] for answers in (first, second)
+    )
+    if first_asked != second_asked:
         raise DataError(
-            f"{first.task}: the two models were asked different questions ({len(asked)} and "
-            f"{len(again)}); use the same data and --limit for both"
+            f"{first.task}: the two models were asked different questions ({len(first_asked)} and "
+            f"{len(second_asked)}); use the same data and --limit for both"
         )
     pairs = zip(first.questions, second.questions, strict=True)
     return _mean([b.scores[metric] - a.scores[metric] for a, b in pairs if metric in a.scores])

@@ -21,7 +21,7 @@ from cats.fusion import fused_mlps
 from cats.mlp import CatsActivation, activation_kind
 from cats.storage import save_json
 
-# Magnitudes from 0 to 1, where activations are dense, and one bin for all above.
+# Bins of magnitudes from 0 to 1, where most activations are; one more holds all above.
 BINS = 50
 UNIONS = (2, 4, 8)
 _POSITIONS = 16
@@ -35,16 +35,16 @@ class Layer:
     Attributes:
         name: The module, such as ``"model.layers.0.mlp.act_fn"``.
         activation: Its kind, such as ``"silu"``.
-        threshold: Mean threshold of a sparse MLP; None of a dense one.
+        threshold: Mean threshold of a sparse MLP; None for a dense one.
         zero: Share of outputs that are exactly zero.
         near_zero: Share of outputs whose magnitude is below ``near`` of the profile.
         histogram: Share of outputs in each of ``BINS`` equal bins of magnitudes in [0, 1), and
             the share of those above.
         by_position: Share of zeros at each sixteenth of a block, first tokens first.
-        union: Number of tokens that are decoded together, of different texts, to the share of
-            neurons that is zero for all of them.
-        overlap: Of the neurons that are not zero for a token, the share that was not for the token
-            before it either; None where all are zero.
+        union: Number of tokens, from different texts, that are decoded together, to the share of
+            neurons that are zero for all of them.
+        overlap: Share of the neurons that are not zero for a token which were not zero for the
+            token before it either; None if all are zero.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Profile:
 
         Args:
             path: The file.
-            about: What else it says, such as the model and the text.
+            about: Further entries of the document, such as the model and the text.
         """
         save_json(path, "profile", {**about, **asdict(self)})
 
@@ -130,7 +130,7 @@ def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) ->
 
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each activation module; of a sparse MLP the one that applies the threshold."""
+    """Each activation module; in a sparse MLP the one that applies the threshold."""
     inner = {m.act for m in model.modules() if isinstance(m, CatsActivation)}
     for name, module in model.named_modules():
         if module not in inner and activation_kind(module) is not None:

@@ -26,7 +26,7 @@ _SPLITS = ("training_split", "validation_split", "test_split")
 
 
 def task_names(names: str) -> list[str]:
-    """Names of tasks or groups by commas; ``paper8`` stands for the paper's eight.
+    """Names of tasks or groups, separated by commas; ``paper8`` stands for the paper's eight.
 
     Raises:
         ConfigError: If there is no such name, if it is a task without questions, or if the
@@ -50,7 +50,7 @@ def task_names(names: str) -> list[str]:
 
 
 def check_data(tasks: Iterable[str], data_dir: Path) -> None:
-    """Complain about a task whose files are not all there, before the first one is asked.
+    """Complain about a task whose files are not all there, before the first task runs.
 
     Args:
         tasks: Names that the harness knows.
@@ -58,7 +58,7 @@ def check_data(tasks: Iterable[str], data_dir: Path) -> None:
 
     Raises:
         ConfigError: If a name is that of a group.
-        StorageError: If ``data_dir`` has not the data of a task.
+        StorageError: If ``data_dir`` does not have the data of a task.
     """
     for task in tasks:
         task_files(task, data_dir)
@@ -83,9 +83,9 @@ def evaluate_task(
         model: A Hugging Face causal model, dense or sparse.
         tokenizer: Its tokenizer.
         task: A name that the harness knows.
-        limit: At most so many questions a task, drawn by ``seed``: the first ones of HellaSwag
-            are of one source.
-        seed: Of that draw.
+        limit: Largest number of questions per task, drawn at random: the first ones of HellaSwag
+            come from one source.
+        seed: Seed of that draw.
         batch_size: A number, or ``"auto"``: as large as the GPU holds, 16 on a CPU.
         data_dir: Folder with ``<task>/<split>.parquet``, the splits named as in the task's own
             data set, such as ``validation``, and with its columns. Without it the harness
@@ -94,8 +94,8 @@ def evaluate_task(
 
     Raises:
         ConfigError: If the harness is not installed.
-        StorageError: If ``data_dir`` has not the task's data.
-        DataError: If the data has not the form that the task expects.
+        StorageError: If ``data_dir`` does not have the task's data.
+        DataError: If the data does not have the form that the task expects.
     """
     lm_eval = _harness()
     with _quiet():
@@ -127,7 +127,7 @@ def evaluate_task(
 
 
 def harness_version() -> str:
-    """The release of the harness, whose definitions of tasks and prompts are asked.
+    """The release of the harness, which defines tasks and prompts.
 
     Raises:
         ConfigError: If it is not installed.
@@ -169,7 +169,7 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
 
 
 def task_files(name: str, data_dir: Path) -> dict[str, str]:
-    """The parquet file of each split: one that can be asked, and one of examples if it has any.
+    """The parquet file of each split: one with questions, and one with examples if there are any.
 
     Raises:
         ConfigError: If the name is that of a group.
@@ -179,9 +179,10 @@ def task_files(name: str, data_dir: Path) -> dict[str, str]:
         raise ConfigError(f"{name} is a group: with --data-dir name its tasks one by one")
     definition = _definition(name)
     files = {path.stem: str(path) for path in sorted((data_dir / name).glob("*.parquet"))}
-    asked = [definition[key] for key in ("test_split", "validation_split") if definition.get(key)]
-    examples = [definition.get("fewshot_split")] if definition.get("num_fewshot") else []
-    for splits in (asked, examples):
+    keys = ("test_split", "validation_split")
+    of_questions = [definition[key] for key in keys if definition.get(key)]
+    of_examples = [definition.get("fewshot_split")] if definition.get("num_fewshot") else []
+    for splits in (of_questions, of_examples):
         if splits and not files.keys() & set(splits):
             expected = " or ".join(f"{split}.parquet" for split in splits)
             raise StorageError(
@@ -192,7 +193,7 @@ def task_files(name: str, data_dir: Path) -> dict[str, str]:
 
 
 def _definition(name: str) -> dict[str, Any]:
-    """What the harness's file of a task says; empty where it is written in Python."""
+    """The definition of a task in the harness; empty if the task is written in Python."""
     return _manager().task_index[name].cfg or {}
 
 
@@ -211,9 +212,9 @@ def _offline(name: str, data_dir: Path) -> dict[str, Any]:
 
 
 def _seed(tasks: dict[str, Any]) -> None:
-    """The state in which the harness's own command asks: examples only where a task defines them.
+    """Set what the harness's own command sets: examples only where a task defines them.
 
-    They are drawn by its default seeds, and so are random tie breaks.
+    Its default seeds draw the examples and break ties.
     """
     import numpy as np
     import torch
@@ -229,7 +230,7 @@ def _seed(tasks: dict[str, Any]) -> None:
 
 
 def _draw(tasks: dict[str, Any], limit: int, seed: int) -> dict[str, list[int]]:
-    """For each task the numbers of ``limit`` questions, rising."""
+    """For each task, the numbers of ``limit`` questions in rising order."""
     drawn = {}
     for name, task in tasks.items():
         total = len(task.eval_docs)
@@ -263,7 +264,7 @@ def _means(samples: list[Any], results: dict[str, Any], name: str) -> list[str]:
     """The metrics that the harness reports as the mean over the questions.
 
     Raises:
-        DataError: If there is none, as where only an F1 over all questions is reported.
+        DataError: If there is none, for example if only an F1 over all questions is reported.
     """
     found = []
     for metric in samples[0]["metrics"]:

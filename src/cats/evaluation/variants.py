@@ -1,6 +1,6 @@
 """Ways to run one model that are compared: dense, sparse by neuron, sparse by input.
 
-Everything that evaluates takes a :class:`Variant` and does not know which one it is. A rival
+Everything that evaluates takes a :class:`Variant` and does not know which one it is. Another
 method is one more small class here, or a method of :mod:`cats.methods` that :class:`Sparse` runs.
 """
 
@@ -29,7 +29,7 @@ class Variant(ABC):
     Attributes:
         label: What tables and file names call it, such as ``"cats-50"``.
         settings: What its answers depend on.
-        dropped: Mean share of neurons that its last measurement dropped; None where it drops none.
+        dropped: Mean share of neurons that its last measurement dropped; None if it drops none.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Variant(ABC):
 
     @abstractmethod
     def on(self, model: Any) -> Any:
-        """Context in which the dense ``model`` runs in this way; it is dense again afterwards."""
+        """Context in which the dense ``model`` runs this way; afterwards it is dense again."""
 
     @abstractmethod
     def measure(self, model: Any, batches: Iterable[Batch]) -> tuple[float, float]:
@@ -120,7 +120,7 @@ class InputThresholds(Variant):
             "calibration_tokens": calibration_tokens,
             "thresholds": fingerprint.of_value(thresholds),
         }
-        # weights that were read, and all of them, of the tokens seen so far
+        # per layer: the sum over tokens of the share of inputs that were kept, and the tokens
         self._read: dict[str, Tensor | float] = {}
         self._tokens: dict[str, int] = {}
 

@@ -1,6 +1,7 @@
 """The model type ``cats`` of lm-evaluation-harness: a sparse checkpoint, or thresholds beside one.
 
-The harness has no entry point for models: :func:`register`, then call its command in the process.
+The harness has no entry point for models. So call :func:`register`, then its command, in the same
+process.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ NAME = "cats"
 def register() -> None:
     """Make ``--model cats --model_args pretrained=MODEL,thresholds=FILE`` known to the harness.
 
-    ``MODEL`` is what :func:`cats.checkpoint.locate` takes. All arguments of the type ``hf`` are
-    taken as well, and what says where files come from (``revision``, ``subfolder``, ``token``,
-    ``cache_dir``, ``local_files_only``, ``trust_remote_code``) holds for all files; ``thresholds``
-    is left out where the checkpoint is sparse. Calling it again changes nothing.
+    ``MODEL`` is what :func:`cats.checkpoint.locate` takes. All arguments of the type ``hf`` work as
+    well. Those that say where files come from (``revision``, ``subfolder``, ``token``,
+    ``cache_dir``, ``local_files_only``, ``trust_remote_code``) hold for all files. A sparse
+    checkpoint needs no ``thresholds``. Calling this again changes nothing.
 
     Raises:
         ConfigError: If the harness is not installed.
@@ -51,7 +52,7 @@ def register() -> None:
             )
             super().__init__(pretrained=locate(pretrained, **hub), **kwargs)
 
-        # the harness passes only some of these options on, but for the weights
+        # the harness passes all of these options on for the weights, but only some here
         def _get_config(self, pretrained: str, **kwargs: Any) -> None:
             gguf = {n: kwargs[n] for n in ("gguf_file",) if kwargs.get(n) is not None}
             self._config = load_config(pretrained, **gguf, **self._hub)
