@@ -15,12 +15,12 @@ class FinetuneOptions:
     Attributes:
         steps: Optimiser steps. The learning rate falls linearly to 0 over them.
         batch_size: Rows of a forward pass of one process.
-        accumulate: Forward passes a step.
+        accumulate: Forward passes per step.
         learning_rate: At the start, after the warm-up.
         weight_decay: Of AdamW.
         warmup_steps: Steps over which the learning rate rises from 0.
-        rank: Of the LoRA adapters.
-        alpha: Of the adapters: their output is scaled by ``alpha / rank``.
+        rank: Rank of the LoRA adapters.
+        alpha: Scale of the adapters: their output is multiplied by ``alpha / rank``.
         dropout: On the input of the adapters.
         targets: Names of the layers with adapters, such as ``("q_proj", "v_proj")``. Empty: queries
             and values, and every linear layer of the gated MLPs.
@@ -28,7 +28,7 @@ class FinetuneOptions:
         distillation: Share of the divergence from the dense model in the loss, in [0, 1]; the rest
             is the ordinary loss. The dense model is the same weights without thresholds and
             adapters.
-        recalibrate: Set the thresholds anew, at their target sparsity, every so many steps; 0 keeps
+        recalibrate: Steps between two calibrations at the same target sparsity; 0 keeps
             them fixed.
         gradient_checkpointing: Compute activations twice instead of keeping them.
         bfloat16: Compute in bfloat16 (autocast); None: where the device does so fast.
@@ -38,7 +38,7 @@ class FinetuneOptions:
         answer_batch_size: Answers that are generated at once.
         save_every: Steps between two checkpoints; 0: none.
         keep: How many checkpoints are kept.
-        seed: Of the adapters, the order of the data and dropout.
+        seed: Seed of the adapters, the order of the data and dropout.
         report_to: Trackers of ``transformers.Trainer``, such as ``("tensorboard", "wandb")``.
     """
 
