@@ -49,7 +49,7 @@ def target_layers(model: nn.Module) -> list[str]:
 
 
 def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raise ConfigError for a target that is the name, or the end of one, of no module."""
+    """Raise ConfigError for a target that no module's name is or ends with."""
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -102,7 +102,7 @@ def refuse_fused(model: nn.Module) -> None:
 
 @contextmanager
 def dense_activations(model: nn.Module) -> Iterator[None]:
-    """Within the block no threshold applies; adapters do."""
+    """Within the block thresholds are off, and adapters are on."""
     found = [
         (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
         for name, module in model.named_modules()
@@ -143,9 +143,9 @@ def save_adapter(
 
     Args:
         model: A ``PeftModel``.
-        thresholds: Of the sparse base; None for a dense one.
+        thresholds: Those of the sparse base; None for a dense one.
         path: The folder; must not exist or be empty.
-        state: All weights, where they are gathered from several processes.
+        state: All weights, if they were gathered from several processes.
 
     Raises:
         StorageError: If it cannot be written.
@@ -206,8 +206,8 @@ def put_adapter(model: Any, adapter: str | Path) -> Any:
 def merge(model: Any) -> Any:
     """The model with its adapters added to its weights, in place; it has no adapters then.
 
-    A call that fails leaves the model as it was; until it ends, the weights that have adapters are
-    kept twice, the second time in the memory of the host.
+    A call that fails leaves the model as it was. For this, a copy of the weights that have adapters
+    is kept in the memory of the host until the call ends.
     """
     layers = [
         m
@@ -233,7 +233,7 @@ def merge(model: Any) -> Any:
 
 
 def remove_adapters_(model: Any) -> Any:
-    """Put the base layers of a model back, in place; its weights are what they were."""
+    """Put the base layers of a model back, in place; its weights do not change."""
     layers = import_peft().tuners.tuners_utils.BaseTunerLayer
     for name, module in list(model.named_modules()):
         if isinstance(module, layers):
@@ -260,7 +260,7 @@ def save_model(
 
 @contextmanager
 def _without_renames() -> Iterator[None]:
-    """PEFT asks for attributes by names that newer transformers warn about."""
+    """Hide a warning: PEFT uses names of attributes that newer transformers warn about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from cats.data import cut_blocks, text_start, token_blocks
 from cats.errors import DataError
 
-# input_ids and labels, both [T], int64; a label of -100 is not learnt.
+# input_ids and labels, both [T], int64. A label of -100 is not learnt.
 Row: TypeAlias = dict[str, Tensor]
 IGNORED = -100
 
@@ -63,8 +63,8 @@ class StreamedBlocks(IterableDataset[Row]):
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        texts: Opens the stream; called once a pass; a resumed run skips what it has seen.
-        length: Tokens a block.
+        texts: Opens the stream; called once per pass. A resumed run skips what it has seen.
+        length: Tokens per block.
         bos: How each block begins; see :func:`cats.data.text_start`.
 
     Attributes:
@@ -101,7 +101,7 @@ class PairFormat:
     Attributes:
         prompt: Text with names of columns in braces, such as ``"{passage}\\n{question}?"``.
         answer: The same for the answer.
-        labels: Where the answer is one column of numbers or truth values: their names in order,
+        labels: If the answer is one column of numbers or truth values: their names in order,
             such as ``("no", "yes")``.
     """
 
@@ -124,7 +124,7 @@ class PairFormat:
         """Prompt and answer of one row.
 
         Raises:
-            DataError: If a column is missing or has not the form that is asked for.
+            DataError: If a column is missing or does not have the expected form.
         """
         values = dict(row)
         if self.labels:
@@ -185,15 +185,16 @@ class Pairs(Dataset[Row]):
         gives, so that they are the same in training and in use. The ids of its answer are what
         follows them when prompt and answer are tokenised as one text. Where the answer would
         change the prompt's last tokens (one token may span both), the prompt keeps its own, and
-        the answer is tokenised as it stands behind other text.
+        the answer is tokenised after some other text.
 
         Args:
             tokenizer: A Hugging Face tokenizer.
             pairs: Prompts and answers.
-            length: Most tokens of a prompt with its answer.
+            length: Largest number of tokens of a prompt with its answer.
             bos: None: a prompt begins as the tokenizer begins a text, or as the chat template
                 says. True: with a beginning-of-sequence token. False: without what the tokenizer
-                puts before a text. Both are for chat templates too. There are never two of them.
+                puts before a text. Both hold for chat templates too. A prompt never begins with two
+                such tokens.
 
         Raises:
             DataError: If there are no pairs, or one is empty, longer than ``length``, or cannot be
@@ -276,7 +277,7 @@ def _tokenise(tokenizer: Any, before: str, after: str) -> tuple[list[int], list[
     # only fast tokenizers know which part of the text a token comes from
     if getattr(tokenizer, "is_fast", False):
         text = decode(whole)
-        # where a token spans both, any other text before the answer that shares no token with it
+        # if a token spans both: after another text that shares no token with the answer
         for other in (before, "\n", ".", "a"):
             found = encode(other + after, return_offsets_mapping=True)
             ends = [end for _, end in found["offset_mapping"]]
@@ -313,7 +314,7 @@ def pack(pairs: Pairs, *, length: int) -> Tensor:
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     """One batch: ``input_ids`` and ``labels``, ``[B, T]``, padded on the right.
 
-    Padding has the id 0, and an ``attention_mask`` hides it; where there is none, nor is a mask.
+    Padding has the id 0, and an ``attention_mask`` hides it. Without padding there is no mask.
     """
     length = max(len(row["input_ids"]) for row in rows)
 
@@ -331,7 +332,7 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def describe(examples: Examples) -> dict[str, Any]:
-    """Kind, size and hash of examples; of a stream its kind, and how it is cut into blocks."""
+    """Kind, size and hash of examples; for a stream its kind, and how it is cut into blocks."""
     if isinstance(examples, StreamedBlocks):
         return {"kind": "stream", "length": examples.length, "start": examples.start}
     digest = hashlib.sha256()
@@ -353,7 +354,7 @@ def token_range(examples: Blocks | Pairs) -> tuple[int, int]:
 
 
 def longest(examples: Examples) -> int:
-    """Most tokens of a row; of a stream its length."""
+    """Number of tokens of the longest row; for a stream, of each block."""
     if isinstance(examples, StreamedBlocks):
         return examples.length
     if isinstance(examples, Blocks):

@@ -44,10 +44,10 @@ class Finetuned:
     """What a fine-tuning gives.
 
     Attributes:
-        model: With its adapters, in evaluation mode; merged if asked for.
+        model: With its adapters, in evaluation mode; merged with ``merge``.
         history: Its evaluations.
         folder: Holds ``history.jsonl`` and ``adapter/`` (``model/`` after full fine-tuning), and
-            ``merged/`` if asked for.
+            ``merged/`` with ``merge``.
     """
 
     model: Any
@@ -80,7 +80,7 @@ def finetune(
     Args:
         model: After :func:`cats.sparsify_`, or dense; not fused. It gets adapters, in place.
         train: What to learn.
-        tokenizer: Of the model; saved with it. None saves none; ``answers`` need it.
+        tokenizer: Tokenizer of the model, saved with it. None saves none; ``answers`` need one.
         output: Folder of the run.
         options: How to train; the paper's defaults.
         evaluations: Name to held-out examples, whose log-perplexity is measured every
@@ -221,13 +221,13 @@ def data_settings(
     answers: Mapping[str, Pairs],
     calibration: Tensor | None,
 ) -> dict[str, Any]:
-    """Sizes and hashes of all data of a run; of a stream those of its first block.
+    """Sizes and hashes of all data of a run; for a stream, those of its first block.
 
     Args:
         train: What is learnt.
         evaluations: What is measured.
         answers: Whose answers are generated.
-        calibration: On what thresholds are set anew; None where they are not.
+        calibration: Text on which thresholds are set again; None if they are fixed.
     """
     described = describe(train)
     if isinstance(train, StreamedBlocks):
@@ -251,11 +251,11 @@ def settings_of(
     data: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What makes a run the same run, as JSON gives it back.
+    """The settings that identify a run, in the form that JSON gives back.
 
     Args:
         model: As it is trained, before it has adapters.
-        tokenizer: Of the model, or None.
+        tokenizer: Tokenizer of the model, or None.
         options: How it is trained.
         data: What :func:`data_settings` gives.
         about: Further settings, such as the name of the model.
@@ -280,14 +280,14 @@ def settings_of(
 
 
 def options_that_count(options: FinetuneOptions) -> dict[str, Any]:
-    """The options that decide what comes out, as JSON gives them back."""
+    """The options that decide the result, in the form that JSON gives back."""
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
     plain: dict[str, Any] = json.loads(json.dumps(kept))
     return plain
 
 
 def device_environment(model: nn.Module, commit: str | None = None) -> dict[str, Any]:
-    """Where a run happens, for its history."""
+    """Device and versions of a run, for its history."""
     device = next(model.parameters()).device
     return dict(environment("cpu" if device.type == "cpu" else str(device), commit=commit))
 
@@ -301,7 +301,7 @@ def _check(
     calibration: Tensor | None,
     merge: bool,
 ) -> None:
-    """Complain before the first step about what would go wrong later."""
+    """Raise before the first step for what would go wrong later."""
     if not hasattr(model, "config"):
         raise UnsupportedModelError(
             f"expected a language model of transformers, got {type(model).__name__}"
@@ -381,7 +381,7 @@ def _check(
 
 
 def _continue(folder: Path, path: Path, settings: dict[str, Any]) -> tuple[History, Path | None]:
-    """The history so far and the checkpoint from which the run goes on; both fresh at first."""
+    """The history so far, and the checkpoint from which the run goes on, if there is one."""
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder}: is a file, expected the folder of a run")
     if not path.exists():
@@ -399,7 +399,7 @@ def _continue(folder: Path, path: Path, settings: dict[str, Any]) -> tuple[Histo
 
 
 def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Complain where a history that is there is not that of this run.
+    """Raise if a history that exists is not that of this run.
 
     Raises:
         ConfigError: If a setting differs, or was not recorded.
@@ -417,7 +417,7 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of settings that are not the same; those within another by a dot."""
+    """Names of settings that differ; a dot separates those within another, as ``options.seed``."""
     names = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)
@@ -429,7 +429,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _recalibrate(model: Any, thresholds: CatsConfig, calibration: Tensor) -> CatsConfig:
-    """Thresholds of the same target for the weights as they are; processes share the text."""
+    """Thresholds of the same target for the current weights; processes share the text."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     rank, world = int(os.environ.get("RANK", "0")), _world()
     with adapters.dense_activations(base):
@@ -438,18 +438,18 @@ def _recalibrate(model: Any, thresholds: CatsConfig, calibration: Tensor) -> Cat
         counted = collect(base, batches, method=thresholds.method, exclude=others)
         counted = counted.all_reduce() if world > 1 else counted
     config = counted.config(thresholds.target_sparsity)
-    # those of the base, by which it is recognised when the adapter is loaded
+    # the fingerprints of the base, with which loading an adapter recognises it
     return dataclasses.replace(config, fingerprints=thresholds.fingerprints)
 
 
 def _save(trainer: FinetuneTrainer, tokenizer: Any, product: Path) -> Any:
-    """Write the adapter or the model; gives the bare model."""
+    """Write the adapter or the model, and return the model without wrappers."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        # of the same run, stopped between here and its end
+        # left by the same run, if it was stopped between here and its end
         shutil.rmtree(product, ignore_errors=True)
         if trainer.options.full:
             adapters.save_model(model, tokenizer, product, state=state)
@@ -470,7 +470,7 @@ def _merge(model: Any, tokenizer: Any, path: Path) -> Any:
 def _finished(
     model: Any, tokenizer: Any, history: History, folder: Path, product: Path, merge: bool
 ) -> Finetuned:
-    """The result of a run that came to its end before."""
+    """The result of a run that is complete already."""
     from cats.checkpoint import from_pretrained, load_dense
 
     device = next(model.parameters()).device

@@ -14,7 +14,7 @@ from typing import Any
 from cats.data import read_text
 from cats.errors import ConfigError, DataError, StorageError
 
-# The paper's data: used where no text is named.
+# The paper's data, which is used if no text is named.
 REFINEDWEB = "tiiuae/falcon-refinedweb"
 _TEXT_COLUMNS = ("text", "content")
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".gz")
@@ -27,7 +27,7 @@ class Source:
     Attributes:
         name: Path, or a Hugging Face id ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``.
         start: Where the part begins, as a share of the file.
-        end: Where it ends.
+        end: Where the part ends, as a share of the file.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Source:
         """``c4.txt.gz``, or a part of it: ``c4.txt.gz[:50%]``, ``c4.txt.gz[50%:]``.
 
         Raises:
-            DataError: If the part is none.
+            DataError: If the part cannot be read, or is empty.
         """
         match = re.fullmatch(r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]", text)
         if match is None and re.search(r"\[[^\]]*%[^\]]*\]$", text):
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def is_file(self) -> bool:
-        """Whether it names a file, rather than a data set.
+        """Whether this names a file, and not a data set.
 
         Raises:
             StorageError: If it looks like a file that does not exist.
@@ -77,7 +77,7 @@ def read_texts(source: Source, *, column: str | None = None) -> Iterator[str]:
 
     Args:
         source: Where they come from; data sets are streamed.
-        column: Which one holds the text; None: ``text`` or ``content``.
+        column: Name of the column with the text; None: ``text`` or ``content``.
 
     Raises:
         StorageError: If it cannot be read.

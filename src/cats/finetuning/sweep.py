@@ -117,14 +117,14 @@ def sweep(
         model: The dense model; its weights are the same afterwards.
         train: What to learn.
         runs: What to run; see :func:`grid`.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         folder: For the histories.
         options: What the runs have in common.
         calibration: Token ids ``[N, T]`` for thresholds.
         evaluations: Name to held-out examples.
         answers: Name to pairs whose answers are compared at the end.
         about: Further settings, such as the name of the model.
-        commit: Of the sources, where they are no checkout that could tell it.
+        commit: Commit of the sources, if they are not a checkout that tells it.
         on_point: Called with each evaluation.
         on_step: Called with the number of steps taken.
 

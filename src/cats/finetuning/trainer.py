@@ -39,7 +39,7 @@ class FinetuneTrainer(Trainer):
         train: What to train on.
         evaluations: Name to held-out examples.
         folder: For checkpoints.
-        thresholds: Of the sparse model; None for a dense one.
+        thresholds: Those of the sparse model; None for a dense one.
         recalibrate: Gives new thresholds for the model as it is; see ``options.recalibrate``.
         resuming: Whether a checkpoint is continued, so that there is no evaluation at the start.
         on_point: Called in the first process with each evaluation.
@@ -101,7 +101,7 @@ class FinetuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The ordinary loss, mixed with the divergence from the dense model where asked for."""
+        """The ordinary loss; with distillation, mixed with the divergence from the dense model."""
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -227,14 +227,14 @@ class FinetuneTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, **kwargs)
 
     def load_thresholds(self, checkpoint: Path) -> None:
-        """Put the thresholds of a checkpoint in place: they may have been recalibrated."""
+        """Load the thresholds of a checkpoint, which may have been recalibrated."""
         if self.thresholds is not None:
             self.set_thresholds(CatsConfig.load(checkpoint / _THRESHOLDS))
 
     # --- recalibration
 
     def recalibrate(self) -> None:
-        """Set the thresholds anew for the weights as they are now."""
+        """Calibrate the thresholds again for the current weights."""
         self.clock.stop()
         self.set_thresholds(self._recalibrate(self.model))
         self.clock.start(self.state.global_step)
@@ -304,7 +304,7 @@ class _Clock:
         self._since = None
 
     def take(self, step: int) -> float | None:
-        """Mean seconds a step since it was last asked."""
+        """Mean seconds per step since the last call."""
         steps = 0 if self._first is None else step - self._first
         mean = self._seconds / steps if steps else None
         self._seconds, self._first = 0.0, step
