@@ -63,7 +63,7 @@ def sparsify_(model: M, config: CatsConfig) -> M:
 
 
 def densify_(model: M) -> M:
-    """Take the thresholds off again, in place; the model is the dense one again, bit for bit.
+    """Take the thresholds off, in place; the model is the dense one again, bit for bit.
 
     A call that fails leaves the model sparse.
     """
@@ -76,7 +76,7 @@ def densify_(model: M) -> M:
 
 
 def _put_back_dense(model: nn.Module, except_for: Container[str] = ()) -> None:
-    """Give MLPs the activation that they had before, but those that are named."""
+    """Give MLPs back the activation that they had before, except for those that are named."""
     for name, module in list(model.named_modules()):
         for child, act in list(module.named_children()):
             if isinstance(act, CatsActivation) and name not in except_for:
@@ -84,7 +84,7 @@ def _put_back_dense(model: nn.Module, except_for: Container[str] = ()) -> None:
 
 
 def _record(model: nn.Module, block: dict[str, Any] | None) -> None:
-    """Keep what is applied in ``model.config.cats``; None for nothing."""
+    """Record what is applied in ``model.config.cats``; None removes the record."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return
@@ -95,7 +95,7 @@ def _record(model: nn.Module, block: dict[str, Any] | None) -> None:
 
 
 def _check_fits(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
-    """The MLPs that the config names, if they are of the right sizes and weights."""
+    """The MLPs that the config names, if their sizes and weights are the right ones."""
     advice = "calibrate this model with cats calibrate, or load the one that the thresholds are of"
     modules = dict(model.named_modules())
     if missing := [name for name in config.tensors if name not in modules]:

@@ -28,13 +28,13 @@ from cats.errors import ConfigError, FormatError, StorageError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
-# What says which files of the hub are meant, and how they are got: for every file that is loaded.
+# Options that say which files of the hub are meant and how to get them. They hold for every file.
 _HUB_OPTIONS = (
     "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies",
     "trust_remote_code", "code_revision",
 )  # fmt: skip
-# Files by which a folder of fine-tuning is told from that of a model.
-_MARKS = ("adapter_config.json", "history.jsonl", "config.json")
+# Files that tell the folder of a fine-tuning from that of a model.
+_TELLING_FILES = ("adapter_config.json", "history.jsonl", "config.json")
 
 
 def from_pretrained(
@@ -54,7 +54,7 @@ def from_pretrained(
     Raises:
         StorageError: If the model or the thresholds file cannot be read.
         ConfigError: If the checkpoint is dense and no thresholds are given.
-        FormatError: If a file is corrupt, truncated or of a newer release.
+        FormatError: If a file is corrupt, truncated or from a newer release.
         ModelMismatchError: If the thresholds belong to another model.
     """
     if isinstance(thresholds, CatsConfig):
@@ -67,11 +67,11 @@ def from_pretrained(
 
 
 def load_dense(path: str | Path, **kwargs: Any) -> Any:
-    """The dense model of a checkpoint, in evaluation mode; thresholds in it are left aside.
+    """The dense model of a checkpoint, in evaluation mode; thresholds in it are ignored.
 
     Raises:
         StorageError: If there is no such model or its files are damaged.
-        FormatError: If weights are missing or of another size than the config says.
+        FormatError: If weights are missing, or have other sizes than the config says.
     """
     folder = locate(path, **hub_options(kwargs))
     verbosity = hf_logging.get_verbosity()
@@ -97,16 +97,16 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
 
 
 def read_config(path: str | Path, *, variant: str | None = None, **hub_options: Any) -> CatsConfig:
-    """The thresholds that lie in a sparse checkpoint.
+    """The thresholds that a sparse checkpoint holds.
 
     Args:
         path: As for :func:`from_pretrained`.
-        variant: Of the weights' files, such as ``"fp16"`` for ``model.fp16.safetensors``.
+        variant: Which files of weights to read, such as ``"fp16"`` for ``model.fp16.safetensors``.
         **hub_options: As for ``from_pretrained``: revision, subfolder, token, cache_dir, ...
 
     Raises:
         ConfigError: If the checkpoint is dense.
-        FormatError: If its ``cats`` block or a threshold is missing, or of a newer release.
+        FormatError: If its ``cats`` block or a threshold is missing, or from a newer release.
     """
     folder = locate(path, **hub_options)
     block = getattr(_load_config(folder, hub_options), "cats", None)
@@ -156,15 +156,15 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> Any:
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of ``from_pretrained`` those that hold for every file that is loaded."""
+    """The options of ``from_pretrained`` that hold for every file that is loaded."""
     return {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
 
 
 def locate(path: str | Path, **hub_options: Any) -> str:
     """The folder or Hugging Face id behind the name of a model.
 
-    The one place that knows the built-in name: the string ``"smollm2"`` is the model of
-    :mod:`cats.smollm2`, whatever lies in this folder; ``"./smollm2"`` is a folder of that name.
+    Only this function knows the built-in name: the string ``"smollm2"`` is the model of
+    :mod:`cats.smollm2`, even if there is a folder of that name; ``"./smollm2"`` is the folder.
 
     Args:
         path: What a user calls the model.
@@ -204,9 +204,9 @@ def _missing_on_hub(
     subfolder: str = "",
     **_: Any,
 ) -> str | None:
-    """Why a model is neither in the cache nor on the hub, which is asked once.
+    """Why a model is neither in the cache nor on the hub; the hub is asked once.
 
-    transformers would ask six times, in half a minute, before it says that no answer came.
+    transformers would ask six times in half a minute before it says that there was no answer.
     """
     file = f"{subfolder}/config.json" if subfolder else "config.json"
     try:
@@ -221,7 +221,7 @@ def _missing_on_hub(
     except OfflineModeIsEnabled:
         return "not in the cache of the Hugging Face hub, which HF_HUB_OFFLINE forbids to ask"
     except HfHubHTTPError as error:
-        # whatever else it answered, transformers asks again or says what to do
+        # for all other answers, transformers asks again or says what to do
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             return "not on the Hugging Face hub (a private model needs a token)"
     except HTTPError as error:
@@ -231,7 +231,7 @@ def _missing_on_hub(
 
 def _load_config(path: str, hub_options: dict[str, Any]) -> Any:
     folder = Path(path) / hub_options.get("subfolder", "")
-    has = {name for name in _MARKS if (folder / name).is_file()}
+    has = {name for name in _TELLING_FILES if (folder / name).is_file()}
     if has == {"adapter_config.json"}:
         raise StorageError(
             f"{path}: holds an adapter, not a model: cats.finetuning.load_adapter puts it on its "
@@ -265,7 +265,7 @@ def _stored_keys(path: str, variant: str | None, hub_options: dict[str, Any]) ->
     if variant is not None:
         single_name = f"model.{variant}.safetensors"
         index_name = f"model.safetensors.index.{variant}.json"
-    # weights are no code
+    # these two are about code, not about weights
     of_code = ("trust_remote_code", "code_revision")
     of_file = {name: value for name, value in hub_options.items() if name not in of_code}
 

@@ -29,8 +29,8 @@ class CatsConfig:
         realized_sparsity: Name of each MLP to the fraction dropped on the calibration tokens.
         calibration_tokens: How many tokens were seen.
         calibration_hash: Hash of those tokens, whatever their order.
-        fingerprints: Name of each MLP to a few of its weights, float32, by which thresholds are
-            recognised as belonging to a model.
+        fingerprints: Name of each MLP to a few of its weights, float32. They show whether
+            thresholds belong to a model.
     """
 
     method: str
@@ -64,7 +64,7 @@ class CatsConfig:
         return {mlp: tensors["threshold"] for mlp, tensors in self.tensors.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The small ``cats`` block of ``config.json``; the tensors lie beside the weights."""
+        """The small ``cats`` block of ``config.json``; tensors are stored beside the weights."""
         return {
             "version": FORMAT_VERSION,
             "method": self.method,
@@ -87,8 +87,8 @@ class CatsConfig:
         """Rebuild a config from its block and tensors.
 
         Raises:
-            FormatError: If the block is of a newer release, lacks a field or a threshold, or holds
-                an impossible value.
+            FormatError: If the block comes from a newer release, lacks a field or a threshold, or
+                holds an impossible value.
         """
         check_version(block, source)
         try:

@@ -85,10 +85,10 @@ def text_start(tokenizer: Any, bos: bool | None = None) -> list[int]:
 def cut_blocks(
     pieces: Iterable[list[int]], *, length: int, start: list[int]
 ) -> Iterator[list[int]]:
-    """Token ids, one piece after the other, in blocks of ``length`` that begin with ``start``.
+    """Join the pieces and cut them into blocks of ``length`` ids that begin with ``start``.
 
-    Where the next ids begin with ``start`` themselves, it is not put before them again. A rest
-    shorter than a block is left out.
+    If the next ids begin with ``start`` themselves, it is not added again. What is left at the end
+    and shorter than a block is dropped.
 
     Raises:
         DataError: If a block has no room for a token after ``start``.
@@ -99,15 +99,15 @@ def cut_blocks(
     ids: list[int] = []
     for piece in pieces:
         ids += piece
-        at = 0
+        position = 0
         while True:
-            begin = [] if ids[at : at + len(start)] == start else start
-            end = at + length - len(begin)
+            begin = [] if ids[position : position + len(start)] == start else start
+            end = position + length - len(begin)
             if end > len(ids):
                 break
-            yield begin + ids[at:end]
-            at = end
-        del ids[:at]
+            yield begin + ids[position:end]
+            position = end
+        del ids[:position]
 
 
 def token_blocks(
@@ -120,18 +120,18 @@ def token_blocks(
 ) -> Tensor:
     """Pack texts into blocks of equal length, so that there is no padding.
 
-    Where the tokenizer begins a text with a beginning-of-sequence token, so does every block:
-    models that were trained with it are far worse without.
+    If the tokenizer begins a text with a beginning-of-sequence token, so does every block:
+    models that were trained with it are far worse without it.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         texts: One text, or several that are joined with the tokenizer's end-of-text token.
-        length: Tokens a block, ``T``, those of :func:`text_start` among them.
-        limit: At most so many blocks.
+        length: Tokens per block, ``T``, including those of :func:`text_start`.
+        limit: Largest number of blocks.
         bos: How each block begins; see :func:`text_start`.
 
     Returns:
-        Token ids ``[N, T]``, int64; a rest shorter than a block is left out.
+        Token ids ``[N, T]``, int64. What is left at the end and shorter than a block is dropped.
 
     Raises:
         DataError: If the texts fill no block, or cannot begin as ``bos`` says.
@@ -162,7 +162,7 @@ def as_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Ids ``[B, T]`` and a boolean mask ``[B, T]``, or None where nothing is padded.
 
     Raises:
-        DataError: If the batch is of another form.
+        DataError: If the batch has another form.
     """
     ids, mask = (batch, None) if isinstance(batch, Tensor) else (None, None)
     if isinstance(batch, Mapping):

@@ -6,7 +6,7 @@ Every error that the library raises on purpose:
   - ShapeError (also a ValueError): a tensor of the wrong shape, dtype or layout
   - DataError (also a ValueError): text or tokens that cannot be used
   - FormatError (also a ValueError): a file that is corrupt, truncated or from a newer release
-  - UnsupportedModelError (also a TypeError): a model or module without the form that CATS needs
+  - UnsupportedModelError (also a TypeError): a model or module that CATS cannot work on
   - ModelMismatchError (also a ValueError): thresholds or statistics of another model
   - BackendError (also a RuntimeError): a backend that was asked for by name and cannot run
   - StorageError (also an OSError): a file that cannot be read or written
@@ -36,7 +36,7 @@ class FormatError(CatsError, ValueError):
 
 
 class UnsupportedModelError(CatsError, TypeError):
-    """A model or module that has not the form that CATS needs."""
+    """A model or module that does not have the form that CATS needs."""
 
 
 class ModelMismatchError(CatsError, ValueError):

@@ -1,4 +1,4 @@
-"""The keep-or-drop rule and the activations. The only place where either is written in Python."""
+"""The keep-or-drop rule and the activations. Neither is written in Python anywhere else."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def keep_mask(x: Tensor, threshold: Tensor | float) -> Tensor:
-    """Not ``abs(x) < threshold``, compared in float32 (float64 where ``x`` is); NaN is kept.
+    """``not abs(x) < threshold``, compared in float32, or in float64 if ``x`` is; NaN is kept.
 
     A comparison in bfloat16 would round the threshold, and a kernel that compares in float32 would
     disagree with it on the values next to the threshold.

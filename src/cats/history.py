@@ -1,4 +1,4 @@
-"""The course of one fine-tuning in JSON lines: settings first, then one point an evaluation."""
+"""The course of one fine-tuning in JSON lines: settings first, then one point per evaluation."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """What was measured after so many steps.
+    """What one evaluation measured.
 
     Attributes:
-        step: Optimiser steps taken.
+        step: Optimiser steps before it.
         tokens: Tokens trained on, without padding, over all processes.
         train_loss: Mean over the steps since the point before; None at the start. With distillation
-            it holds the divergence from the dense model.
-        learning_rate: Of the last step; None at the start.
-        losses: Name of each evaluation to its log-perplexity: mean negative log-likelihood a token.
-        accuracy: Name of each task to the share of right answers, where it was asked for.
+            it includes the divergence from the dense model.
+        learning_rate: That of the last step; None at the start.
+        losses: Name of each evaluation to its log-perplexity: mean negative log-likelihood per
+            token.
+        accuracy: Name of each task to the share of right answers, if it was measured.
         sparsity: Mean share of neurons dropped during the evaluations; None for a dense model.
-        seconds_per_step: Of training alone, since the point before; None at the start.
+        seconds_per_step: Time of training alone, since the point before; None at the start.
     """
 
     step: int
@@ -66,7 +67,7 @@ class History:
 
         Raises:
             StorageError: If the file cannot be read.
-            FormatError: If it holds something else, or is of a newer release.
+            FormatError: If it holds something else, or comes from a newer release.
         """
         try:
             lines = path.read_text("utf-8").splitlines()
@@ -128,7 +129,7 @@ def names_of(histories: Iterable[History]) -> tuple[list[str], list[str]]:
 
 
 def best_runs(histories: Mapping[str, History]) -> dict[str, History]:
-    """Of runs that differ in their learning rate alone, the one with the lowest last loss.
+    """The run with the lowest last loss among those that differ in the learning rate alone.
 
     The first evaluated text decides.
     """
@@ -152,9 +153,8 @@ def _all_but_the_learning_rate(history: History) -> str:
 def recovered(history: History, others: Iterable[History], text: str) -> float | None:
     """Share of a sparse model's loss on a text that fine-tuning takes back.
 
-    The loss is what the untuned sparse model has more than the lower of the untuned dense model and
-    the best dense run; None for a dense run, or where none of the same weights and text is there to
-    compare with.
+    The loss is the distance of the untuned sparse model from the better of the untuned dense model
+    and the best dense run. None for a dense run, or if no dense run has the same weights and text.
     """
     dense = [
         point.losses[text]

@@ -45,8 +45,8 @@ def perplexity_and_sparsity(
 def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Fraction of neurons that each sparse MLP drops on the given tokens.
 
-    A neuron counts as dropped where its thresholded activation is exactly zero. Of a fused MLP the
-    kernels' decision is counted: they do not round the gate before the comparison.
+    A neuron counts as dropped where its thresholded activation is exactly zero. In a fused MLP
+    the decision of the kernel counts: it does not round the gate before the comparison.
 
     Args:
         model: A sparse model.

