@@ -124,7 +124,7 @@ def test_interrupted_folder_leaves_nothing_behind(tmp_path, error):
 
 
 def interrupted(act, at):
-    """Acts with Ctrl+C at a line, counted over all files that run; whether it came that far."""
+    """Press Ctrl+C at a line, counted over all files that run; return whether that line ran."""
     lines = itertools.count()
 
     def trace(frame, event, argument):

@@ -1,4 +1,4 @@
-"""What a model is worth and what it skips: perplexity and realised sparsity."""
+"""How good a model is and how much it skips: perplexity and realised sparsity."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _on(device: torch.device, batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 
 class DroppedNeurons:
-    """Counts dropped neurons for as long as its hooks are on the model.
+    """Counts dropped neurons while its hooks are on the model.
 
     Attributes:
         mask: ``[B, T]`` of the batch that runs next; False marks padding, which is not counted.

@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def plain(model, tokenizer, task, data_dir):
-    """The harness's own answers, through its own front door: per question, in order."""
+    """The harness's own answers from its own entry point: per question, in order."""
     from lm_eval.models.huggingface import HFLM
 
     files = {p.stem: str(p) for p in (data_dir / task).glob("*.parquet")}

@@ -39,7 +39,7 @@ def make_spaced_tokenizer(cls=PreTrainedTokenizerFast):
 
 
 class Slow(PreTrainedTokenizerFast):
-    """A tokenizer that does not say where in the text a token is from."""
+    """A tokenizer that does not say which part of the text a token comes from."""
 
     is_fast = False
 
@@ -251,7 +251,7 @@ def test_stream_gives_the_blocks_of_the_texts(tokenizer):
     assert [text_of(tokenizer, row["input_ids"]) for row in stream] == [
         "abcd", "ef<eos>g", "hij<eos>", "klmn", "opq<eos>",
     ]  # fmt: skip
-    # a second pass starts anew
+    # a second pass starts from the beginning
     assert len([*stream]) == 5
 
 

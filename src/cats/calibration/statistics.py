@@ -142,7 +142,7 @@ class Statistics:
 
         Raises:
             StorageError: If there is no such file or it cannot be read.
-            FormatError: If it is corrupt, of a newer release, or holds something else.
+            FormatError: If it is corrupt, comes from a newer release, or holds something else.
         """
         tensors, block = load_tensors(path)
         if block.get("kind") != "statistics":

@@ -34,17 +34,17 @@ from cats.history import History, Point
 from cats.mlp import CatsActivation, find_gated_mlps, is_sparse
 from cats.results import environment
 
-# Options that change neither the weights that come out nor what is measured.
+# Options that change neither the trained weights nor the measurements.
 _FREE = ("save_every", "keep", "report_to", "gradient_checkpointing")
 _CALIBRATION_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Finetuned:
-    """What a fine-tuning gives.
+    """The result of a fine-tuning.
 
     Attributes:
-        model: With its adapters, in evaluation mode; merged with ``merge``.
+        model: The model with its adapters, in evaluation mode; with ``merge``, the merged one.
         history: Its evaluations.
         folder: Holds ``history.jsonl`` and ``adapter/`` (``model/`` after full fine-tuning), and
             ``merged/`` with ``merge``.
@@ -73,8 +73,8 @@ def finetune(
     """Fine-tune a sparse model, or a dense one for comparison, through its kept neurons.
 
     The forward pass is the one that is served: thresholds stay on, and dropped neurons get no
-    gradient. A run that was stopped continues from its last checkpoint when it is called again, and
-    ends as if it had not been stopped. Several processes share the work under ``torchrun`` or
+    gradient. If a run was stopped, the same call continues it from its last checkpoint, and it ends
+    as if it had not been stopped. Several processes share the work under ``torchrun`` or
     ``accelerate launch``.
 
     Args:
@@ -82,12 +82,12 @@ def finetune(
         train: What to learn.
         tokenizer: Tokenizer of the model, saved with it. None saves none; ``answers`` need one.
         output: Folder of the run.
-        options: How to train; the paper's defaults.
+        options: How to train; None takes the paper's settings.
         evaluations: Name to held-out examples, whose log-perplexity is measured every
             ``options.evaluate_every`` steps.
         answers: Name to pairs whose answers are generated and compared at the end.
-        calibration: Token ids ``[N, T]`` on which thresholds are set anew, where
-            ``options.recalibrate`` asks for it.
+        calibration: Token ids ``[N, T]`` on which thresholds are calibrated again; needed with
+            ``options.recalibrate``.
         merge: Whether to write ``merged/``: a checkpoint without adapters that
             :func:`cats.from_pretrained` loads.
         about: Further settings for the history, such as the name of the model.

@@ -66,7 +66,7 @@ def grid(
     """All runs; distillation is for sparse models, recalibration for those with a target.
 
     Raises:
-        ConfigError: If a method is none.
+        ConfigError: If there is no such method.
     """
     runs = []
     for method in methods:
@@ -82,7 +82,7 @@ def parse_method(text: str) -> tuple[str, float | None]:
     """Name and target sparsity: ``"cats-50"`` is ``("cats", 0.5)``.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If there is no such method.
     """
     name, _, percent = text.partition("-")
     if text in ("dense", "relu"):
@@ -108,17 +108,17 @@ def sweep(
     on_point: Callable[[Run, Point], None] = lambda run, point: None,
     on_step: Callable[[Run, int], None] = lambda run, step: None,
 ) -> Iterator[tuple[Run, History | TrainingError]]:
-    """Run what is not there yet, and give the history of each run, or why it stopped.
+    """Run what the folder does not hold yet; give the history of each run, or why it stopped.
 
     Every run starts from the weights of ``model`` and sees the same rows in the same order. Only
     histories are kept: ``folder/NAME.jsonl``.
 
     Args:
-        model: The dense model; its weights are the same afterwards.
+        model: The dense model; its weights do not change.
         train: What to learn.
         runs: What to run; see :func:`grid`.
         tokenizer: Tokenizer of the model.
-        folder: For the histories.
+        folder: Where the histories are written.
         options: What the runs have in common.
         calibration: Token ids ``[N, T]`` for thresholds.
         evaluations: Name to held-out examples.

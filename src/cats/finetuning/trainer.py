@@ -31,17 +31,17 @@ _UNFINISHED = ".unfinished"
 
 
 class FinetuneTrainer(Trainer):
-    """Adds distillation, a stop at NaN, whole checkpoints, evaluations by token, recalibration.
+    """Adds distillation, a stop at NaN, whole checkpoints, losses per token, recalibration.
 
     Args:
-        model: With adapters, or all of it to be trained.
+        model: A model with adapters, or one whose weights are all trained.
         options: How to train.
         train: What to train on.
         evaluations: Name to held-out examples.
-        folder: For checkpoints.
+        folder: Where checkpoints are written.
         thresholds: Those of the sparse model; None for a dense one.
-        recalibrate: Gives new thresholds for the model as it is; see ``options.recalibrate``.
-        resuming: Whether a checkpoint is continued, so that there is no evaluation at the start.
+        recalibrate: Gives new thresholds for the current weights; see ``options.recalibrate``.
+        resuming: Whether a checkpoint is continued; then there is no evaluation at the start.
         on_point: Called in the first process with each evaluation.
         on_step: Called in the first process with the number of steps taken.
     """
@@ -159,7 +159,7 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def _train_loss(self) -> float | None:
-        """Mean over the steps since the evaluation before; a log is the mean since the last log."""
+        """Mean over the steps since the last evaluation; a log is the mean since the last log."""
         logs: list[tuple[int, float]] = []
         before = 0
         for entry in reversed(self.state.log_history):
@@ -182,8 +182,8 @@ class FinetuneTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name, and rename it when it is whole.
 
-        The Trainer writes file by file under the final name, and resumes from what is there:
-        without the optimiser's file it would start with an empty one and say nothing.
+        The Trainer writes file by file under the final name, and resumes from what it finds. If the
+        optimiser's file were missing, it would start with a fresh optimiser and say nothing.
         """
         self.clock.stop()
         folder = self._folder
@@ -211,7 +211,7 @@ class FinetuneTrainer(Trainer):
                 (folder / name).rename(unfinished / "replaced")
             (unfinished / name).rename(folder / name)
             for old in checkpoints(folder)[: -self.options.keep]:
-                # a half deleted checkpoint must not be found either
+                # renamed first, so that a checkpoint which is half deleted is not found
                 old.rename(unfinished / old.name)
             shutil.rmtree(unfinished)
         self.accelerator.wait_for_everyone()
@@ -250,7 +250,7 @@ class FinetuneTrainer(Trainer):
             if isinstance(module, CatsActivation)
         }
         for name, threshold in config.thresholds.items():
-            # PEFT puts the names of its wrappers before that of the model
+            # PEFT puts the names of its wrappers in front of the model's
             act = next(act for mlp, act in found.items() if f".{mlp}".endswith(f".{name}"))
             act.threshold = threshold.to(act.threshold.device)
 
