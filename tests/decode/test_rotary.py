@@ -115,3 +115,24 @@ def test_conversations_of_both_lengths_at_once_do_not_mix():
 def test_text_past_the_scaled_context_is_an_error():
     with pytest.raises(ConfigError, match="context is 160"):
         cats.generate(dynamic(), make_ids(1, 150), max_new_tokens=20, **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+def test_dynamic_texts_that_run_by_turns_do_not_mix():
+    model = dynamic()
+    first, second = make_ids(1, 30), make_ids(1, 90, seed=5).clamp(min=1)
+    stream = cats.Decoder(model).stream(first, max_new_tokens=30, **GREEDY)
+    found = [int(next(stream)) for _ in range(15)]
+    other = cats.generate(model, second, max_new_tokens=10, **GREEDY)
+    found += [int(token) for token in stream]
+    assert found == reference(dynamic, first, 30)[0, 30:].tolist()
+    assert torch.equal(other, reference(dynamic, second, 10))
+    # a text after a longer one, and the model itself afterwards
+    assert torch.equal(
+        cats.generate(model, first, max_new_tokens=30, **GREEDY), reference(dynamic, first, 30)
+    )
+    model.generation_config.eos_token_id = None
+    plain = model.generate(
+        first, attention_mask=torch.ones_like(first), max_new_tokens=30, **GREEDY
+    )
+    assert torch.equal(plain, reference(dynamic, first, 30))

@@ -3,13 +3,16 @@
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     GPT2Config,
+    JetMoeConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -23,7 +26,7 @@ from transformers import (
 import cats
 from cats.decode import runner as runner_module
 from cats.decode.runner import release, runner_of
-from cats.errors import BackendError, DataError, UnsupportedModelError
+from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
 from tests.models import SIZES, make_ids, make_model
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -336,3 +339,144 @@ def test_check_of_the_cache_can_fail(monkeypatch):
     monkeypatch.setattr(runner_module, "_TOLERANCE", {torch.float32: -1.0})
     with pytest.raises(UnsupportedModelError, match="does not remember"):
         cats.generate(make_model(), make_ids(1, 4), max_new_tokens=2)
+
+
+# --- what is nested, shared or hidden
+
+
+class Steered(nn.Module):
+    """Adds what it keeps in lists, dictionaries and objects, as libraries for steering do."""
+
+    factor = 1.0
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.vectors = [torch.zeros(16)]
+        self.state = {"on": 1.0, "vector": torch.zeros(16)}
+        self.settings = SimpleNamespace(scale=1.0)
+
+    def forward(self, x):
+        added = self.vectors[0] + self.state["on"] * self.state["vector"]
+        return self.factor * self.settings.scale * self.inner(x) + added
+
+
+def written(mlp):
+    mlp.vectors[0].add_(2)
+
+
+def replaced(mlp):
+    mlp.vectors[0] = torch.ones(16)
+
+
+def entry(mlp):
+    mlp.state["vector"] = torch.ones(16)
+
+
+def attribute(mlp):
+    mlp.settings.scale = -2.0
+
+
+def of_the_class(mlp):
+    type(mlp).factor = -1.0
+
+
+@pytest.mark.parametrize("change", [written, replaced, entry, attribute, of_the_class])
+def test_nested_settings_that_change_are_seen(change, monkeypatch):
+    model, ids = make_model(), make_ids(1, 12)
+    mlp = model.model.layers[0].mlp = Steered(model.model.layers[0].mlp)
+    decoder = cats.Decoder(model)
+    before = decoder.generate(ids, max_new_tokens=12, **GREEDY)
+    monkeypatch.setattr(Steered, "factor", 1.0)
+    change(mlp)
+    after = decoder.generate(ids, max_new_tokens=12, **GREEDY)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, wanted(model, ids, 12))
+
+
+def test_function_that_is_replaced_in_its_file_is_seen(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model, ids = make_model(), make_ids(1, 12)
+    cats.generate(model, ids, max_new_tokens=12, **GREEDY)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
+    assert torch.equal(
+        cats.generate(model, ids, max_new_tokens=12, **GREEDY), wanted(model, ids, 12)
+    )
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward"])
+def test_what_a_closure_decides_is_asked_again(kind):
+    model, ids, scale = make_model(), make_ids(1, 12), [1.0]
+    mlp = model.model.layers[0].mlp
+    if kind == "hook":
+        mlp.register_forward_hook(lambda m, args, out: out * scale[0])
+    else:
+        forward = mlp.forward
+        mlp.forward = lambda x: forward(x) * scale[0]
+    decoder = cats.Decoder(model)
+    decoder.generate(ids, max_new_tokens=12, **GREEDY)
+    scale[0] = -2.0
+    assert torch.equal(decoder.generate(ids, max_new_tokens=12, **GREEDY), wanted(model, ids, 12))
+
+
+def test_hooks_do_not_see_what_extras_are_checked_with():
+    model, seen = llava(), []
+    model.model.language_model.norm.register_forward_hook(lambda *_: seen.append(1))
+    cats.generate(model, image_prompt(1), max_new_tokens=3, **GREEDY)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("place", ["processor", "hook"])
+def test_generation_inside_another_one_is_right(place):
+    model, draft, ids = make_model(), make_model(num_hidden_layers=1), make_ids(1, 9)
+    expected, inner = wanted(model, ids, 5), []
+
+    def run(*_):
+        inner.append(cats.generate(draft, ids[:, :4], max_new_tokens=2, **GREEDY))
+
+    options = {}
+    if place == "hook":
+        model.model.norm.register_forward_hook(run)
+    else:
+        options["logits_processor"] = [lambda ids, scores: (run(), scores)[1]]
+    actual = cats.generate(model, ids, max_new_tokens=5, **options, **GREEDY)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(found, wanted(draft, ids[:, :4], 2)) for found in inner)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+def test_mixture_whose_sizes_depend_on_values_is_right():
+    model = AutoModelForCausalLM.from_config(
+        JetMoeConfig(
+            vocab_size=257, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2,
+            kv_channels=8, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2,
+        )
+    ).eval()  # fmt: skip
+    ids = make_ids(1, 9)
+    assert torch.equal(cats.generate(model, ids, max_new_tokens=8, **GREEDY), wanted(model, ids, 8))
+
+
+def test_decoder_of_an_encoder_decoder_counts_its_own_layers():
+    model = AutoModelForCausalLM.from_config(
+        BartConfig(
+            vocab_size=257, d_model=16, encoder_layers=4, decoder_layers=2, decoder_ffn_dim=32,
+            encoder_attention_heads=2, decoder_attention_heads=2, is_decoder=True,
+            is_encoder_decoder=False,
+        )
+    ).eval()  # fmt: skip
+    ids = make_ids(1, 9)
+    assert torch.equal(cats.generate(model, ids, max_new_tokens=8, **GREEDY), wanted(model, ids, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"generation_config": {"max_new_tokens": 3}}, {"generation_config": 3}, {"seed": 2**70},
+        {"seed": -1}, {"callback": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_option_of_a_wrong_kind_is_an_error(options):
+    with pytest.raises(ConfigError):
+        cats.generate(make_model(), make_ids(1, 4), **options)

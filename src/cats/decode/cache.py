@@ -114,7 +114,11 @@ class SlotCache(Cache):
         Raises:
             UnsupportedModelError: If a layer remembers something else than keys and values.
         """
-        kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        kinds, _ = get_layer_types_and_kwargs(text)
+        # decoders of encoder-decoders count the encoder's layers as their own
+        if (layers := getattr(text, "decoder_layers", None)) and set(kinds) == {"full_attention"}:
+            kinds = ["full_attention"] * layers
         if others := sorted(set(kinds) - set(_KINDS)):
             raise UnsupportedModelError(
                 f"the decode loop needs layers that cache keys and values; this model has "

@@ -140,6 +140,8 @@ class Decoder:
         **options: Any,
     ) -> Tensor:
         """See :func:`cats.generate`; what the prompt shares with the last call is not run again."""
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"callback: expected a function, got {type(callback).__name__}")
         shows = [s for s in (callback, getattr(streamer, "put", None)) if s is not None]
         with self._turns.take() as turn:
             request = self._request(inputs, attention_mask, options, tokenizer)
@@ -227,6 +229,9 @@ class Decoder:
             ConfigError: If there is no token after the prompt, or one too many for the context.
             BackendError: If the engine cannot run, or does not show its logits.
         """
+        ids = torch.as_tensor(ids)
+        if ids.ndim != 2:
+            raise DataError(f"expected token ids [B, T], got {list(ids.shape)}")
         length = ids.shape[1]
         if not 0 < prompt_length < length:
             raise ConfigError(

@@ -98,12 +98,13 @@ class EagerEngine:
                 return
             try:
                 graph = trace(shadow_of(model))
+                replaced = None if graph is None else use_cpu_kernels(copy_of(graph))
             except Exception as error:
                 # a tracer meets whatever a model does; the step runs untraced, and errors there
                 _warn_untraced(model, first_line(error))
                 return
             if graph is not None:
-                self._traced[key], self._steps[key] = graph, use_cpu_kernels(copy_of(graph))
+                self._traced[key], self._steps[key] = graph, replaced
                 self._check(key, model, state, length)
 
     def _check(self, key: tuple[Any, ...], model: nn.Module, state: State, length: int) -> None:

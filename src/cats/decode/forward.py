@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from functools import cache as remembered
 from typing import Any
@@ -115,9 +116,14 @@ def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
 
 
 def _trace(step: StepFunction, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    graph = make_fx(step, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)(
-        *inputs
-    )
+    # it would log whole tracebacks of operators that cannot be traced, for which we say why
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level, log.level = log.level, logging.CRITICAL
+    try:
+        traced = make_fx(step, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+        graph = traced(*inputs)
+    finally:
+        log.level = level
     _drop_copies(graph)
     return graph
 

@@ -8,9 +8,11 @@ only what was computed with the old numbers is forgotten: the keys and values of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import inspect
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 from weakref import ref
 
@@ -24,6 +26,9 @@ from cats.mlp import CatsActivation
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 # Index of a module, name of one of its attributes.
 Place = tuple[int, str]
+# Attributes of attributes are looked at to this depth.
+_DEEPEST = 3
+_MOST_FUNCTIONS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,10 @@ class Marks:
     @classmethod
     def of(cls, model: nn.Module) -> Marks:
         """The marks of a model as it is now."""
-        configs: dict[int, Hashable] = {}
+        known: dict[Any, Hashable] = {}
         structure, content, names = [], [], []
         for name, module in model.named_modules():
-            structure.append(_structure(module, configs))
+            structure.append(_structure(module, known))
             content.append(_content(module))
             names.append(name)
         structure.append({"": _of_all_models()})
@@ -80,14 +85,37 @@ class Marks:
         return Marks(kept(self.structure), kept(self.content), self.names)
 
 
+def hides_settings(model: nn.Module) -> bool:
+    """Whether hooks or replaced ``forward`` methods may decide by something that has no mark."""
+    return any(
+        has_own_hooks(m)
+        # that of accelerate only loads weights
+        or ("forward" in vars(m) and not hasattr(m, "_hf_hook"))
+        for m in model.modules()
+    ) or bool(_torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks beside those by which transformers records outputs."""
+    return any(
+        not is_recorder(hook)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether a hook is one of transformers itself, which only records what a call asks for."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
 def runs_own_code(model: nn.Module) -> bool:
     """Whether hooks or replaced ``forward`` methods of single modules must run at each step.
 
     Other libraries add both (adapters, offloading, steering). A trace would run them once.
     """
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
-    ) or bool(_torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks)
+    return any(has_own_hooks(m) or "forward" in vars(m) for m in model.modules()) or bool(
+        _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks
+    )
 
 
 class _Uncounted:
@@ -97,8 +125,11 @@ class _Uncounted:
     """
 
 
-def _structure(module: nn.Module, configs: dict[int, Hashable]) -> dict[str, Hashable]:
-    found: dict[str, Hashable] = {"": (ref(module), _identity(type(module).forward))}
+def _structure(module: nn.Module, known: dict[Any, Hashable]) -> dict[str, Hashable]:
+    kind = type(module)
+    if kind not in known:
+        known[kind] = _code(kind)
+    found: dict[str, Hashable] = {"": (ref(module), known[kind])}
     # hooks have numbers that no later hook gets
     if module._forward_hooks or module._forward_pre_hooks:
         found["hooks"] = (*module._forward_hooks, *module._forward_pre_hooks)
@@ -112,7 +143,7 @@ def _structure(module: nn.Module, configs: dict[int, Hashable]) -> dict[str, Has
         if value is None or type(value) in (bool, int, float, str):
             found[name] = value
         elif name not in _OF_EVERY_MODULE:
-            found[name] = _setting(value, configs)
+            found[name] = _setting(value, known)
     return found
 
 
@@ -126,15 +157,52 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _setting(value: object, configs: dict[int, Hashable]) -> Hashable:
+def _code(kind: Any) -> Hashable:
+    """What all modules of a class share: its forward pass, what that calls, and plain settings."""
+    functions: dict[FunctionType, None] = {}
+    _add_functions(inspect.unwrap(kind.forward), functions)
+    settings = [
+        (name, value if type(value) in (bool, int, float, str) else repr(value))
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name, value in vars(base).items()
+        if not name.startswith("__") and value is not None and _is_plain(value)
+    ]
+    return (*map(ref, functions), *settings)
+
+
+def _add_functions(function: Any, found: dict[FunctionType, None]) -> None:
+    """A function and those that it calls by a name of its own file, in turn."""
+    if not isinstance(function, FunctionType) or function in found or len(found) >= _MOST_FUNCTIONS:
+        return
+    found[function] = None
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType):
+            found.setdefault(called)
+            inner = inspect.unwrap(called)
+            if inner.__module__ == function.__module__:
+                _add_functions(inner, found)
+
+
+def _setting(value: Any, known: dict[Any, Hashable], depth: int = 0) -> Hashable:
     if isinstance(value, Tensor):
         return _address(value), _version(value)
     if isinstance(value, PreTrainedConfig):
-        if id(value) not in configs:
-            configs[id(value)] = repr([(k, v) for k, v in vars(value).items() if _is_plain(v)])
-        return configs[id(value)]
+        if id(value) not in known:
+            known[id(value)] = repr([(k, v) for k, v in vars(value).items() if _is_plain(v)])
+        return known[id(value)]
     if _is_plain(value):
         return repr(value)
+    if depth < _DEEPEST and not isinstance(value, nn.Module | type | ModuleType | FunctionType):
+        # what is nested is read by forward passes all the same
+        if isinstance(value, dict):
+            inner: Iterable[tuple[Any, Any]] = value.items()
+        elif isinstance(value, list | tuple | set | deque):
+            inner = enumerate(value)
+        else:
+            inner = getattr(value, "__dict__", {}).items()
+        parts = tuple((str(k), _setting(v, known, depth + 1)) for k, v in inner)
+        return _identity(value), parts
     return _identity(value)
 
 

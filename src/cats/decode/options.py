@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig
 
 from cats.decode.processors import DRAWING, PROCESSED, Processors
 from cats.decode.sampling import Sampling
@@ -85,12 +86,24 @@ class Options:
     processors: Processors | None = None
 
 
+def _seed(value: int) -> int:
+    if not 0 <= value < 2**63:
+        raise ConfigError(f"seed: expected a number from 0 to 2**63 - 1, got {value}")
+    return value
+
+
 class _Settings:
     """Values by name: of the call, its ``generation_config``, the model's, and the defaults."""
 
     def __init__(self, model: nn.Module, given: Mapping[str, Any]) -> None:
         self._given = given
         config: Any = getattr(model, "generation_config", None)
+        own = given.get("generation_config")
+        if own is not None and not isinstance(own, GenerationConfig):
+            raise ConfigError(
+                f"generation_config: expected transformers' GenerationConfig, got "
+                f"{type(own).__name__}: give its options by name instead"
+            )
         self._configs = [c for c in (given.get("generation_config"), config) if c is not None]
 
     def __call__(self, name: str) -> Any:
@@ -132,7 +145,7 @@ def resolve(model: nn.Module, prompt_length: int, given: Mapping[str, Any]) -> O
     processors = _processors(model, value, given, sampling, eos, prompt_length, count)
     return Options(
         sampling=sampling if processors is None else Sampling(do_sample=sampling.do_sample),
-        seed=None if seed is None else integer("seed", seed),
+        seed=None if seed is None else _seed(integer("seed", seed)),
         max_new_tokens=count,
         eos_token_ids=eos,
         pad_token_id=pad,
@@ -185,9 +198,10 @@ def _refuse(value: _Settings, given: Mapping[str, Any]) -> None:
         setting = value(name) if name in _REFUSED else given.get(name)
         if _is_set(setting, neutral):
             where = "" if name in given else "the generation_config sets "
+            shown = repr(setting) if len(repr(setting)) < 80 else type(setting).__name__
             raise ConfigError(
-                f"{where}{name}={setting!r}, which the decode loop does not do: use "
-                "model.generate, or leave it out"
+                f"{where}{name}={shown}, which the decode loop does not do: use model.generate, "
+                "or leave it out"
             )
 
 
@@ -216,12 +230,12 @@ def _new_tokens(model: nn.Module, value: _Settings, prompt_length: int) -> int:
         config: Any = model.config
         context = getattr(config, "max_position_embeddings", None)
         count = _DEFAULT_NEW_TOKENS
-        if context is not None:
+        if context is not None and context > 0:
             count = min(count, int(context) - prompt_length)
     if count < 1:
         raise ConfigError(
             f"nothing to generate: the prompt has {prompt_length} tokens, which leaves {count} "
-            "new ones; raise max_new_tokens"
+            "new ones; raise max_new_tokens or max_length"
         )
     return count
 

@@ -82,7 +82,8 @@ class Request:
 def _check_context(config: Any, prompt: int, new: int) -> None:
     rule = LengthRule.of(config)
     context = getattr(config, "max_position_embeddings", None) if rule is None else rule.limit
-    if context is not None and prompt + new > context:
+    # some models say -1 for any length
+    if context is not None and 0 < context < prompt + new:
         raise ConfigError(
             f"the prompt has {prompt} tokens and {new} new ones were asked for, but the model's "
             f"context is {context}: shorten one of them"

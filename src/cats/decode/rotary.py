@@ -7,6 +7,8 @@ the original context (Phi-3); others go on with keys of both kinds. Both are fol
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,71 @@ def is_adaptive(module: nn.Module) -> bool:
     kind = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, dict) else [kind]
     return any(name in str(k) for k in kinds for name in _ADAPTIVE)
+
+
+@contextmanager
+def frequencies_of_one_text(
+    model: nn.Module, kept: list[dict[str, Any]] | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Within the block the rotary modules hold the frequencies of one text, not of the last one.
+
+    A dynamic module stores those of the longest text that it has seen. Afterwards it holds again
+    what it held before.
+
+    Args:
+        model: A model whose rule is ``"dynamic"``.
+        kept: What the text had stored when the block ended last; None at its beginning.
+
+    Yields:
+        A list that holds what is stored when the block has ended.
+    """
+    modules = [module for module in model.modules() if is_adaptive(module)]
+    before = [_stored(module) for module in modules]
+    now: list[dict[str, Any]] = []
+    for index, module in enumerate(modules):
+        _store(module, _fresh(module) if kept is None else kept[index])
+    try:
+        yield now
+    finally:
+        now.extend(_stored(module) for module in modules)
+        for module, values in zip(modules, before, strict=True):
+            _store(module, values)
+
+
+_STORED = ("inv_freq", "max_seq_len_cached", "attention_scaling")
+
+
+def _stored(module: nn.Module) -> dict[str, Any]:
+    values = {**vars(module), **module._buffers}
+    return {
+        name: value
+        for name, value in values.items()
+        if name.endswith(_STORED) and not name.endswith("original_inv_freq")
+    }
+
+
+def _fresh(module: Any) -> dict[str, Any]:
+    """What a module holds that has seen no text."""
+    found = {}
+    for name, value in _stored(module).items():
+        prefix = name.removesuffix("inv_freq")
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        if name.endswith("max_seq_len_cached"):
+            if name == "max_seq_len_cached":
+                found[name] = module.original_max_seq_len
+        else:
+            found[name] = value if original is None else original.to(value.device)
+    return found
+
+
+def _store(module: nn.Module, values: dict[str, Any]) -> None:
+    for name in _stored(module).keys() - values.keys():
+        delattr(module, name)
+    for name, value in values.items():
+        if name in module._buffers:
+            module._buffers[name] = value
+        else:
+            setattr(module, name, value)
 
 
 def runs_again_at(model: Any, length: int, cache_name: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cats.decode.engines import AutoEngine, make_engine
 from cats.decode.forward import arguments_of, cache_argument, prefill
 from cats.decode.marks import Marks
-from cats.decode.rotary import LengthRule, runs_again_at
+from cats.decode.rotary import LengthRule, frequencies_of_one_text, runs_again_at
 from cats.decode.state import State, device_of
 from cats.decode.tracing import (
     copy_to_probe,
@@ -58,7 +58,7 @@ class Runner:
         self._cache_name = cache_argument(model)
         self.rule = LengthRule.of(self._config)
         self._runs_again: bool | None = None
-        self._alone = threading.Lock()
+        self._alone = threading.RLock()
         self._checked: set[frozenset[str]] = set()
         copied = copy_to_probe(model)
         before = Marks.of(copied)
@@ -81,15 +81,20 @@ class Runner:
         )
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Hold this while the engine runs a prompt or a step."""
+    def running(self, model: nn.Module, state: State) -> Iterator[None]:
+        """Hold this while the engine runs a prompt or a step of a conversation."""
         with exclusion.running():
             if self.rule is None:
                 yield
-            else:
-                # a pass writes the frequencies of its length into the model
-                with self._alone:
+                return
+            # a pass writes the frequencies of its length into the model
+            with self._alone:
+                if self.rule.kind == "longrope":
                     yield
+                    return
+                with frequencies_of_one_text(model, state.rotary) as stored:
+                    yield
+                state.rotary = stored
 
     def check_extras(
         self, model: nn.Module, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
@@ -103,7 +108,8 @@ class Runner:
         if not extras or names in self._checked:
             return
         with exclusion.tracing(), torch.inference_mode():
-            difference = _difference_with_cache(model, self._config, ids, mask, extras)
+            copied = copy_to_probe(model)
+            difference = _checked_difference(copied, self._config, ids, mask, extras)
         if not difference <= _tolerance(model):
             raise UnsupportedModelError(
                 f"decoding {type(model).__name__} with {', '.join(sorted(names))} differs from one "
@@ -179,23 +185,31 @@ def check_cache(model: nn.Module, config: Any) -> None:
         ids = torch.randint(config.vocab_size, (1, _CHECKED_TOKENS), generator=generator)
         ids = ids.to(device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        try:
-            differences.append(_difference_with_cache(model, config, ids, mask, {}))
-        except (CatsError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a foreign model raises is the reason
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be decoded from cached keys and values "
-                f"({first_line(error)}): use model.generate"
-            ) from error
+        differences.append(_checked_difference(model, config, ids, mask, {}))
         # in 16 bits a rounding can choose other neurons or experts for one text, not for each
         if differences[-1] <= _tolerance(model):
             return
+    ahead = "; with is_decoder=False it reads ahead: load it with is_decoder=True, or"
+    advice = ahead if getattr(config, "is_decoder", None) is False else ";"
     raise UnsupportedModelError(
         f"{type(model).__name__} does not remember earlier tokens by keys and values alone: a step "
-        f"after a prompt differs from one pass over both by {min(differences):.1%}; "
+        f"after a prompt differs from one pass over both by {min(differences):.1%}{advice} "
         "use model.generate"
     )
+
+
+def _checked_difference(
+    model: nn.Module, config: Any, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
+) -> float:
+    try:
+        return _difference_with_cache(model, config, ids, mask, extras)
+    except (CatsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a foreign model raises is the reason
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be decoded from cached keys and values "
+            f"({first_line(error)}): use model.generate"
+        ) from error
 
 
 def _difference_with_cache(

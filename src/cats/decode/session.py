@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cats.decode.capture import window_of
 from cats.decode.extras import extras_on
-from cats.decode.marks import Marks
+from cats.decode.marks import Marks, hides_settings
 from cats.decode.options import Options
 from cats.decode.request import Request
 from cats.decode.runner import Runner, runner_of
@@ -147,7 +147,8 @@ class Session:
         runner.check_extras(self._model, ids, mask, state.extras)
         state.begin(ids, mask, self._config.vocab_size, options)
         state.frequencies = runner.frequencies(length)
-        with runner.running():
+        state.rotary = None if start == 0 else state.rotary
+        with runner.running(self._model, state):
             runner.engine.prefill(self._model, state, ids[:, start:], start, options)
         first = _Read(state, length)
         if options.max_new_tokens > 1:
@@ -167,7 +168,7 @@ class Session:
             length: Of a row.
             options: Of this request.
         """
-        with runner.running():
+        with runner.running(self._model, state):
             if runner.runs_again_at(self._model, length):
                 # NO_TOKEN, at which the host raises, is no token of a pass
                 chosen = state.chosen[ids.shape[1] : length].T.clamp(min=0)
@@ -199,6 +200,7 @@ class Session:
             stored is None
             or request.extras
             or not same_weights
+            or hides_settings(self._model)
             or frequencies is None
             or frequencies != state.frequencies
         ):

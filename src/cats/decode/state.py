@@ -36,6 +36,7 @@ class State:
         logits: What the token of each slot gave, ``[capacity, B, V]``, float32; None where no one
             asks for them.
         padded: Whether a row has padding.
+        rotary: What rotary modules have stored for this text, where that depends on its length.
         extras: What the model takes of the next prompt beside ids and mask.
         frequencies: Which rotary frequencies the stored keys have, see :class:`LengthRule`; None
             where no later pass has the same.
@@ -61,6 +62,7 @@ class State:
         self.logits: Tensor | None = None
         self.padded = False
         self.frequencies: int | None = 0
+        self.rotary: list[dict[str, Any]] | None = None
         self.extras: Mapping[str, Any] = {}
         spans = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         self.unmasked_slots = min((span - 1 for span in spans if span), default=2**62)

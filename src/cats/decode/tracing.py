@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cats.decode.marks import Place
+from cats.decode.marks import Place, is_recorder
 from cats.decode.rotary import is_adaptive
 from cats.fusion import FusedGatedMLP
+from cats.mlp import CatsActivation
 
 # Largest difference between the logits of a step and those of the model's own step, as a share of
 # these: in more than 16 bits, and in 16. A neuron that a rounding moves over its threshold changes
@@ -30,6 +32,8 @@ _TOLERANCE = {
 _TRIES = 3
 # Counters, frequencies and thresholds are smaller; quantised weights are larger.
 _COPIED_BYTES = 2**20
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_DEEPEST = 5
 
 
 class _Exclusion:
@@ -64,13 +68,15 @@ class _Exclusion:
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Hold this while something is traced, compiled or probed; not inside :meth:`running`."""
+        """Hold this while something is traced, compiled or probed."""
         me = threading.get_ident()
         if self._tracer == me:
             yield
             return
-        assert not getattr(self._inside, "depth", 0), "a running step must not trace"
+        # a hook or a processor of a running step generates as well: the step waits meanwhile
+        runs = getattr(self._inside, "depth", 0)
         with self._free:
+            self._running -= runs
             self._waiting += 1
             try:
                 self._free.wait_for(lambda: self._tracer is None and not self._running)
@@ -84,6 +90,9 @@ class _Exclusion:
             with self._free:
                 self._tracer = None
                 self._free.notify_all()
+                if runs:
+                    self._free.wait_for(lambda: self._tracer is None)
+                    self._running += runs
 
 
 exclusion = _Exclusion()
@@ -106,12 +115,27 @@ def shadow_of(model: nn.Module, *, copied_bytes: int = 0) -> nn.Module:
     for module in model.modules():
         for parameter in module._parameters.values():
             memo[id(parameter)] = parameter
-        for tensor in (*module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor) and tensor.nbytes > copied_bytes:
+        attributes = [v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE]
+        for tensor in _tensors_in([*module._buffers.values(), attributes]):
+            if tensor.nbytes > copied_bytes:
                 memo[id(tensor)] = tensor
     # what is copied counts its writes, as the original does
     with torch.inference_mode(False):
         return copy.deepcopy(model, memo)
+
+
+def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """The tensors in a value, in its entries and attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth < _DEEPEST and not isinstance(value, nn.Module | type):
+        inner: Iterable[Any] = getattr(value, "__dict__", {}).values()
+        if isinstance(value, dict):
+            inner = value.values()
+        elif isinstance(value, list | tuple | set):
+            inner = value
+        for item in inner:
+            yield from _tensors_in(item, depth + 1)
 
 
 def copy_to_probe(model: nn.Module) -> nn.Module:
@@ -127,8 +151,9 @@ def copy_to_probe(model: nn.Module) -> nn.Module:
     except Exception:  # whatever a foreign module raises: it is then probed itself
         return model
     for module in shadow.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for number in [number for number, hook in hooks.items() if not is_recorder(hook)]:
+                del hooks[number]
     return shadow
 
 
@@ -144,7 +169,7 @@ def stored_names(changed: dict[Place, str], model: nn.Module) -> list[str]:
     ours = {
         index
         for index, module in enumerate(model.modules())
-        if is_adaptive(module) or isinstance(module, FusedGatedMLP)
+        if is_adaptive(module) or isinstance(module, FusedGatedMLP | CatsActivation)
     }
     return [name for (index, _), name in changed.items() if index not in ours]
 
