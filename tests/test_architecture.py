@@ -7,15 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cats"
 LAYERS = {
-    9: "__main__",
-    8: "cli",
+    10: "__main__",
+    9: "cli",
+    8: "recipes",
     7: "evaluation finetuning benchmarks report serving integrations",
     6: "checkpoint metrics decode",
     5: "calibration apply",
     4: "methods fusion",
     3: "mlp",
     2: "ops data results history smollm2 placement fingerprint",
-    1: "functional config errors storage version undo",
+    1: "functional config errors storage version undo lazy",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # config is the content of files: within layer 1, errors and storage lie below it

@@ -1,12 +1,12 @@
 """CATS: contextually-aware thresholding for sparsity (arXiv:2404.08763)."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cats.lazy import exports
 from cats.version import __version__
 
 if TYPE_CHECKING:
-    from cats import functional, metrics, ops
+    from cats import functional, metrics, ops, recipes
     from cats.apply import densify_, sparsify_
     from cats.calibration import Statistics, calibrate, collect
     from cats.checkpoint import from_pretrained
@@ -30,40 +30,32 @@ __all__ = [
     "generate",
     "metrics",
     "ops",
+    "recipes",
     "release",
     "sparsify_",
     "unfuse_",
 ]
 
 # Loaded on first use: `import cats` and `cats --help` must not wait for torch.
-_HOME = {
-    "CatsConfig": "cats.config",
-    "CatsError": "cats.errors",
-    "Decoder": "cats.decode",
-    "Statistics": "cats.calibration",
-    "calibrate": "cats.calibration",
-    "collect": "cats.calibration",
-    "densify_": "cats.apply",
-    "from_pretrained": "cats.checkpoint",
-    "functional": "cats.functional",
-    "fuse_": "cats.fusion",
-    "generate": "cats.decode",
-    "metrics": "cats.metrics",
-    "ops": "cats.ops",
-    "release": "cats.decode",
-    "sparsify_": "cats.apply",
-    "unfuse_": "cats.fusion",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'cats' has no attribute {name!r}")
-    module = importlib.import_module(_HOME[name])
-    value = module if _HOME[name] == f"cats.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "CatsConfig": "cats.config",
+        "CatsError": "cats.errors",
+        "Decoder": "cats.decode",
+        "Statistics": "cats.calibration",
+        "calibrate": "cats.calibration",
+        "collect": "cats.calibration",
+        "densify_": "cats.apply",
+        "from_pretrained": "cats.checkpoint",
+        "functional": "cats.functional",
+        "fuse_": "cats.fusion",
+        "generate": "cats.decode",
+        "metrics": "cats.metrics",
+        "ops": "cats.ops",
+        "recipes": "cats.recipes",
+        "release": "cats.decode",
+        "sparsify_": "cats.apply",
+        "unfuse_": "cats.fusion",
+    },
+)

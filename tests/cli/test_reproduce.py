@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from cats.benchmarks import decode, mlp
-from cats.cli.reproduce import Recipe
 from cats.errors import CatsError
 from cats.evaluation import run as runs
 from cats.results import Result, read_results
@@ -100,18 +99,6 @@ def test_another_target_in_the_same_folder_stands_beside_the_first(
     assert [r.settings["sparsity"] for r in tokens] == [0.0, 0.3, 0.5]
     calls = read_results(folder / "mlp-float32.jsonl")
     assert [r.settings["sparsity"] for r in calls] == [0.3, 0.5]
-
-
-@pytest.mark.parametrize(("bos", "begins"), [(None, True), (True, True), (False, None)])
-def test_blocks_begin_as_the_option_says_and_every_number_tells(tmp_path, bos, begins):
-    recipe = Recipe(
-        model=models.make_model(), tokenizer=models.make_tokenizer(begins=True), folder=tmp_path,
-        name="tiny", targets=[0.5], samples=2, length=8, seed=0, bos=bos, source="text",
-        identity={},
-    )  # fmt: skip
-    blocks = [*recipe.split("abc" * 40), *recipe.eval_blocks({"other": "xy" * 40}, None).values()]
-    assert all((b[:, 0] == models.BOS).all() == bool(begins) for b in blocks)
-    assert recipe.settings["bos"] is begins
 
 
 def test_a_missing_text_is_an_error_before_the_model_is_loaded(command, tmp_path):

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cats.cli import options
-from cats.cli.running import duration, resumable
+from cats.cli.running import Terminal, resumable
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cats.calibration import Statistics
-
-# Batches between two saves of a long calibration.
-_CHUNK = 32
-_DEFAULT_TARGET = 0.5
-# A search for the largest sparsity starts on one batch of so many.
-_PART = 4
+    from cats.recipes import Calibration
 
 
 def calibrate(
@@ -79,7 +67,7 @@ def calibrate(
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option(help=f"Save the counts here, every {_CHUNK} batches, and continue from them."),
+        typer.Option(help="Save the counts here, every 32 batches, and continue from them."),
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -98,52 +86,70 @@ def calibrate(
     limit = _parse_percent(max_loss)
     # torch is imported here
     with options.err.status("starting ..."):
-        target = _target(method, sparsity, limit)
+        from cats.recipes import calibration
+        from cats.recipes.processes import join_processes
+
+    calibration.check_goal(method, sparsity, limit)
     tokens = options.tokens_or_default(tokens, 100_000, block)
     eval_tokens = options.tokens_or_default(eval_tokens, 10_000, block, "--eval-tokens")
     if output is not None:
         options.check_output(output, folder=_is_folder(output))
     options.check_output(statistics)
-    rank, world = _start_processes()
+    rank, _ = join_processes()
     loaded, tokenizer = options.load(
         model, dtype=dtype, device=options.process_device(device), dense=True,
         threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
-    from cats.data import text_start
+    from cats.data import read_text, text_start
     from cats.mlp import check_patterns
+    from cats.recipes.text import split
 
     check_patterns(loaded, exclude or [])
     with options.err.status("reading the text ..."):
-        blocks, held_out = split(tokenizer, text, eval_text, block, tokens, eval_tokens, seed, bos)
+        blocks, held_out = split(
+            tokenizer, options.texts_or_sample(text), block=block, tokens=tokens,
+            held_out_tokens=eval_tokens, seed=seed, bos=bos,
+            held_out_text=None if eval_text is None else read_text(eval_text),
+        )  # fmt: skip
     with resumable(statistics if rank == 0 else None):
-        counted = _collect(
-            loaded, blocks, batch_size, method, exclude or [], statistics, rank, world
-        )
-        if rank != 0:
-            return
-        held_out_batches = held_out.split(batch_size)
-        if limit is None:
-            dense = _perplexity(loaded, held_out_batches, "dense perplexity")
-        else:
-            target, dense = _largest_target(loaded, counted, held_out_batches, limit)
-        report = _apply_and_measure(loaded, counted, target, held_out_batches)
-    report |= {
+        found = calibration.calibrate(
+            loaded, blocks, held_out, target_sparsity=sparsity, max_loss=limit, method=method,
+            exclude=exclude or [], batch_size=batch_size, statistics=statistics,
+            progress=Terminal(),
+        )  # fmt: skip
+    if found is None:
+        return
+    report = _report(found) | {
         "model": model,
         "calibration_text": options.describe_texts(text),
-        "held_out_tokens": held_out.numel(),
         "bos": bool(text_start(tokenizer, bos)),
-        "perplexity_dense": dense,
         "max_loss": limit,
         "seed": seed,
         "output": None if output is None else str(output),
     }
     if output is not None:
-        _save(loaded, tokenizer, counted.config(target), output)
+        _save(loaded, tokenizer, found.config, output)
     if as_json:
         options.print_json(report)
     else:
         _print(report)
+
+
+def _report(found: Calibration) -> dict[str, Any]:
+    config = found.config
+    return {
+        "method": config.method,
+        "target_sparsity": config.target_sparsity,
+        "calibration_tokens": config.calibration_tokens,
+        "calibration_hash": config.calibration_hash,
+        "thresholds": {name: float(t.mean()) for name, t in config.thresholds.items()},
+        "realized_sparsity_calibration": config.realized_sparsity,
+        "realized_sparsity": found.realized_sparsity,
+        "perplexity_dense": found.perplexity_dense,
+        "perplexity_sparse": found.perplexity_sparse,
+        "held_out_tokens": found.held_out_tokens,
+    }
 
 
 def _parse_percent(value: str | None) -> float | None:
@@ -158,26 +164,6 @@ def _parse_percent(value: str | None) -> float | None:
     if not 0 < number < (10 if value.endswith("%") else 1):
         raise ConfigError(f"--max-loss must be a share such as 2% or 0.02, got {value!r}")
     return number
-
-
-def _target(method: str, sparsity: float | None, limit: float | None) -> float | None:
-    """The sparsity to calibrate for; None where the method has none, or a loss decides."""
-    from cats.config import check_target
-    from cats.errors import ConfigError
-    from cats.methods import get_method
-
-    if sparsity is not None and limit is not None:
-        raise ConfigError("--max-loss looks for the sparsity: leave out --sparsity, or --max-loss")
-    if not get_method(method).has_target:
-        if sparsity is not None or limit is not None:
-            option = "--sparsity" if limit is None else "--max-loss"
-            raise ConfigError(f"method {method!r} has no sparsity to choose: leave out {option}")
-        return None
-    if limit is not None:
-        return None
-    target = _DEFAULT_TARGET if sparsity is None else sparsity
-    check_target(target)
-    return target
 
 
 def _is_folder(output: Path) -> bool:
@@ -195,228 +181,6 @@ def _is_folder(output: Path) -> bool:
             f"thresholds alone, or a name without {output.suffix} for a whole checkpoint"
         )
     return output.suffix != ".safetensors"
-
-
-def _start_processes() -> tuple[int, int]:
-    """Rank and number of processes; joins the group that torchrun prepared."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def split(
-    tokenizer: Any,
-    text: list[Path] | None,
-    eval_text: Path | None,
-    block: int,
-    tokens: int,
-    eval_tokens: int,
-    seed: int,
-    bos: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """Calibration blocks and held-out blocks, drawn from the text by the seed."""
-    import torch
-
-    from cats.data import read_text, token_blocks
-    from cats.errors import DataError
-
-    blocks = token_blocks(tokenizer, options.texts_or_sample(text), length=block, bos=bos)
-    blocks = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
-    wanted = eval_tokens // block
-    if eval_text is not None:
-        held_out = token_blocks(tokenizer, read_text(eval_text), length=block, bos=bos)[:wanted]
-    else:
-        wanted = min(wanted, max(1, len(blocks) // 5))
-        blocks, held_out = blocks[wanted:], blocks[:wanted]
-    if not len(blocks):
-        raise DataError(
-            f"the text fills one block of {block} tokens, and one is held out: give more text, "
-            "a smaller --block, or --eval-text"
-        )
-    return blocks[: tokens // block], held_out
-
-
-def _collect(
-    model: Any,
-    blocks: Tensor,
-    batch_size: int,
-    method: str,
-    exclude: list[str],
-    path: Path | None,
-    rank: int,
-    world: int,
-) -> Statistics:
-    """Count chunk by chunk, each shared by all processes, saving after each."""
-    from cats.calibration import Statistics, collect
-    from cats.calibration.collect import block_hash
-    from cats.errors import DataError
-
-    counted = collect(model, [], method=method, exclude=exclude)
-    # the file is that of the first process, which alone writes it
-    if path is not None and path.exists() and rank == 0:
-        counted += Statistics.load(path)
-        if counted.blocks > len(blocks):
-            raise DataError(
-                f"{path}: holds {counted.tokens:,} tokens, more than are asked for now: "
-                "give as many with --tokens, or name another file with --statistics"
-            )
-        if sum(map(block_hash, blocks[: counted.blocks])) % (1 << 64) != counted.text_hash:
-            raise DataError(
-                f"{path}: counts of another text, seed, block length or start of a block (--bos); "
-                "delete it or name another file with --statistics"
-            )
-    left = blocks[_from_first_process(counted.blocks, world) :]
-    batches = left.split(batch_size) if len(left) else ()
-    # each chunk's counts are a second copy in memory: none where nothing is saved in between
-    chunk = _CHUNK * world if path is not None or world > 1 else max(1, len(batches))
-    chunks = [batches[i : i + chunk] for i in range(0, len(batches), chunk)]
-    show = rank == 0
-    for i, part in enumerate(chunks):
-        label = "calibrating" if len(chunks) == 1 else f"calibrating {i + 1}/{len(chunks)}"
-        mine = part[rank::world]
-        bar = options.progress(mine, label, show=show)
-        share = collect(model, bar, method=method, exclude=exclude)
-        share = share.all_reduce() if world > 1 else share
-        counted = share if not counted.tokens else counted + share
-        if path is not None and rank == 0:
-            counted.save(path)
-    return counted
-
-
-def _from_first_process(number: int, world: int) -> int:
-    if world == 1:
-        return number
-    import torch.distributed as dist
-
-    numbers = [number]
-    dist.broadcast_object_list(numbers)
-    return numbers[0]
-
-
-def _perplexity(model: Any, batches: tuple[Tensor, ...], label: str) -> float:
-    from cats.metrics import perplexity
-
-    return perplexity(model, options.progress(batches, label))
-
-
-def _largest_target(
-    model: Any, counted: Statistics, batches: tuple[Tensor, ...], limit: float
-) -> tuple[float, float]:
-    """The largest whole percentage whose perplexity is within the limit, and dense perplexity.
-
-    Percentages are compared on a part of the text. What is found there is confirmed on the whole:
-    it is within the limit, and one percent more is not; otherwise the search goes on there.
-    """
-    from cats.apply import densify_
-    from cats.errors import ConfigError
-
-    perplexity = _Perplexities(model, counted, batches)
-    perplexity.of_part(0)
-    perplexity.announce()
-    dense = perplexity.of_whole(0)
-    low, high = 0, 100
-
-    def look(percent: int, of: Callable[[int], float]) -> None:
-        nonlocal low, high
-        within = of(percent) / of(0) - 1 <= limit
-        low, high = (percent, high) if within else (low, percent)
-
-    while high - low > 1:
-        look((low + high) // 2, perplexity.of_part)
-    guess, low, high = max(low, 1), 0, 100
-    # from the guess in steps of 1, 2, 4, ... percent until the limit lies between two of them
-    look(guess, perplexity.of_whole)
-    step = 1 if low == guess else -1
-    while (high if step > 0 else low) in (0, 100) and high - low > 1:
-        start = low if step > 0 else high
-        look(min(99, max(1, start + step)), perplexity.of_whole)
-        step *= 2
-    while high - low > 1:
-        look((low + high) // 2, perplexity.of_whole)
-    densify_(model)
-    if low == 0:
-        raise ConfigError(
-            f"even 1 % sparsity raises the held-out perplexity by more than {limit:.2%}: "
-            "allow a larger --max-loss"
-        )
-    return low / 100, dense
-
-
-class _Perplexities:
-    """Perplexity of a model at a percentage of sparsity, on a part of a text and on all of it.
-
-    Nothing is measured twice: what the part gave counts for the whole as well.
-    """
-
-    def __init__(self, model: Any, counted: Statistics, batches: tuple[Tensor, ...]) -> None:
-        self._model, self._counted = model, counted
-        cut = max(1, len(batches) // _PART)
-        self._pieces = [piece for piece in (batches[:cut], batches[cut:]) if piece]
-        # predicted tokens: of all but the first of each block
-        self._tokens = [sum(b[:, 1:].numel() for b in piece) for piece in self._pieces]
-        self._found: dict[tuple[int, int], float] = {}
-        self._seconds = 0.0
-
-    def of_part(self, percent: int) -> float:
-        """On the part; 0 % is the dense model."""
-        return self._of(percent, 0)
-
-    def of_whole(self, percent: int) -> float:
-        """On the whole text; 0 % is the dense model."""
-        losses = [math.log(self._of(percent, i)) for i in range(len(self._pieces))]
-        total = sum(loss * n for loss, n in zip(losses, self._tokens, strict=True))
-        return math.exp(total / sum(self._tokens))
-
-    def announce(self) -> None:
-        """Say how long one perplexity takes, by the one that was measured last."""
-        whole = self._seconds * sum(self._tokens) / self._tokens[0]
-        options.err.print(
-            f"One perplexity takes about {duration(self._seconds)} on a part of the held-out text "
-            f"and {duration(whole)} on all of it. The search needs about 8 of a part and 3 of all.",
-            highlight=False,
-        )
-
-    def _of(self, percent: int, i: int) -> float:
-        from cats.apply import densify_, sparsify_
-
-        if (percent, i) not in self._found:
-            if percent:
-                sparsify_(self._model, self._counted.config(percent / 100))
-            else:
-                densify_(self._model)
-            start = time.perf_counter()
-            label = f"at {percent} %, " + ("a part" if i == 0 else "the rest")
-            self._found[percent, i] = _perplexity(self._model, self._pieces[i], label)
-            self._seconds = time.perf_counter() - start
-        return self._found[percent, i]
-
-
-def _apply_and_measure(
-    model: Any, counted: Statistics, target: float | None, batches: tuple[Tensor, ...]
-) -> dict[str, Any]:
-    from cats.apply import sparsify_
-    from cats.metrics import perplexity_and_sparsity
-
-    config = counted.config(target)
-    sparsify_(model, config)
-    perplexity, realized = perplexity_and_sparsity(
-        model, options.progress(batches, "sparse perplexity")
-    )
-    return {
-        "method": config.method,
-        "target_sparsity": target,
-        "calibration_tokens": config.calibration_tokens,
-        "calibration_hash": config.calibration_hash,
-        "thresholds": {name: float(t.mean()) for name, t in config.thresholds.items()},
-        "realized_sparsity_calibration": config.realized_sparsity,
-        "realized_sparsity": realized,
-        "perplexity_sparse": perplexity,
-    }
 
 
 def _save(model: Any, tokenizer: Any, config: Any, output: Path) -> None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cats.cli import options
-from cats.cli.running import resumable
+from cats.cli.running import Terminal, resumable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.table import Table
 
+    from cats.evaluation.variants import Variant
     from cats.results import Result
 
 # Blocks a forward pass where --batch-size is auto.
@@ -36,7 +35,8 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Zero-shot tasks in the place of perplexity: [b]paper8[/b], or names by commas."
+            help="Zero-shot tasks instead of perplexity: [b]paper8[/b], or names, with commas "
+            "between."
         ),
     ] = None,
     limit: Annotated[
@@ -88,25 +88,47 @@ def evaluate(
         model, thresholds=thresholds, dtype=dtype, device=device, threads=threads, hub=hub
     )
     if tasks is not None:
+        from cats.apply import densify_
+        from cats.evaluation.run import identity
+        from cats.recipes.evaluation import ask_tasks, write_results
+
+        variants = _variants(loaded, model, hub, thresholds)
+        densify_(loaded)
+        settings = {"model": model, **identity(loaded, tokenizer), "revision": revision}
         with resumable(output, _has_answers):
-            found = _ask(loaded, tokenizer, model, hub, names, thresholds, limit, seed, batch,
-                         data_dir, output)  # fmt: skip
-        _print_tasks(model, found, as_json)
+            results = ask_tasks(
+                loaded, tokenizer, variants, names, folder=output and output / "answers",
+                settings=settings, limit=limit, seed=seed, batch_size=batch, data_dir=data_dir,
+                progress=Terminal(),
+            )  # fmt: skip
+        if output is not None:
+            write_results(output / "results.jsonl", results)
+        _print_tasks(model, results, as_json)
         return
     from cats.data import text_start, token_blocks
+    from cats.recipes.evaluation import compare_perplexities
 
     most = None if tokens is None else tokens // block
     with options.err.status("reading the text ..."):
         blocks = token_blocks(
             tokenizer, options.texts_or_sample(text), length=block, limit=most, bos=bos
         )
+    batches = blocks.split(_BLOCKS if batch == "auto" else int(batch))
+    found = compare_perplexities(loaded, batches, progress=Terminal())
     report = {
         "model": model,
         "text": options.describe_texts(text),
         "tokens": blocks.numel(),
         "bos": bool(text_start(tokenizer, bos)),
+        "perplexity_dense": found.dense,
     }
-    report |= _measure(loaded, blocks.split(_BLOCKS if batch == "auto" else int(batch)))
+    if found.sparse is not None:
+        report |= {
+            "method": found.method,
+            "target_sparsity": found.target_sparsity,
+            "perplexity_sparse": found.sparse,
+            "realized_sparsity": found.realized_sparsity,
+        }
     if as_json:
         options.print_json(report)
     else:
@@ -159,22 +181,6 @@ def _has_answers(folder: Path) -> bool:
     return any(folder.glob("answers/*/*.jsonl"))
 
 
-def _measure(model: Any, batches: Any) -> dict[str, Any]:
-    from cats.apply import densify_
-    from cats.metrics import perplexity, perplexity_and_sparsity
-
-    report: dict[str, Any] = {}
-    if hasattr(model.config, "cats"):
-        report["method"] = model.config.cats["method"]
-        report["target_sparsity"] = model.config.cats["target_sparsity"]
-        report["perplexity_sparse"], report["realized_sparsity"] = perplexity_and_sparsity(
-            model, options.progress(batches, "sparse perplexity")
-        )
-        densify_(model)
-    report["perplexity_dense"] = perplexity(model, options.progress(batches, "dense perplexity"))
-    return report
-
-
 def _print(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -204,55 +210,16 @@ def _print(report: dict[str, Any]) -> None:
     options.out.print(table)
 
 
-def _ask(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    hub: dict[str, Any],
-    tasks: list[str],
-    thresholds: Path | None,
-    limit: int | None,
-    seed: int,
-    batch_size: int | str,
-    data_dir: Path | None,
-    output: Path | None,
-) -> list[Result]:
-    """Results of the dense model, and of the sparse one where there are thresholds."""
-    from cats.apply import densify_
+def _variants(model: Any, name: str, hub: dict[str, Any], thresholds: Path | None) -> list[Variant]:
+    """The dense model, and the sparse one where there are thresholds."""
     from cats.checkpoint import read_config
     from cats.config import CatsConfig
-    from cats.evaluation.run import answer_tasks, identity, results
-    from cats.evaluation.variants import Dense, Sparse, Variant
-    from cats.storage import replacing
+    from cats.evaluation.variants import Dense, Sparse
 
-    variants: list[Variant] = [Dense()]
-    if hasattr(model.config, "cats"):
-        stored = read_config(name, **hub) if thresholds is None else None
-        variants.append(Sparse(stored or CatsConfig.load(thresholds or "")))
-        densify_(model)
-    folder = output and output / "answers"
-    settings = {"model": name, **identity(model, tokenizer), "revision": hub.get("revision")}
-    found: list[Result] = []
-    dense = None
-    for variant in variants:
-        answers = []
-        for answer in answer_tasks(
-            model, tokenizer, variant, tasks, folder=folder, settings=settings, limit=limit,
-            seed=seed, batch_size=batch_size, data_dir=data_dir, on_task=asked(variant.label),
-        ):  # fmt: skip
-            answers.append(answer)
-            options.err.print(f"{variant.label}: {answer.task} done")
-        dense = dense or answers
-        found += results(variant.label, answers, dense)
-    if output is not None:
-        with replacing(output / "results.jsonl") as temporary:
-            temporary.write_text("".join(result.to_json() + "\n" for result in found))
-    return found
-
-
-def asked(label: str) -> Callable[[str], None]:
-    """Prints a line before each task of a variant: the harness's bars say neither."""
-    return lambda task: options.err.print(f"{label}: asking {task} ...")
+    if not hasattr(model.config, "cats"):
+        return [Dense()]
+    stored = read_config(name, **hub) if thresholds is None else None
+    return [Dense(), Sparse(stored or CatsConfig.load(thresholds or ""))]
 
 
 def _print_tasks(model: str, found: list[Result], as_json: bool) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -78,102 +78,27 @@ def generate(
         model, thresholds=thresholds, dtype=dtype, device=device, threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
-    from cats.decode.text import Detokenizer
     from cats.fusion import fuse_
     from cats.mlp import is_sparse
+    from cats.recipes.generation import answer
 
     if fuse and is_sparse(loaded):
         fuse_(loaded)
-    text = Detokenizer(tokenizer, skip_special_tokens=True)
     given: dict[str, Any] = {
         "do_sample": temperature > 0, "temperature": temperature or None, "top_k": top_k,
         "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
         "stop_strings": stop or None,
     }  # fmt: skip
-
-    def show(tokens: Any) -> None:
-        print(text.add(tokens.tolist()), end="", flush=True)
-
-    report = run(
+    found = answer(
         loaded, tokenizer, prompt, chat=chat, engine=engine, max_new_tokens=max_new_tokens,
-        callback=None if as_json else show, seed=seed,
+        on_text=None if as_json else partial(print, end="", flush=True), seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     if as_json:
-        options.print_json({"model": model, "prompt": prompt, **report})
+        options.print_json({"model": model, "prompt": prompt, **asdict(found)})
     else:
-        print(text.end())
+        print()
         options.err.print(
-            f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} tokens/s "
-            f"({report['engine']})",
+            f"{found.new_tokens} tokens, {found.tokens_per_second:.1f} tokens/s ({found.engine})",
             style="dim",
         )
-
-
-def run(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    chat: bool = True,
-    engine: str = "auto",
-    callback: Callable[[Any], object] | None = None,
-    **sampling: Any,
-) -> dict[str, Any]:
-    """Generate, and time the tokens after the first, so that the prompt's pass is left out.
-
-    Returns:
-        ``text``, ``new_tokens``, ``engine``, and ``tokens_per_second`` of decoding (0 where one
-        token came).
-    """
-    from cats.decode import Decoder
-
-    ids = encode(tokenizer, prompt, chat=chat)
-    times: list[float] = []
-
-    def stamp(tokens: Any) -> None:
-        times.append(time.perf_counter())
-        if callback is not None:
-            callback(tokens)
-
-    decoder = Decoder(model, engine=engine)
-    output = decoder.generate(
-        ids,
-        callback=stamp,
-        tokenizer=tokenizer,
-        **sampling,
-    )
-    return {
-        "text": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True),
-        "new_tokens": len(times),
-        "engine": decoder.engine,
-        "tokens_per_second": tokens_per_second(times),
-    }
-
-
-def tokens_per_second(times: list[float]) -> float:
-    """Of the tokens after the first; 0 where one token came. ``times`` in seconds, one a token."""
-    seconds = times[-1] - times[0]
-    return (len(times) - 1) / seconds if seconds > 0 else 0.0
-
-
-def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Token ids ``[1, T]`` of a prompt, in the chat template where there is one.
-
-    Raises:
-        DataError: If there are none.
-    """
-    from cats.errors import DataError
-
-    if chat and tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids.shape[1] == 0:
-        raise DataError("the prompt has no tokens: give some text")
-    return ids

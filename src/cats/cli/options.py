@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+T = TypeVar("T")
 
 # Results go to standard output, everything else to standard error.
 out = Console()
@@ -241,10 +242,10 @@ def describe_texts(paths: Sequence[Path] | None) -> str:
     return ", ".join(path.name for path in paths) if paths else "Pride and Prejudice (sample)"
 
 
-def progress(batches: Sequence[Tensor], text: str, *, show: bool = True) -> Iterator[Tensor]:
-    """The batches, with a bar on standard error while they are consumed."""
+def progress(items: Sequence[T], text: str, *, show: bool = True) -> Iterator[T]:
+    """The same items, with a bar on standard error while they are taken."""
     with bar(show) as shown:
-        yield from shown.track(batches, description=text)
+        yield from shown.track(items, description=text)
 
 
 @contextmanager

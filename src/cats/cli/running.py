@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from cats.cli import options
+from cats.recipes.progress import Progress, T
+
+
+class Terminal(Progress):
+    """Bars and lines on standard error."""
+
+    def say(self, text: str) -> None:
+        options.err.print(text, markup=False, highlight=False)
+
+    def track(self, items: Sequence[T], text: str) -> Iterable[T]:
+        return options.progress(items, text)
+
+    def count(self, text: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        return options.counter(text, total)
+
+    def stage(self) -> AbstractContextManager[Callable[[str], None]]:
+        return stage()
 
 
 @contextmanager
@@ -45,10 +62,3 @@ def resumable(folder: Path | None, kept: Callable[[Path], bool] = Path.exists) -
             message = f"stopped; the same command goes on from {folder}"
             options.err.print(message, markup=False, highlight=False, soft_wrap=True)
         raise
-
-
-def duration(seconds: float) -> str:
-    """A time in words: ``"40 s"``, ``"3 min"``, ``"2.5 h"``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -124,6 +124,7 @@ def measure_perplexity(
     *,
     text: str,
     settings: Mapping[str, Value],
+    track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Result:
     """Perplexity of a variant, with what a token of it reads.
 
@@ -133,8 +134,9 @@ def measure_perplexity(
         batches: Token ids ``[B, T]`` each.
         text: What the result calls their text.
         settings: What the number depends on besides, such as the model's name.
+        track: Gives the batches one by one, such as with a bar.
     """
-    value, share = variant.measure(model, batches)
+    value, share = variant.measure(model, track(batches))
     return Result(
         benchmark="perplexity", quantity="perplexity", unit="",
         value=value, low=value, high=value, samples=1,

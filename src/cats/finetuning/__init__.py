@@ -1,9 +1,14 @@
 """Fine-tuning of sparse models: LoRA through PEFT, trained by transformers' Trainer."""
 
-from cats.finetuning.adapters import load_adapter
-from cats.finetuning.data import Blocks, PairFormat, Pairs, StreamedBlocks
-from cats.finetuning.options import FinetuneOptions
-from cats.finetuning.run import Finetuned, finetune
+from typing import TYPE_CHECKING
+
+from cats.lazy import exports
+
+if TYPE_CHECKING:
+    from cats.finetuning.adapters import load_adapter
+    from cats.finetuning.data import Blocks, PairFormat, Pairs, StreamedBlocks
+    from cats.finetuning.options import FinetuneOptions
+    from cats.finetuning.run import Finetuned, finetune
 
 __all__ = [
     "Blocks",
@@ -15,3 +20,18 @@ __all__ = [
     "finetune",
     "load_adapter",
 ]
+
+# on first use: the command line reads FinetuneOptions and must not wait for torch
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Blocks": "cats.finetuning.data",
+        "FinetuneOptions": "cats.finetuning.options",
+        "Finetuned": "cats.finetuning.run",
+        "PairFormat": "cats.finetuning.data",
+        "Pairs": "cats.finetuning.data",
+        "StreamedBlocks": "cats.finetuning.data",
+        "finetune": "cats.finetuning.run",
+        "load_adapter": "cats.finetuning.adapters",
+    },
+)

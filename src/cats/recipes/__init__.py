@@ -1,0 +1,63 @@
+"""What the commands do, callable from Python: long runs made of the library's parts.
+
+A recipe takes a loaded model and texts as strings, tells a :class:`Progress` what it is doing, and
+returns a dataclass. It writes files only where it is given a place for them.
+"""
+
+from typing import TYPE_CHECKING
+
+from cats.lazy import exports
+
+if TYPE_CHECKING:
+    from cats.recipes.calibration import Calibration, calibrate
+    from cats.recipes.counting import count
+    from cats.recipes.demo_results import Demonstration
+    from cats.recipes.demonstration import demonstrate
+    from cats.recipes.evaluation import Perplexities, ask_tasks, compare_perplexities
+    from cats.recipes.generation import Answer, answer
+    from cats.recipes.max_loss import LargestSparsity, largest_sparsity
+    from cats.recipes.progress import Progress
+    from cats.recipes.recipe import Recipe
+    from cats.recipes.reproduction import reproduce
+    from cats.recipes.text import split
+
+__all__ = [
+    "Answer",
+    "Calibration",
+    "Demonstration",
+    "LargestSparsity",
+    "Perplexities",
+    "Progress",
+    "Recipe",
+    "answer",
+    "ask_tasks",
+    "calibrate",
+    "compare_perplexities",
+    "count",
+    "demonstrate",
+    "largest_sparsity",
+    "reproduce",
+    "split",
+]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Answer": "cats.recipes.generation",
+        "Calibration": "cats.recipes.calibration",
+        "Demonstration": "cats.recipes.demo_results",
+        "LargestSparsity": "cats.recipes.max_loss",
+        "Perplexities": "cats.recipes.evaluation",
+        "Progress": "cats.recipes.progress",
+        "Recipe": "cats.recipes.recipe",
+        "answer": "cats.recipes.generation",
+        "ask_tasks": "cats.recipes.evaluation",
+        "calibrate": "cats.recipes.calibration",
+        "compare_perplexities": "cats.recipes.evaluation",
+        "count": "cats.recipes.counting",
+        "demonstrate": "cats.recipes.demonstration",
+        "largest_sparsity": "cats.recipes.max_loss",
+        "reproduce": "cats.recipes.reproduction",
+        "split": "cats.recipes.text",
+    },
+)

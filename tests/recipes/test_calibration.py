@@ -1,0 +1,49 @@
+import pytest
+
+import cats
+from cats.errors import ConfigError
+from cats.metrics import perplexity_and_sparsity
+from cats.mlp import is_sparse
+from cats.recipes import calibrate
+from tests import models
+
+BLOCKS, HELD_OUT = models.make_ids(rows=8), models.make_ids(rows=4, seed=1)
+
+
+def test_thresholds_are_those_of_calibrate_and_their_cost_is_measured(model, progress):
+    wanted = cats.calibrate(model, BLOCKS.split(4), target_sparsity=0.7)
+    found = calibrate(model, BLOCKS, HELD_OUT, target_sparsity=0.7, progress=progress)
+    assert found.config.thresholds == wanted.thresholds
+    assert found.config.calibration_hash == wanted.calibration_hash
+    assert found.held_out_tokens == HELD_OUT.numel()
+    assert is_sparse(model)
+    perplexity, realized = perplexity_and_sparsity(model, [HELD_OUT])
+    assert found.perplexity_sparse == pytest.approx(perplexity)
+    assert found.realized_sparsity == realized
+    assert found.perplexity_dense == pytest.approx(
+        cats.metrics.perplexity(cats.densify_(model), [HELD_OUT])
+    )
+    assert progress.tracked == [
+        ("calibrating", 2), ("dense perplexity", 1), ("sparse perplexity", 1),
+    ]  # fmt: skip
+
+
+def test_loss_is_kept(model):
+    found = calibrate(model, BLOCKS, HELD_OUT, max_loss=0.02)
+    assert found.perplexity_sparse <= 1.02 * found.perplexity_dense
+    assert found.config.target_sparsity >= 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "relu", "target_sparsity": 0.5}, "no sparsity to choose"),
+        ({"target_sparsity": 0.5, "max_loss": 0.02}, "leave out"),
+        ({"target_sparsity": 50}, "inside"),
+        ({"method": "magic"}, "magic"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_anything_is_counted(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        calibrate(model, BLOCKS, HELD_OUT, **options)
+    assert not is_sparse(model)

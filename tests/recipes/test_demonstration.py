@@ -1,0 +1,27 @@
+import pytest
+
+from cats.errors import ConfigError
+from cats.mlp import is_sparse
+from cats.recipes import demonstrate
+
+SMALL = {"tokens": 1024, "held_out_tokens": 512, "max_new_tokens": 3}
+
+
+def test_demo_measures_both_and_leaves_the_model_dense(model, tokenizer, text, progress):
+    found = demonstrate(
+        model, tokenizer, text, **SMALL, prompt="abc", model_name="tiny", progress=progress
+    )
+    assert not is_sparse(model)
+    assert found.cats.mlp_share < found.dense.mlp_share == 1
+    assert found.cats.token_bytes < found.dense.token_bytes
+    assert len(found.cats.rounds) == len(found.dense.transformers_rounds) == 3
+    assert found.to_dict()["dense"]["text"] == found.dense.answer.text
+    assert {r.settings["model"] for r in found.results()} == {"tiny"}
+    assert [r.quantity for r in found.results()] == ["perplexity", "time", "time"] * 2
+    assert progress.said[0].startswith("about ")
+
+
+def test_a_target_that_is_no_share_is_refused_first(model, tokenizer, text, progress):
+    with pytest.raises(ConfigError, match="inside"):
+        demonstrate(model, tokenizer, text, target_sparsity=50, progress=progress)
+    assert not progress.said
