@@ -7,9 +7,15 @@ from cats.recipes import demonstrate
 SMALL = {"tokens": 1024, "held_out_tokens": 512, "max_new_tokens": 3}
 
 
-def test_demo_measures_both_and_leaves_the_model_dense(model, tokenizer, text, progress):
+def test_demo_measures_both_and_leaves_the_model_dense(model, tokenizer, text, progress, device):
     found = demonstrate(
-        model, tokenizer, text, **SMALL, prompt="abc", model_name="tiny", progress=progress
+        model.to(device),
+        tokenizer,
+        text,
+        **SMALL,
+        prompt="abc",
+        model_name="tiny",
+        progress=progress,
     )
     assert not is_sparse(model)
     assert found.cats.mlp_share < found.dense.mlp_share == 1
