@@ -6,6 +6,7 @@ import torch
 import cats
 from cats.cli.finetune_bar import StepBar
 from cats.finetuning import load_adapter
+from cats.recipes.training_data import TrainingData
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,9 +79,7 @@ def test_other_options_than_those_of_the_run_are_refused_before_the_model_is_loa
 def test_target_that_is_no_layer_is_refused_before_the_data_is_read(
     command, checkpoint, tmp_path, monkeypatch
 ):
-    from cats.cli.finetune_data import Data
-
-    monkeypatch.delattr(Data, "train")
+    monkeypatch.delattr(TrainingData, "train")
     run = ("finetune", checkpoint, "-o", tmp_path / "run", "--text", "a.txt")
     code, _, err = command(*run, "--target", "q_proj", "--target", "foo")
     assert code == 1

@@ -1,11 +1,8 @@
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from cats.checkpoint import load_dense
-from cats.cli import finetune_data
 from cats.data import token_blocks
 from cats.metrics import perplexity
 from tests import models
@@ -57,33 +54,6 @@ def test_profile_begins_blocks(command_json, begun, text):
     plain, begins = (command_json("profile", begun, text, *SMALL, o) for o in ("--no-bos", "--bos"))
     assert (plain["bos"], begins["bos"]) == (False, True)
     assert plain["layers"] != begins["layers"]
-
-
-def test_option_reaches_all_data_of_a_fine_tuning(text, tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"question": "abc", "answer": "d"}) + "\n")
-    tokenizer = models.make_tokenizer(begins=True)
-    names = {field: None for field in finetune_data.Data.__dataclass_fields__}
-
-    def begins(ids):
-        return bool((torch.as_tensor(ids)[..., 0] == models.BOS).all())
-
-    for bos, wanted in ((None, True), (False, False)):
-        common = names | {"block": 8, "seed": 0, "prompt": "{question}", "answer": "{answer}"}
-        data = finetune_data.Data(**common | {
-            "text": [text], "eval_text": [f"t={text}"], "eval_pairs": [f"p={pairs}"], "bos": bos,
-        })  # fmt: skip
-        train, evaluations = data.train(tokenizer), data.evaluations(tokenizer)
-        assert begins(train.ids) is wanted
-        assert begins(evaluations["t"].ids) is wanted
-        assert begins(evaluations["p"].prompts) is wanted
-        assert begins(data.calibration(tokenizer, train)) is wanted
-        data = finetune_data.Data(**common | {
-            "pairs": [str(pairs)], "calibration_text": [text], "bos": bos,
-        })  # fmt: skip
-        train = data.train(tokenizer)
-        assert begins(train.prompts) is wanted
-        assert begins(data.calibration(tokenizer, train)) is wanted
 
 
 def test_tasks_are_not_begun_by_the_option(command, checkpoint):

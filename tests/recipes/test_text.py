@@ -35,5 +35,5 @@ def test_too_little_is_refused(tokenizer):
     with pytest.raises(DataError, match="fills one block of 8"):
         split(tokenizer, "a" * 8, **SMALL)
     for name in ("tokens", "held_out_tokens"):
-        with pytest.raises(ConfigError, match=f"^{name} must be at least one block of 8"):
+        with pytest.raises(ConfigError, match=f"^{name} 7 is less than one block of 8"):
             split(tokenizer, TEXT, **SMALL | {name: 7})

@@ -10,8 +10,9 @@ import typer
 
 from cats.cli import finetune_options as shared
 from cats.cli import options
+from cats.cli.dataclass_options import Chosen
 from cats.cli.finetune_bar import StepBar
-from cats.cli.finetune_data import Data, pairs_of
+from cats.cli.running import Terminal
 from cats.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
     from cats.history import History, Point
 
 
+@shared.data_options
+@shared.tuning_options(
+    {
+        "Evaluation": shared.EVALUATION,
+        "Training": ("steps", "batch_size", "accumulate", "warmup_steps"),
+    },
+    defaults={"steps": 200, "batch_size": 16, "evaluation_batch_size": 16},
+)
 def finetune(
     model: options.Model,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the histories, one file a run.")
     ],
+    *,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,28 +59,11 @@ def finetune(
             help="Steps between calibrations, of CATS; repeatable.", show_default="0"
         ),
     ] = None,
-    text: shared.Text = None,
-    pairs: shared.PairSources = None,
-    prompt: shared.Prompt = "{question}",
-    answer: shared.Answer = "{answer}",
-    labels: shared.Labels = None,
-    eval_text: shared.EvalText = None,
-    eval_pairs: shared.EvalPairs = None,
+    data: Chosen,
     accuracy: shared.Accuracy = False,
-    max_new_tokens: shared.MaxNewTokens = None,
-    answer_batch_size: shared.AnswerBatchSize = None,
-    eval_tokens: shared.EvalTokens = None,
-    calibration_text: shared.CalibrationText = None,
-    calibration_tokens: shared.CalibrationTokens = None,
-    block: shared.Block = 1024,
-    bos: options.Bos = None,
-    steps: shared.Steps = 200,
+    tuning: Chosen,
     epochs: shared.Epochs = None,
-    batch_size: shared.BatchSize = 16,
-    accumulate: shared.Accumulate = 1,
-    warmup_steps: shared.Warmup = 0,
-    eval_every: shared.EvalEvery = 50,
-    eval_batch_size: shared.EvalBatchSize = 16,
+    bos: options.Bos = None,
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -89,43 +82,35 @@ def finetune(
     """
     from cats.finetuning import FinetuneOptions
     from cats.finetuning.sweep import grid, sweep
+    from cats.recipes.training import check_epochs, read
+    from cats.recipes.training_data import TrainingData
 
     runs = grid(
         method or ["dense", "cats-50", "cats-70", "relu"], learning_rate or [1e-5],
         distillation or [0.0], recalibrate or [0],
     )  # fmt: skip
     _check_grid(runs, distillation, recalibrate)
-    rows = Data(
-        text=text, pairs=pairs, prompt=prompt, answer=answer, labels=labels, eval_text=eval_text,
-        eval_pairs=eval_pairs, calibration_text=calibration_text,
-        calibration_tokens=calibration_tokens, eval_tokens=eval_tokens, block=block, seed=seed,
-        bos=bos,
-    )  # fmt: skip
-    chosen = FinetuneOptions(
-        steps=steps, batch_size=batch_size, accumulate=accumulate, warmup_steps=warmup_steps,
-        evaluate_every=eval_every, evaluation_batch_size=eval_batch_size, seed=seed,
-        **shared.answer_options(accuracy, eval_pairs, max_new_tokens, answer_batch_size),
-    )  # fmt: skip
-    shared.check_epochs(epochs)
+    rows = TrainingData(**data.values, seed=seed, bos=bos)
+    shared.check_answers(tuning, accuracy, rows)
+    chosen = FinetuneOptions(**tuning.values, seed=seed)
+    check_epochs(epochs)
     options.check_output(output / "history.jsonl")
     device = options.process_device(device)
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
-    with options.err.status("reading data ..."):
-        train, evaluations = rows.train(tokenizer), rows.evaluations(tokenizer)
-        calibration = rows.calibration(tokenizer, train)
-    chosen = shared.with_epochs(chosen, epochs, train)
+    ready = read(tokenizer, rows, chosen, epochs=epochs, calibrated=True, progress=Terminal())
+    assert ready.calibration is not None
     found: dict[str, History] = {}
-    with StepBar(chosen.steps) as bar:
+    with StepBar(ready.options.steps) as bar:
 
         def on_point(run: Run, point: Point) -> None:
             bar.name = run.name
             bar.show(point)
 
         for run, result in sweep(
-            loaded, train, runs=runs, tokenizer=tokenizer, folder=output, options=chosen,
-            calibration=calibration, evaluations=evaluations,
-            answers=pairs_of(evaluations) if accuracy else {},
+            loaded, ready.train, runs=runs, tokenizer=tokenizer, folder=output,
+            options=ready.options, calibration=ready.calibration, evaluations=ready.evaluations,
+            answers=ready.pairs if accuracy else {},
             about={"model": model, "revision": revision, **rows.about()}, commit=commit,
             on_point=on_point, on_step=lambda run, step: bar.step(step),
         ):  # fmt: skip
@@ -136,7 +121,7 @@ def finetune(
     if as_json:
         options.print_json({name: dataclasses.asdict(history) for name, history in found.items()})
     elif found:
-        options.out.print(_table(f"{model}, {chosen.steps} steps", found))
+        options.out.print(_table(f"{model}, {ready.options.steps} steps", found))
     if not found:
         raise typer.Exit(1)
 

@@ -16,6 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cats.recipes.tokens import check_tokens as check_tokens
+from cats.recipes.tokens import tokens_or_default as tokens_or_default
+
 if TYPE_CHECKING:
     import torch
 
@@ -187,24 +190,6 @@ def process_device(name: str) -> str:
         torch.cuda.set_device(int(local_rank))
         return f"cuda:{local_rank}"
     return name
-
-
-def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> None:
-    """Complain about fewer tokens than one block has."""
-    from cats.errors import ConfigError
-
-    if tokens is not None and tokens < block:
-        raise ConfigError(
-            f"{option} {tokens} is less than one block of {block}: give more, or a smaller block"
-        )
-
-
-def tokens_or_default(
-    tokens: int | None, default: int, block: int, option: str = "--tokens"
-) -> int:
-    """The given number of tokens, checked; without one the default, which is at least a block."""
-    check_tokens(tokens, block, option)
-    return max(default, block) if tokens is None else tokens
 
 
 def check_output(path: Path | None, *, folder: bool = False) -> None:

@@ -3,81 +3,90 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from cats.errors import ConfigError
+
+
+def _positive(default: Any) -> Any:
+    least = {"least": 1} if isinstance(default, int) else {}
+    return field(default=default, metadata={"positive": True, **least})
+
+
+def _not_negative(default: Any) -> Any:
+    return field(default=default, metadata={"positive": False, "least": 0})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneOptions:
     """Options of one fine-tuning; see arXiv:2404.08763, section on fine-tuning.
 
+    The options of ``cats finetune`` are made of these fields and of the words below.
+
     Attributes:
-        steps: Optimiser steps. The learning rate falls linearly to 0 over them.
+        steps: Optimiser steps.
         batch_size: Rows of a forward pass of one process.
         accumulate: Forward passes per step.
-        learning_rate: At the start, after the warm-up.
+        learning_rate: At the start, after the warm-up; it falls linearly to 0 over the steps.
         weight_decay: Of AdamW.
         warmup_steps: Steps over which the learning rate rises from 0.
         rank: Rank of the LoRA adapters.
-        alpha: Scale of the adapters: their output is multiplied by ``alpha / rank``.
+        alpha: Scale of the adapters: their output is multiplied by alpha / rank.
         dropout: On the input of the adapters.
-        targets: Names of the layers with adapters, such as ``("q_proj", "v_proj")``. Empty: queries
-            and values, and every linear layer of the gated MLPs.
+        targets: Name of a layer with adapters, such as q_proj. Default: queries and values, and
+            every linear layer of the gated MLPs.
         full: Train all weights, in float32, instead of adapters, whose options then have no use.
         distillation: Share of the divergence from the dense model in the loss, in [0, 1]; the rest
             is the ordinary loss. The dense model is the same weights without thresholds and
             adapters.
         recalibrate: Steps between two calibrations at the same target sparsity; 0 keeps
             them fixed.
-        gradient_checkpointing: Compute activations twice instead of keeping them.
-        bfloat16: Compute in bfloat16 (autocast); None: where the device does so fast.
+        gradient_checkpointing: Compute activations twice instead of keeping them: less memory,
+            more time.
+        bfloat16: Compute in bfloat16 (autocast). Default: where the device does so fast.
         evaluate_every: Steps between two evaluations.
         evaluation_batch_size: Rows of a forward pass of an evaluation.
         max_new_tokens: Longest answer, where accuracy is measured.
-        answer_batch_size: Answers that are generated at once.
+        answer_batch_size: Answers that are generated at once, where accuracy is measured.
         save_every: Steps between two checkpoints; 0: none.
         keep: How many checkpoints are kept.
         seed: Seed of the adapters, the order of the data and dropout.
-        report_to: Trackers of ``transformers.Trainer``, such as ``("tensorboard", "wandb")``.
+        report_to: Tracker of transformers.Trainer, such as tensorboard or wandb.
     """
 
-    steps: int = 500
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    rank: int = 64
-    alpha: int = 16
+    steps: int = _positive(500)
+    batch_size: int = _positive(8)
+    accumulate: int = _positive(1)
+    learning_rate: float = _positive(1e-5)
+    weight_decay: float = _not_negative(0.01)
+    warmup_steps: int = _not_negative(0)
+    rank: int = _positive(64)
+    alpha: int = _positive(16)
     dropout: float = 0.1
     targets: tuple[str, ...] = ()
     full: bool = False
     distillation: float = 0.0
-    recalibrate: int = 0
+    recalibrate: int = _not_negative(0)
     gradient_checkpointing: bool = False
     bfloat16: bool | None = None
-    evaluate_every: int = 50
-    evaluation_batch_size: int = 8
-    max_new_tokens: int = 256
-    answer_batch_size: int = 64
-    save_every: int = 100
-    keep: int = 2
+    evaluate_every: int = _positive(50)
+    evaluation_batch_size: int = _positive(8)
+    max_new_tokens: int = _positive(256)
+    answer_batch_size: int = _positive(64)
+    save_every: int = _not_negative(100)
+    keep: int = _positive(2)
     seed: int = 0
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        positive = (
-            "steps", "batch_size", "accumulate", "learning_rate", "rank", "alpha",
-            "evaluate_every", "evaluation_batch_size", "max_new_tokens", "answer_batch_size",
-            "keep",
-        )  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "recalibrate", "save_every"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for named in fields(self):
+            value = getattr(self, named.name)
+            positive = named.metadata.get("positive")
+            if positive is True and not 0 < value < math.inf:
+                raise ConfigError(f"{named.name} must be positive, got {value}")
+            if positive is False and not 0 <= value < math.inf:
+                raise ConfigError(f"{named.name} must not be negative, got {value}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not 0 <= self.distillation <= 1:

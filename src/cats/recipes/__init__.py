@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cats.recipes.recipe import Recipe
     from cats.recipes.reproduction import reproduce
     from cats.recipes.text import split
+    from cats.recipes.training import Prepared, prepare_
+    from cats.recipes.training_data import TrainingData
 
 __all__ = [
     "Answer",
@@ -27,8 +29,10 @@ __all__ = [
     "Demonstration",
     "LargestSparsity",
     "Perplexities",
+    "Prepared",
     "Progress",
     "Recipe",
+    "TrainingData",
     "answer",
     "ask_tasks",
     "calibrate",
@@ -36,6 +40,7 @@ __all__ = [
     "count",
     "demonstrate",
     "largest_sparsity",
+    "prepare_",
     "reproduce",
     "split",
 ]
@@ -48,8 +53,10 @@ __getattr__, __dir__ = exports(
         "Demonstration": "cats.recipes.demo_results",
         "LargestSparsity": "cats.recipes.max_loss",
         "Perplexities": "cats.recipes.evaluation",
+        "Prepared": "cats.recipes.training",
         "Progress": "cats.recipes.progress",
         "Recipe": "cats.recipes.recipe",
+        "TrainingData": "cats.recipes.training_data",
         "answer": "cats.recipes.generation",
         "ask_tasks": "cats.recipes.evaluation",
         "calibrate": "cats.recipes.calibration",
@@ -57,6 +64,7 @@ __getattr__, __dir__ = exports(
         "count": "cats.recipes.counting",
         "demonstrate": "cats.recipes.demonstration",
         "largest_sparsity": "cats.recipes.max_loss",
+        "prepare_": "cats.recipes.training",
         "reproduce": "cats.recipes.reproduction",
         "split": "cats.recipes.text",
     },

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cats.data import token_blocks
 from cats.errors import ConfigError, DataError
+from cats.recipes.tokens import check_tokens
 
 REFINED_WEB = "tiiuae/falcon-refinedweb"
 
@@ -42,9 +43,8 @@ def split(
         ConfigError: If the tokens are fewer than one block has.
         DataError: If the text is too short.
     """
-    for name, number in (("tokens", tokens), ("held_out_tokens", held_out_tokens)):
-        if number < block:
-            raise ConfigError(f"{name} must be at least one block of {block}, got {number}")
+    check_tokens(tokens, block, "tokens")
+    check_tokens(held_out_tokens, block, "held_out_tokens")
     blocks = shuffled(token_blocks(tokenizer, texts, length=block, bos=bos), seed)
     wanted = held_out_tokens // block
     if held_out_text is not None:

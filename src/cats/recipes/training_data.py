@@ -1,13 +1,13 @@
-"""What the options of ``cats finetune`` and ``cats bench finetune`` about data come to."""
+"""What a fine-tuning learns, is measured on and is calibrated on, by the names of files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cats.cli import options
 from cats.errors import ConfigError
+from cats.recipes.tokens import tokens_or_default
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,34 +17,56 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Data:
-    """The options as they were given, checked; each method reads what it names.
+class TrainingData:
+    r"""Names of files and data sets, checked; each method reads what it needs.
+
+    Options of ``cats finetune`` are made of these fields and of the words below.
+
+    Attributes:
+        text: Text to learn: .txt, .jsonl (both .gz too), .parquet, a part such as c4.txt.gz[:50%],
+            or a Hugging Face id NAME:CONFIG:SPLIT.
+        pairs: Prompts and answers to learn: .jsonl, .parquet or an id.
+        prompt: How a row of pairs becomes a prompt, such as {passage}\n{question}?
+        answer: How it becomes an answer.
+        labels: Names of a numbered answer, with commas between, such as no,yes.
+        calibration_text: Text for thresholds. Default: what is learnt.
+        calibration_tokens: Calibrate on at most so many.
+        block: Tokens of a block, or of a pair.
+        eval_text: NAME=TEXT, measured while training.
+        eval_pairs: NAME=PAIRS, measured while training.
+        eval_tokens: Tokens of each text to measure on, at most.
+        seed: Of the draw of calibration blocks.
+        bos: As for :func:`cats.data.token_blocks`.
 
     Raises:
         ConfigError: If they contradict each other.
     """
 
-    text: list[str] | None
-    pairs: list[str] | None
-    prompt: str
-    answer: str
-    labels: str | None
-    eval_text: list[str] | None
-    eval_pairs: list[str] | None
-    eval_tokens: int | None
-    calibration_text: list[str] | None
-    calibration_tokens: int | None
-    block: int
-    seed: int
-    bos: bool | None
+    text: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    prompt: str = "{question}"
+    answer: str = "{answer}"
+    labels: str | None = None
+    calibration_text: tuple[str, ...] = ()
+    calibration_tokens: int | None = field(default=None, metadata={"least": 1})
+    block: int = field(default=1024, metadata={"least": 2})
+    eval_text: tuple[str, ...] = ()
+    eval_pairs: tuple[str, ...] = ()
+    eval_tokens: int | None = field(default=None, metadata={"least": 2})
+    seed: int = 0
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         from cats.finetuning import PairFormat
         from cats.finetuning.sources import REFINEDWEB
 
+        for name in ("text", "pairs", "calibration_text", "eval_text", "eval_pairs"):
+            # its letters would be taken for names
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a list of names, got {getattr(self, name)!r}")
         if self.text and self.pairs:
             raise ConfigError("give --text or --pairs, not both")
-        self._learnt = self.pairs or self.text or [REFINEDWEB]
+        self._learnt = self.pairs or self.text or (REFINEDWEB,)
         self._form = PairFormat(
             prompt=self.prompt.replace("\\n", "\n"),
             answer=self.answer.replace("\\n", "\n"),
@@ -110,9 +132,9 @@ class Data:
         return blocks[torch.randperm(len(blocks), generator=generator)[:limit]]
 
     def _blocks(self, tokens: int | None, option: str) -> int:
-        return options.tokens_or_default(tokens, 100_000, self.block, option) // self.block
+        return tokens_or_default(tokens, 100_000, self.block, option) // self.block
 
-    def _read_pairs(self, tokenizer: Any, names: list[str]) -> Pairs:
+    def _read_pairs(self, tokenizer: Any, names: Sequence[str]) -> Pairs:
         from cats.finetuning import Pairs
         from cats.finetuning.sources import Source, read_rows
 
@@ -121,23 +143,16 @@ class Data:
         return Pairs.of_texts(tokenizer, pairs, length=self.block, bos=self.bos)
 
 
-def pairs_of(evaluations: dict[str, Blocks | Pairs]) -> dict[str, Pairs]:
-    """Those evaluations that have answers."""
-    from cats.finetuning import Pairs
-
-    return {name: found for name, found in evaluations.items() if isinstance(found, Pairs)}
-
-
-def _texts(names: list[str]) -> Iterator[str]:
+def _texts(names: Sequence[str]) -> Iterator[str]:
     from cats.finetuning.sources import Source, read_texts
 
     for name in names:
         yield from read_texts(Source.parse(name))
 
 
-def _by_name(values: list[str] | None) -> dict[str, str]:
+def _by_name(values: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for value in values or []:
+    for value in values:
         name, equals, source = value.partition("=")
         if not (name and equals and source) or name in found:
             raise ConfigError(f"expected NAME=FILE, each name once, got {value!r}")
