@@ -20,6 +20,16 @@ def test_answer_is_that_of_generate_and_its_pieces_join(model, tokenizer):
     assert found.tokens_per_second > 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_join_where_the_end_is_half_a_character(model, tokenizer, seed):
+    pieces = []
+    found = answer(
+        model, tokenizer, "abc", max_new_tokens=9, do_sample=True, temperature=2.0, seed=seed,
+        on_text=pieces.append,
+    )  # fmt: skip
+    assert "".join(pieces) == found.text
+
+
 def test_a_prompt_without_tokens_is_refused(model, tokenizer):
     with pytest.raises(DataError, match="no tokens"):
         answer(model, tokenizer, "")

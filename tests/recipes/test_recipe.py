@@ -1,7 +1,8 @@
 import pytest
 
 from cats.errors import ConfigError
-from cats.recipes import Recipe, reproduce
+from cats.evaluation import Dense
+from cats.recipes import Progress, Recipe, reproduce
 from tests import models
 
 
@@ -24,3 +25,28 @@ def test_what_cannot_be_right_is_refused_before_the_folder_is_written(tmp_path, 
     with pytest.raises(ConfigError, match="got 'dejavu'"):
         reproduce(recipe, text="abc" * 40, methods=["cats", "dejavu"], tasks=[])
     assert not any(tmp_path.iterdir())
+
+
+def test_a_bar_moves_while_a_perplexity_is_measured(tmp_path, model, tokenizer):
+    taken = []
+
+    class Bar(Progress):
+        def track(self, items, text):
+            for i, item in enumerate(items):
+                taken.append(i)
+                yield item
+
+    class Watched(Dense):
+        def measure(self, model, batches):
+            for done, _ in enumerate(batches, 1):
+                assert len(taken) == done
+            return 1.0, 1.0
+
+    recipe = Recipe(
+        model=model, tokenizer=tokenizer, folder=tmp_path, name="tiny", targets=[0.5], samples=2,
+        length=8, source="text", progress=Bar(),
+    )  # fmt: skip
+    recipe.perplexity(Watched(), "text", models.make_ids(rows=12, length=8))
+    assert taken == [0, 1, 2]
+    recipe.perplexity(Watched(), "text", models.make_ids(rows=12, length=8))
+    assert taken == [0, 1, 2], "what is in the folder is not measured again"

@@ -13,9 +13,6 @@ from cats.cli.running import Terminal
 if TYPE_CHECKING:
     from cats.recipes import Demonstration
 
-# Tokens of a block of text: that of cats.recipes.demonstration, which imports torch.
-_BLOCK = 512
-
 
 def demo(
     sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
@@ -50,10 +47,11 @@ def demo(
     Example: [b]cats demo --sparsity 0.7 --prompt "What is a cat?"[/b]
     """
     from cats.config import check_target
+    from cats.recipes.demonstration import BLOCK, demonstrate
 
     check_target(sparsity)
-    options.check_tokens(tokens, _BLOCK)
-    options.check_tokens(eval_tokens, _BLOCK, "--eval-tokens")
+    options.check_tokens(tokens, BLOCK)
+    options.check_tokens(eval_tokens, BLOCK, "--eval-tokens")
     if output is not None:
         options.check_output(output / "report.html")
         _check_plots()
@@ -61,8 +59,6 @@ def demo(
     loaded, tokenizer = options.load(
         model, dtype=dtype, device=device, dense=True, hub=hub, threads=threads
     )
-    from cats.recipes.demonstration import demonstrate
-
     found = demonstrate(
         loaded, tokenizer, options.texts_or_sample(text), prompt=prompt, target_sparsity=sparsity,
         tokens=tokens, held_out_tokens=eval_tokens, max_new_tokens=max_new_tokens, seed=seed,
