@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,47 +118,29 @@ def _describe(model: str, hub: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _architecture(config: Any, *, trust_remote_code: bool = False, **_: Any) -> dict[str, Any]:
     """Sizes of a model, from its configuration alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from cats.checkpoint import first_line
     from cats.errors import UnsupportedModelError
-    from cats.mlp import find_gated_mlps
+    from cats.recipes.description import architecture
 
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
-        return {"none": f"no causal model: {first_line(error)}"}
-    text = config.get_text_config(decoder=True)
-    found = {
-        "model": type(model).__name__,
-        "layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype else None,
-    }
-    alike: dict[Hashable, list[str]] = {}
-    for name, module in model.named_modules():
-        shapes = tuple(p.shape for p in module.parameters())
-        alike.setdefault((type(module), shapes), []).append(name)
-    # one of each kind is probed: with large weights it takes a second
-    numbers = {names[0]: len(names) for names in alike.values()}
-    try:
-        mlps = find_gated_mlps(model, names=numbers)
+        found = architecture(config, trust_remote_code=trust_remote_code)
     except UnsupportedModelError as error:
-        return found | {"gated_mlps": f"none: {error}"}
-    return found | {
-        "gated_mlps": sum(numbers[mlp.name] for mlp in mlps),
-        "intermediate_size": _one_or_all(mlp.intermediate_size for mlp in mlps),
-        "activation": _one_or_all(mlp.activation for mlp in mlps),
+        return {"none": str(error)}
+    about = {
+        name: getattr(found, name)
+        for name in ("model", "layers", "hidden_size", "parameters", "dtype")
+    }
+    if found.refusal:
+        return about | {"gated_mlps": f"none: {found.refusal}"}
+    return about | {
+        "gated_mlps": found.gated_mlps,
+        "intermediate_size": _one_or_all(found.intermediate_sizes),
+        "activation": _one_or_all(found.activations),
     }
 
 
-def _one_or_all(values: Iterable[Any]) -> Any:
+def _one_or_all(values: Sequence[Any]) -> Any:
     """The value that all have, or each that occurs, as words."""
-    found = [*dict.fromkeys(values)]
-    return found[0] if len(found) == 1 else ", ".join(map(str, found))
+    return values[0] if len(values) == 1 else ", ".join(map(str, values))
 
 
 def _describe_config(title: str, config: CatsConfig) -> dict[str, dict[str, Any]]:

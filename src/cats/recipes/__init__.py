@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cats.recipes.counting import count
     from cats.recipes.demo_results import Demonstration
     from cats.recipes.demonstration import demonstrate
+    from cats.recipes.description import Architecture, architecture
     from cats.recipes.evaluation import Perplexities, ask_tasks, compare_perplexities
     from cats.recipes.generation import Answer, answer
     from cats.recipes.max_loss import LargestSparsity, largest_sparsity
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Architecture",
     "Calibration",
     "Demonstration",
     "LargestSparsity",
@@ -34,6 +36,7 @@ __all__ = [
     "Recipe",
     "TrainingData",
     "answer",
+    "architecture",
     "ask_tasks",
     "calibrate",
     "compare_perplexities",
@@ -49,6 +52,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "Answer": "cats.recipes.generation",
+        "Architecture": "cats.recipes.description",
         "Calibration": "cats.recipes.calibration",
         "Demonstration": "cats.recipes.demo_results",
         "LargestSparsity": "cats.recipes.max_loss",
@@ -58,6 +62,7 @@ __getattr__, __dir__ = exports(
         "Recipe": "cats.recipes.recipe",
         "TrainingData": "cats.recipes.training_data",
         "answer": "cats.recipes.generation",
+        "architecture": "cats.recipes.description",
         "ask_tasks": "cats.recipes.evaluation",
         "calibrate": "cats.recipes.calibration",
         "compare_perplexities": "cats.recipes.evaluation",

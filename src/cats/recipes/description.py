@@ -1,0 +1,82 @@
+"""What a model is, from its configuration alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cats.checkpoint import first_line
+from cats.errors import UnsupportedModelError
+from cats.mlp import find_gated_mlps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Sizes of a causal model.
+
+    Attributes:
+        model: Name of its class.
+        layers: How many it has.
+        hidden_size: ``D``.
+        parameters: How many, tied ones once.
+        dtype: In which it is stored; None where its configuration does not say.
+        gated_mlps: How many MLPs can be made sparse.
+        intermediate_sizes: Each ``F`` that occurs among them.
+        activations: Each activation that occurs among them.
+        refusal: Why there are none; empty where there are some.
+    """
+
+    model: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    dtype: str | None
+    gated_mlps: int = 0
+    intermediate_sizes: tuple[int, ...] = ()
+    activations: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def architecture(config: Any, *, trust_remote_code: bool = False) -> Architecture:
+    """Sizes of the model that a configuration makes.
+
+    Args:
+        config: Of a Hugging Face model.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        UnsupportedModelError: If it is no causal model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"no causal model: {first_line(error)}") from error
+    text = config.get_text_config(decoder=True)
+    common: dict[str, Any] = {
+        "model": type(model).__name__,
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype else None,
+    }
+    alike: dict[Hashable, list[str]] = {}
+    for name, module in model.named_modules():
+        shapes = tuple(p.shape for p in module.parameters())
+        alike.setdefault((type(module), shapes), []).append(name)
+    # one of each kind is probed: with large weights it takes a second
+    numbers = {names[0]: len(names) for names in alike.values()}
+    try:
+        mlps = find_gated_mlps(model, names=numbers)
+    except UnsupportedModelError as error:
+        return Architecture(**common, refusal=str(error))
+    return Architecture(
+        **common,
+        gated_mlps=sum(numbers[mlp.name] for mlp in mlps),
+        intermediate_sizes=tuple(dict.fromkeys(mlp.intermediate_size for mlp in mlps)),
+        activations=tuple(dict.fromkeys(mlp.activation for mlp in mlps)),
+    )
