@@ -14,7 +14,7 @@ import torch
 
 import cats
 from cats.errors import BackendError, CatsError, UnsupportedModelError
-from cats.mlp import CatsActivation
+from cats.model import CatsActivation
 from tests.models import assert_same_tokens, logits, make_ids, make_model
 
 OPERATIONS = int(os.environ.get("CATS_OPERATIONS", "100"))
@@ -63,7 +63,7 @@ class Uses:
 
     @property
     def sparse(self):
-        return cats.mlp.is_sparse(self.model)
+        return cats.model.is_sparse(self.model)
 
     @property
     def fused(self):

@@ -8,7 +8,7 @@ from torch import nn
 import cats
 from cats.errors import ConfigError, ModelMismatchError, UnsupportedModelError
 from cats.methods.cats import Cats
-from cats.mlp import CatsActivation
+from cats.model import CatsActivation
 from tests import models
 
 

@@ -13,9 +13,9 @@ LAYERS = {
     7: "evaluation finetuning benchmarks report serving integrations",
     6: "checkpoint metrics decode",
     5: "calibration apply",
-    4: "methods fusion",
-    3: "mlp",
-    2: "ops data results history smollm2 placement fingerprint",
+    4: "methods fusion mlp",
+    3: "model fingerprint",
+    2: "ops data results history smollm2 weights",
     1: "functional config errors storage version undo lazy",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}

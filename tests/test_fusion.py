@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 import cats
 from cats.errors import BackendError, ShapeError, UnsupportedModelError
 from cats.fusion import FusedGatedMLP, fused_mlps
-from cats.mlp import CatsActivation
+from cats.model import CatsActivation
 from cats.ops import backend_for, is_dense_batch, tracing_for_compiler
 from tests import models
 

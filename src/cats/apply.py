@@ -12,9 +12,9 @@ from cats.config import CatsConfig
 from cats.errors import ConfigError, ModelMismatchError
 from cats.fusion import restore_layout_, take_out_
 from cats.methods import get_method
-from cats.mlp import CatsActivation, GatedMLP, find_gated_mlps
-from cats.placement import has_weights
+from cats.model import CatsActivation, GatedMLP, find_gated_mlps
 from cats.undo import unchanged_on_error
+from cats.weights.placement import has_weights
 
 M = TypeVar("M", bound=nn.Module)
 

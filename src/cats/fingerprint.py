@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cats.config import CatsConfig
 from cats.errors import StorageError
+from cats.weights import plain_tensors
 
 _DIGITS = 16
 # Elements of each weight that are hashed one by one; all of them are in its checksum.
@@ -37,7 +38,7 @@ def of_model(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or name.endswith(_THRESHOLD):
             continue
-        for plain in _plain(tensor.detach()):
+        for plain in plain_tensors(tensor.detach()):
             names.append([name, list(plain.shape), str(plain.dtype), plain.is_meta])
             if plain.numel() and not plain.is_meta:
                 parts += [part.cpu() for part in _numbers(plain)]
@@ -98,15 +99,6 @@ def of_tokens(ids: Tensor) -> str:
 def of_value(value: Any) -> str:
     """Hash of what JSON can write; the order of keys is free."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_DIGITS]
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, or the parts of a quantised or sharded one."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def _numbers(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, permutations
 from typing import Any, TypeVar
 
 import torch
@@ -14,56 +12,34 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cats.errors import BackendError, UnsupportedModelError
 from cats.functional import ACTIVATIONS, keep_mask
-from cats.mlp import (
+from cats.model import (
     CatsActivation,
     GatedMLP,
-    activation_kind,
-    evaluating,
+    Layout,
+    Replacement,
     find_gated_mlps,
-    is_hooked,
-    probe_inputs,
     share_hooks,
 )
+from cats.model.fusable import check_fusable, check_memory
 from cats.ops import BACKENDS, call, checked, dense, is_dense_batch, is_for_compiler, is_unwatched
-from cats.placement import has_weights, is_offloaded
 from cats.undo import lay_out_, unchanged_on_error
 
 M = TypeVar("M", bound=nn.Module)
 
-# Largest relative error of the probe: both sides run the same GEMMs, so that only rounding differs.
-_PROBE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where an MLP keeps its weights.
-
-    Attributes:
-        gate: Name of the linear layer with the rows of gate.
-        up: That of up; the same layer where both are stacked.
-        down: That of down.
-        gate_first: Whether the rows of gate come first in a stacked layer.
-    """
-
-    gate: str
-    up: str
-    down: str
-    gate_first: bool = True
-
-
-class FusedGatedMLP(nn.Module):
+class FusedGatedMLP(Replacement):
     """A sparse MLP that runs as one operator; its children are those of the MLP that it replaces.
 
     A call with few tokens reads only what kept neurons need; one with many runs dense GEMMs with
     the same thresholds. It has no gradient. Under autocast the MLP runs as it was.
     """
 
-    def __init__(self, mlp: GatedMLP, layout: Layout, backend: str) -> None:
+    def __init__(self, mlp: GatedMLP, backend: str) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout = layout = mlp.known_layout()
         self.backend = backend
         self.activation_name = mlp.activation_name
-        self.activation = _sparse_activation(mlp)
+        self.activation = mlp.operands().activation
         self.intermediate_size = mlp.intermediate_size
         self._argument = next(iter(inspect.signature(mlp.module.forward).parameters), "x")
         self._has_dropout = any(isinstance(m, _DropoutNd) and m.p for m in mlp.module.children())
@@ -224,12 +200,12 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
             f"{type(model).__name__} is an MLP itself, which nothing holds that could hold the "
             "fused one: put it into a module, such as nn.Sequential"
         )
-    pairs = [
-        (mlp.module, FusedGatedMLP(mlp, _find_layout(mlp), backend))
-        for mlp in find_gated_mlps(model, names=names - fused)
-    ]
+    mlps = find_gated_mlps(model, names=names - fused)
+    for mlp in mlps:
+        check_fusable(mlp)
+    pairs = [(mlp.module, FusedGatedMLP(mlp, backend)) for mlp in mlps]
     strides = {id(_down(f)): f._stride for _, f in fused_mlps(model)}
-    _check_memory(model, [_down(fused) for _, fused in pairs])
+    check_memory(model, [_down(fused) for _, fused in pairs])
     with unchanged_on_error(model):
         for _, replacement in pairs:
             # a weight that two MLPs share is laid out already
@@ -300,14 +276,6 @@ def _down(fused: FusedGatedMLP) -> nn.Parameter:
     return weight
 
 
-def _sparse_activation(mlp: GatedMLP) -> str:
-    assert isinstance(mlp.act, CatsActivation)
-    kind = activation_kind(mlp.act.act)
-    if kind not in ACTIVATIONS:
-        raise UnsupportedModelError(f"{mlp.name}: no kernel computes its activation {kind}")
-    return kind
-
-
 def _operands(
     layout: Layout, gate: nn.Linear, up: nn.Linear, down: nn.Linear
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -324,100 +292,3 @@ def _operands(
     if not layout.gate_first:
         weights, biases = (weights[1], weights[0], weights[2]), (biases[1], biases[0])
     return *weights, *biases, third["bias"]
-
-
-def _find_layout(mlp: GatedMLP) -> Layout:
-    """The arrangement of linear layers under which the operator computes what the MLP computes."""
-    if reason := _unfusable(mlp):
-        raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
-    linears: dict[str, nn.Linear] = {
-        n: c for n, c in mlp.module.named_children() if type(c) is nn.Linear
-    }
-    f, d = mlp.intermediate_size, mlp.hidden_size
-    shapes = {name: tuple(c.weight.shape) for name, c in linears.items()}
-    layouts = [
-        Layout(gate, up, down)
-        for gate, up, down in permutations(linears, 3)
-        if (shapes[gate], shapes[up], shapes[down]) == ((f, d), (f, d), (d, f))
-    ]
-    layouts += [
-        Layout(stacked, stacked, down, first)
-        for stacked, down in permutations(linears, 2)
-        if (shapes[stacked], shapes[down]) == ((2 * f, d), (d, f))
-        for first in (True, False)
-    ]
-    for layout in layouts:
-        if _computes(mlp, layout):
-            return layout
-    raise UnsupportedModelError(
-        f"{mlp.name} cannot be fused: it does not compute down(act(gate(x)) * up(x)); "
-        "the sparse model runs as it is, without fuse_"
-    )
-
-
-def _unfusable(mlp: GatedMLP) -> str | None:
-    """Why one operator cannot stand for an MLP, whatever it computes; or None."""
-    module = mlp.module
-    if is_offloaded(module):
-        return "its weights are offloaded: load the whole model into memory (without device_map)"
-    if not has_weights(module):
-        return "its weights are on meta: load them first"
-    own = [n for n, _ in chain(module.named_parameters(), module.named_buffers()) if "." not in n]
-    if own:
-        return f"it holds a tensor of its own, {own[0]}"
-    for name, child in module.named_children():
-        tensors = [*child.parameters(), *child.buffers()]
-        if name == mlp.activation_name or not tensors:
-            continue
-        if type(child) is not nn.Linear:
-            kind = type(child).__name__
-            return f"{name} is {kind}, expected plain nn.Linear layers (merge adapters first)"
-        if len({*child._parameters} - {"weight", "bias"}) or "weight" not in child._parameters:
-            return f"the weight of {name} is computed from others (by pruning or a weight norm)"
-        for tensor in tensors:
-            if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
-                kind = f"{type(tensor).__name__} of {tensor.dtype}"
-                return f"{name} holds {kind}, expected ordinary floating-point weights"
-    for name, child in module.named_modules():
-        if name and is_hooked(child):
-            return f"{name} has a hook, which the operator would not run: hook the MLP itself"
-    return None
-
-
-def _check_memory(model: nn.Module, weights: list[nn.Parameter]) -> None:
-    """Raise UnsupportedModelError where another tensor lies in the memory of one of the weights."""
-    ends: dict[int, list[tuple[int, int, int, str]]] = {}
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
-            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            entry = (start, start + span * tensor.element_size(), id(tensor), name)
-            ends.setdefault(tensor.untyped_storage().data_ptr(), []).append(entry)
-    for weight in weights:
-        near = ends[weight.untyped_storage().data_ptr()]
-        mine = next(entry for entry in near if entry[2] == id(weight))
-        for start, end, other, name in near:
-            if other != id(weight) and start < mine[1] and mine[0] < end:
-                raise UnsupportedModelError(
-                    f"{mine[3]} and {name} are two tensors in the same memory, which fuse_ would "
-                    "part: give both layers the same nn.Parameter, or a copy each"
-                )
-
-
-def _computes(mlp: GatedMLP, layout: Layout) -> bool:
-    fused = FusedGatedMLP(mlp, layout, "dense")
-    weights_and_biases = fused.operands()
-    weights, biases = weights_and_biases[:3], weights_and_biases[3:]
-    assert isinstance(mlp.act, CatsActivation)
-    # kernels read it by its address
-    thresholds = mlp.act.threshold.expand(mlp.intermediate_size).contiguous()
-    rest = thresholds, fused.activation, "gate"
-    for x in probe_inputs(mlp):
-        with evaluating(mlp.module), torch.no_grad():
-            # without the MLP's own hooks, which will run around the operator
-            expected = mlp.module.forward(x).flatten(0, 1)
-            actual = dense.gated_mlp(x.flatten(0, 1), *weights, *rest, *biases)
-        error = (actual - expected).float().norm()
-        if not error <= _PROBE_TOLERANCE.get(x.dtype, 1e-5) * expected.float().norm():
-            return False
-    return True

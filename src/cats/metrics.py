@@ -15,8 +15,8 @@ from cats.calibration.collect import forward_hidden
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
-from cats.mlp import CatsActivation, evaluating
-from cats.placement import check_has_weights, input_device
+from cats.model import CatsActivation, evaluating
+from cats.weights.placement import check_has_weights, input_device
 
 
 def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:

@@ -83,7 +83,7 @@ def test_statistics_of_collect_are_described_whatever_their_name(command_json, t
     report = command_json("info", tmp_path / "counts.bin")
     assert report["counts.bin"]["method"] == "relu"
     assert report["counts.bin"]["calibration_tokens"] == ids.numel()
-    assert len(report["MLPs"]) == len(cats.mlp.find_gated_mlps(model))
+    assert len(report["MLPs"]) == len(cats.model.find_gated_mlps(model))
 
 
 def test_file_of_something_else_is_no_model(command, text):

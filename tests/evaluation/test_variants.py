@@ -6,7 +6,7 @@ import cats
 from cats.evaluation.inputs import InputCounts, linears
 from cats.evaluation.traffic import mean_share, token_bytes
 from cats.evaluation.variants import Dense, Sparse
-from cats.mlp import find_gated_mlps
+from cats.model import find_gated_mlps
 from tests import models
 
 

@@ -82,7 +82,7 @@ def test_dropped_neurons_get_no_gradient(make, ids):
         return hook
 
     # one token: some neurons are dropped for all that the model sees
-    mlps = cats.mlp.find_gated_mlps(model)
+    mlps = cats.model.find_gated_mlps(model)
     for mlp in mlps:
         mlp.act.register_forward_hook(record(mlp.name))
     model(input_ids=ids[:1, :1]).logits.sum().backward()

@@ -23,7 +23,7 @@ from cats.decode import Decoder
 from cats.errors import BackendError, ConfigError
 from cats.fusion import fuse_, fused_mlps
 from cats.metrics import realized_sparsity
-from cats.mlp import find_gated_mlps
+from cats.model import find_gated_mlps
 from cats.results import Result, environment
 
 NAME = "decode"

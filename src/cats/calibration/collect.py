@@ -17,13 +17,13 @@ from cats.data import Batch, as_batch
 from cats.errors import ConfigError, DataError, UnsupportedModelError
 from cats.fingerprint import of_model
 from cats.methods import get_method
-from cats.mlp import (
+from cats.model import (
     CatsActivation,
     GatedMLP,
     evaluating,
     find_gated_mlps,
 )
-from cats.placement import check_has_weights, input_device
+from cats.weights.placement import check_has_weights, input_device
 
 # First bin of infinity, without the sign; the bins of NaN are above it.
 _INFINITY_BIN = int(_counts.count(torch.tensor([float("inf")])).argmax())

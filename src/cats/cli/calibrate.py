@@ -102,7 +102,7 @@ def calibrate(
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
     from cats.data import read_text, text_start
-    from cats.mlp import check_patterns
+    from cats.model import check_patterns
     from cats.recipes.text import split
 
     check_patterns(loaded, exclude or [])

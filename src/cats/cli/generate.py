@@ -79,7 +79,7 @@ def generate(
         hub=options.hub(revision, subfolder, trust_remote_code),
     )  # fmt: skip
     from cats.fusion import fuse_
-    from cats.mlp import is_sparse
+    from cats.model import is_sparse
     from cats.recipes.generation import answer
 
     if fuse and is_sparse(loaded):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 from transformers import PreTrainedConfig
 
-from cats.mlp import CatsActivation
+from cats.model import CatsActivation
 
 # What every module has, but for its mode.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}

@@ -12,7 +12,7 @@ from cats.decode.cache import SlotCache
 from cats.decode.options import Options
 from cats.decode.sampling import choose, process
 from cats.errors import UnsupportedModelError
-from cats.placement import has_weights, input_device
+from cats.weights.placement import has_weights, input_device
 
 
 class State:

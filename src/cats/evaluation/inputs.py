@@ -17,7 +17,7 @@ from cats.data import Batch, as_batch
 from cats.errors import DataError
 from cats.evaluation.variants import InputThresholds
 from cats.functional import keep_mask
-from cats.mlp import GatedMLP, find_gated_mlps
+from cats.model import GatedMLP, find_gated_mlps
 
 # Of TEAL's greedy search: the share of the MLP's weights that one step drops.
 _STEP = 0.05

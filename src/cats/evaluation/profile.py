@@ -18,7 +18,7 @@ from cats.calibration.collect import forward_hidden
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
-from cats.mlp import CatsActivation, activation_kind
+from cats.model import CatsActivation, activation_kind
 from cats.storage import save_json
 
 # Bins of magnitudes from 0 to 1, where most activations are; one more holds all above.

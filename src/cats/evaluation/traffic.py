@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from cats.mlp import GatedMLP, find_gated_mlps
+from cats.model import GatedMLP, find_gated_mlps
 
 
 def neuron_share(dropped: float) -> float:

@@ -17,7 +17,7 @@ from cats.config import CatsConfig
 from cats.errors import ConfigError, ModelMismatchError, StorageError, UnsupportedModelError
 from cats.finetuning.options import FinetuneOptions
 from cats.fusion import fused_mlps
-from cats.mlp import CatsActivation, find_gated_mlps
+from cats.model import CatsActivation, find_gated_mlps
 from cats.storage import replacing
 from cats.undo import unchanged_on_error
 

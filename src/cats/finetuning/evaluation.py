@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cats.errors import TrainingError
 from cats.finetuning.data import IGNORED, Blocks, Pairs, collate
 from cats.metrics import DroppedNeurons
-from cats.mlp import evaluating, is_sparse
+from cats.model import evaluating, is_sparse
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

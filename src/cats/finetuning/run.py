@@ -31,7 +31,7 @@ from cats.finetuning.evaluation import evaluate_answers
 from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.trainer import FinetuneTrainer, last_checkpoint
 from cats.history import History, Point
-from cats.mlp import CatsActivation, find_gated_mlps, is_sparse
+from cats.model import CatsActivation, find_gated_mlps, is_sparse
 from cats.results import environment
 
 # Options that change neither the trained weights nor the measurements.

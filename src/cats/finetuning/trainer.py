@@ -23,7 +23,7 @@ from cats.finetuning.data import IGNORED, Blocks, Examples, Pairs, collate
 from cats.finetuning.evaluation import evaluate_loss
 from cats.finetuning.options import FinetuneOptions
 from cats.history import Point
-from cats.mlp import CatsActivation
+from cats.model import CatsActivation
 
 _THRESHOLDS = "thresholds.safetensors"
 # Checkpoints are written and deleted under this name, which nothing resumes from.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cats.errors import UnsupportedModelError
-from cats.mlp import CatsActivation, GatedMLP, is_hooked, share_hooks
-from cats.placement import input_device
+from cats.model import CatsActivation, GatedMLP, is_hooked, share_hooks
+from cats.weights.placement import input_device
 
 
 class Method(ABC):

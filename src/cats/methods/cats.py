@@ -4,7 +4,7 @@ from torch import Tensor
 
 from cats.functional import ACTIVATIONS
 from cats.methods.base import Method
-from cats.mlp import GatedMLP
+from cats.model import GatedMLP
 
 
 class Cats(Method):

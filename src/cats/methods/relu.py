@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cats.methods.base import Method
-from cats.mlp import GatedMLP
+from cats.model import GatedMLP
 
 
 class Relu(Method):

@@ -12,7 +12,7 @@ from cats.decode.rotary import LengthRule
 from cats.errors import UnsupportedModelError
 from cats.functional import ACTIVATIONS
 from cats.fusion import FusedGatedMLP
-from cats.mlp import CatsActivation, activation_kind
+from cats.model import CatsActivation, activation_kind
 
 _EVERYTHING = 2**31 - 1
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTCon
 
 import cats
 from cats.errors import ConfigError, ShapeError, UnsupportedModelError
-from cats.mlp import CatsActivation, activation_kind, find_gated_mlps
+from cats.model import CatsActivation, activation_kind, find_gated_mlps
 from tests import models
 
 KINDS = {

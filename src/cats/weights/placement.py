@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cats.errors import UnsupportedModelError
 
@@ -59,24 +59,3 @@ def _device_hooks(module: nn.Module) -> Sequence[Any]:
     """The hooks of ``accelerate`` on a module."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else getattr(hook, "hooks", [hook])
-
-
-def entries(name: str, weight: Tensor) -> Tensor:
-    """Eight entries of a weight, evenly spread, float32 on the CPU."""
-    if weight.is_meta or weight.numel() == 0:
-        raise UnsupportedModelError(
-            f"{name} has no values here (it is {'on meta' if weight.is_meta else 'empty'}): "
-            "load the weights first"
-        )
-    try:
-        # quantised weights of other libraries
-        if type(weight).dequantize is not Tensor.dequantize:
-            weight = weight.dequantize()
-        flat = weight.detach().flatten()
-        # in integers: a float32 index beyond 2**24 is rounded
-        return flat[torch.arange(8, device=flat.device) * (flat.numel() - 1) // 7].float().cpu()
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"the values of {name} cannot be read: it is a {type(weight).__name__} without "
-            "dequantize(); load the model with ordinary weights"
-        ) from error

@@ -1,0 +1,23 @@
+"""One description of a model's layers, found by structure and probe, and what it is used for."""
+
+from cats.model.activation import CatsActivation, activation_kind, is_sparse
+from cats.model.find import check_patterns, find_gated_mlps
+from cats.model.mlp import GatedMLP, GatedOperands, Linear
+from cats.model.modules import Replacement, evaluating, is_hooked, share_hooks
+from cats.model.probe import Layout
+
+__all__ = [
+    "CatsActivation",
+    "GatedMLP",
+    "GatedOperands",
+    "Layout",
+    "Linear",
+    "Replacement",
+    "activation_kind",
+    "check_patterns",
+    "evaluating",
+    "find_gated_mlps",
+    "is_hooked",
+    "is_sparse",
+    "share_hooks",
+]

@@ -1,0 +1,125 @@
+"""The activation of a gated MLP: which one it is, and the one that drops neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats.errors import ShapeError
+from cats.functional import ACTIVATIONS, cats_activation
+from cats.model.modules import evaluating
+
+
+class CatsActivation(nn.Module):
+    """``cats_activation(act(x), threshold)`` in float32, instead of an MLP's activation.
+
+    Attributes:
+        act: The activation that is thresholded.
+        threshold: One number or ``[F]``, always float32, whatever the dtype of the model.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, act: nn.Module, threshold: Tensor, *, dense: nn.Module | None = None):
+        super().__init__()
+        self.act = act
+        self._replaced = dense if dense is not act else None
+        self._number: torch.Size | None = None  # the shape that widen_ found
+        self.register_buffer("threshold", threshold.detach().clone().float())
+
+    @property
+    def dense(self) -> nn.Module:
+        """What stood here before, and what ``densify_`` puts back."""
+        return self.act if self._replaced is None else self._replaced
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return cats_activation(self.act(wide), self.threshold).to(x.dtype)
+
+    def widen_(self, size: int) -> Tensor:
+        """The threshold as ``[F]``, in place: what is written into it later is seen by its readers.
+
+        Raises:
+            ShapeError: If it has another number of entries.
+        """
+        threshold = self.threshold
+        if threshold.shape != (size,):
+            if threshold.numel() != 1:
+                raise ShapeError(
+                    f"expected one threshold or {size}, one for each neuron; "
+                    f"got {list(threshold.shape)}"
+                )
+            self._number = threshold.shape
+            self.threshold = threshold = threshold.detach().reshape(1).repeat(size)
+        return threshold
+
+    def narrow_(self) -> None:
+        """Undo :meth:`widen_`, unless the neurons have got different thresholds."""
+        threshold = self.threshold
+        if self._number is not None and not threshold.is_meta and threshold.unique().numel() == 1:
+            self.threshold = threshold[:1].clone().reshape(self._number)
+        self._number = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsActivation:
+        exact = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # it only moves: .half() would round it, and a rounded threshold drops other neurons;
+        # to_empty() would leave anything
+        if not exact.is_meta:
+            self.threshold = exact.to(self.threshold.device)
+        elif self.threshold.dtype != torch.float32:
+            self.threshold = self.threshold.float()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}threshold")
+        # one number and as many as there are neurons mean the same
+        if isinstance(loaded, Tensor) and loaded.shape != self.threshold.shape and loaded.ndim < 2:
+            if loaded.numel() == 1:
+                state_dict[f"{prefix}threshold"] = loaded.reshape(1).expand(self.threshold.shape)
+            elif self.threshold.numel() == 1:
+                self.widen_(loaded.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # a state dict may be assigned as it is
+        if self.threshold.dtype != torch.float32 or not self.threshold.is_contiguous():
+            self.threshold = self.threshold.float().contiguous()
+
+    def extra_repr(self) -> str:
+        if self.threshold.numel() == 1 and not self.threshold.is_meta:
+            return f"threshold={self.threshold.item():.4g}"
+        return f"threshold={list(self.threshold.shape)}"
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether thresholds are applied to some MLP."""
+    return any(isinstance(module, CatsActivation) for module in model.modules())
+
+
+def activation_kind(module: nn.Module) -> str | None:
+    """The name of an activation module, its class name if it is one we do not know, or None."""
+    if isinstance(module, CatsActivation):
+        return activation_kind(module.dense)
+    is_leaf = not any(True for _ in module.children())
+    if not is_leaf or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    # dropout draws random numbers, which a search must not
+    if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
+        return None
+    grid = torch.linspace(-8, 8, 257, device="cpu")
+    try:
+        with evaluating(module), torch.no_grad():
+            values = module(grid.clone())
+    except Exception:  # whatever a foreign module raises here, it is no elementwise activation
+        return None
+    if not isinstance(values, Tensor) or values.shape != grid.shape:
+        return None
+    for name, act in ACTIVATIONS.items():
+        if torch.allclose(values, act(grid), atol=1e-5, rtol=1e-5):
+            return name
+    is_affine = torch.allclose(values.diff(n=2), torch.zeros(255), atol=1e-5)
+    return None if is_affine else type(module).__name__

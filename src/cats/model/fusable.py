@@ -1,0 +1,104 @@
+"""Whether one operator can stand for an MLP: its layers, its memory, what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import nn
+
+from cats.errors import UnsupportedModelError
+from cats.model.mlp import GatedMLP
+from cats.model.modules import evaluating, is_hooked
+from cats.ops import dense
+from cats.weights import Dense, weight_of
+from cats.weights.placement import has_weights, is_offloaded
+
+# Largest relative error of the probe: both sides run the same GEMMs, so that only rounding differs.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def check_fusable(mlp: GatedMLP) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If the operator would compute something else than the MLP; the
+            message says why.
+    """
+    if reason := _unfusable(mlp):
+        raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
+    if mlp.layout is None or not _computes(mlp):
+        raise UnsupportedModelError(
+            f"{mlp.name} cannot be fused: it does not compute down(act(gate(x)) * up(x)); "
+            "the sparse model runs as it is, without fuse_"
+        )
+
+
+def check_memory(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
+    """Raise UnsupportedModelError where another tensor lies in the memory of one of the weights."""
+    ends: dict[int, list[tuple[int, int, int, str]]] = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
+            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            entry = (start, start + span * tensor.element_size(), id(tensor), name)
+            ends.setdefault(tensor.untyped_storage().data_ptr(), []).append(entry)
+    for weight in weights:
+        near = ends[weight.untyped_storage().data_ptr()]
+        mine = next(entry for entry in near if entry[2] == id(weight))
+        for start, end, other, name in near:
+            if other != id(weight) and start < mine[1] and mine[0] < end:
+                raise UnsupportedModelError(
+                    f"{mine[3]} and {name} are two tensors in the same memory, which fuse_ would "
+                    "part: give both layers the same nn.Parameter, or a copy each"
+                )
+
+
+def _unfusable(mlp: GatedMLP) -> str | None:
+    """Why one operator cannot stand for an MLP, whatever it computes; or None."""
+    module = mlp.module
+    if is_offloaded(module):
+        return "its weights are offloaded: load the whole model into memory (without device_map)"
+    if not has_weights(module):
+        return "its weights are on meta: load them first"
+    own = [n for n, _ in chain(module.named_parameters(), module.named_buffers()) if "." not in n]
+    if own:
+        return f"it holds a tensor of its own, {own[0]}"
+    for name, child in module.named_children():
+        tensors = [*child.parameters(), *child.buffers()]
+        if name == mlp.activation_name or not tensors:
+            continue
+        weight = weight_of(child)
+        if isinstance(weight, Dense):
+            bias = child._parameters.get("bias")
+            if bias is None or (type(bias) is nn.Parameter and bias.is_floating_point()):
+                continue
+            weight = None
+        if type(child) is nn.Linear and "weight" not in child._parameters:
+            return f"the weight of {name} is computed from others (by pruning or a weight norm)"
+        if type(child) is nn.Linear:
+            kinds = (f"{type(t).__name__} of {t.dtype}" for t in tensors)
+            return f"{name} holds {', '.join(kinds)}, expected ordinary floating-point weights"
+        kind = type(child).__name__
+        return f"{name} is {kind}, expected plain nn.Linear layers (merge adapters first)"
+    for name, child in module.named_modules():
+        if name and is_hooked(child):
+            return f"{name} has a hook, which the operator would not run: hook the MLP itself"
+    return None
+
+
+def _computes(mlp: GatedMLP) -> bool:
+    """Whether the operator gives what the MLP gives, up to rounding."""
+    parts = mlp.operands()
+    linears = parts.gate, parts.up, parts.down
+    weights, biases = [one.weight for one in linears], [one.bias for one in linears]
+    for x in mlp.probe_inputs():
+        with evaluating(mlp.module), torch.no_grad():
+            # without the MLP's own hooks, which will run around the operator
+            expected = mlp.module.forward(x).flatten(0, 1)
+            rest = parts.thresholds, parts.activation, "gate"
+            actual = dense.gated_mlp(x.flatten(0, 1), *weights, *rest, *biases)
+        error = (actual - expected).float().norm()
+        if not error <= _TOLERANCE.get(x.dtype, 1e-5) * expected.float().norm():
+            return False
+    return True

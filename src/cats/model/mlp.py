@@ -1,0 +1,191 @@
+"""What a gated MLP consists of: its matrices, its activation, its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cats.errors import UnsupportedModelError
+from cats.functional import ACTIVATIONS
+from cats.model.activation import CatsActivation, activation_kind
+from cats.model.probe import Layout, inputs
+from cats.weights import Dense, Weight, weight_of
+from cats.weights.placement import materialized
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer, or some rows of one.
+
+    Attributes:
+        matrix: Its weight, ``[rows, columns]``, however it is stored.
+        bias: ``[rows]``, or None.
+    """
+
+    matrix: Weight
+    bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The numbers as a kernel of 16 or 32 bits reads them, in the memory of the parameter.
+
+        Raises:
+            UnsupportedModelError: If they are stored in another way.
+        """
+        if not isinstance(self.matrix, Dense):
+            raise UnsupportedModelError(f"no kernel takes a {self.matrix!r}")
+        return self.matrix.values
+
+
+@dataclass(frozen=True, slots=True)
+class GatedOperands:
+    """What ``cats::gated_mlp`` takes: the parts of a gated MLP as they are now.
+
+    Attributes:
+        gate: ``[F, D]``.
+        up: ``[F, D]``.
+        down: ``[D, F]``.
+        thresholds: ``[F]``, float32, in the memory of the MLP's own where it has as many; zero
+            for a dense MLP.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+    """
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    thresholds: Tensor
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """One gated MLP: ``down(act(gate(x)) * up(x))``, or a form that vanishes with the activation.
+
+    Attributes:
+        name: Name of the module in the model, such as ``"model.layers.0.mlp"``.
+        module: The MLP itself; of a fused one, the MLP that it was made of.
+        activation_name: Name of its activation, such as ``"act_fn"``.
+        activation: Which one it is: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        hidden_size: ``D``.
+        intermediate_size: ``F``, the number of neurons.
+        layout: Which layers are gate, up and down; None where the probe could not tell.
+    """
+
+    name: str
+    module: nn.Module
+    activation_name: str
+    activation: str
+    hidden_size: int
+    intermediate_size: int
+    layout: Layout | None
+
+    @property
+    def act(self) -> nn.Module:
+        """The activation module in place now."""
+        act: nn.Module = getattr(self.module, self.activation_name)
+        return act
+
+    @property
+    def dense_act(self) -> nn.Module:
+        """The activation of the dense model."""
+        return self.act.dense if isinstance(self.act, CatsActivation) else self.act
+
+    def replace_act(self, act: nn.Module) -> None:
+        """Put another activation module in place."""
+        setattr(self.module, self.activation_name, act)
+
+    @property
+    def matrices(self) -> dict[str, Weight]:
+        """Name of each linear layer to its matrix: three of them, or two where they are stacked."""
+        layers = ((name, weight_of(child)) for name, child in self.module.named_children())
+        return {name: weight for name, weight in layers if weight is not None}
+
+    @property
+    def gate(self) -> Linear:
+        return self._gate_or_up(is_gate=True)
+
+    @property
+    def up(self) -> Linear:
+        return self._gate_or_up(is_gate=False)
+
+    @property
+    def down(self) -> Linear:
+        return self._linear(self.known_layout().down)
+
+    @property
+    def bytes(self) -> int:
+        """Of the matrices: what a token of the dense MLP reads."""
+        return sum(matrix.bytes for matrix in self.matrices.values())
+
+    def bytes_read(self, dropped: float) -> int:
+        """Of the matrices: what a token reads where a share of the neurons is dropped.
+
+        The router is read whole; of the other two the rows or columns of kept neurons.
+        """
+        neurons, routers = self.intermediate_size, (self.intermediate_size, self.hidden_size)
+        # gate and up have the same size, and so do their halves of a stacked layer
+        router = next(
+            m.row_bytes * neurons
+            for m in self.matrices.values()
+            if m.shape in (routers, (2 * neurons, self.hidden_size))
+        )
+        return round(router + (1 - dropped) * (self.bytes - router))
+
+    def known_layout(self) -> Layout:
+        """
+        Raises:
+            UnsupportedModelError: If the probe could not tell gate, up and down from each other.
+        """
+        if self.layout is None:
+            raise UnsupportedModelError(
+                f"{self.name}: it does not compute down(act(gate(x)) * up(x)) with linear layers"
+            )
+        return self.layout
+
+    def operands(self) -> GatedOperands:
+        """Gate, up, down, thresholds and the activation, as they are now.
+
+        Raises:
+            UnsupportedModelError: If the MLP has another form, or no kernel knows its activation.
+        """
+        act = self.act.act if isinstance(self.act, CatsActivation) else self.act
+        kind = activation_kind(act)
+        if kind not in ACTIVATIONS:
+            raise UnsupportedModelError(f"{self.name}: no kernel computes its activation {kind}")
+        gate, up, down = self.gate, self.up, self.down
+        threshold = self.act.threshold if isinstance(self.act, CatsActivation) else torch.zeros(())
+        thresholds = threshold.to(down.matrix.device).expand(self.intermediate_size).contiguous()
+        return GatedOperands(gate, up, down, thresholds, kind)
+
+    def fingerprint(self) -> Tensor:
+        """Some of the MLP's weights, ``[8]``, float32: the same in every dtype up to rounding.
+
+        Raises:
+            UnsupportedModelError: If the values of a weight cannot be read.
+        """
+        with materialized(self.module):
+            picks = [m.entries(f"{self.name}.{name}") for name, m in self.matrices.items()]
+        return torch.stack(picks).sum(0)
+
+    def probe_inputs(self) -> Iterator[Tensor]:
+        """Random hidden states ``[1, T, D]`` of small, unit and large scale, always the same."""
+        return inputs(self.module, self.hidden_size)
+
+    def _gate_or_up(self, *, is_gate: bool) -> Linear:
+        layout = self.known_layout()
+        whole = self._linear(layout.gate if is_gate else layout.up)
+        if layout.gate != layout.up:
+            return whole
+        size = self.intermediate_size
+        start = 0 if is_gate == layout.gate_first else size
+        bias = None if whole.bias is None else whole.bias[start : start + size]
+        return Linear(whole.matrix.part(start, start + size), bias)
+
+    def _linear(self, name: str) -> Linear:
+        layer = self.module.get_submodule(name)
+        matrix = weight_of(layer)
+        assert matrix is not None, "the probe saw a linear layer here"
+        return Linear(matrix, getattr(layer, "bias", None))

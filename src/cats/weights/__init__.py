@@ -1,0 +1,20 @@
+"""How the numbers of a matrix are stored: one file per storage, and where weights are."""
+
+from torch import nn
+
+from cats.weights.base import Weight, nbytes, plain_tensors
+from cats.weights.dense import Dense
+from cats.weights.foreign import Foreign
+
+__all__ = ["STORAGES", "Dense", "Foreign", "Weight", "nbytes", "plain_tensors", "weight_of"]
+
+# Asked in this order; what none of them knows is foreign.
+STORAGES: list[type[Weight]] = [Dense]
+
+
+def weight_of(layer: nn.Module) -> Weight | None:
+    """The matrix of a linear layer of any library; None for a module that is none."""
+    for storage in STORAGES:
+        if (weight := storage.of(layer)) is not None:
+            return weight
+    return Foreign.of(layer)

@@ -1,0 +1,100 @@
+"""Linear layers of other libraries, and wrapped ones: their bytes are known, no kernel takes them.
+
+They run by their own code, which is exact. Quantised layers without a storage here are of this
+kind, and so are layers with adapters, pruned ones and ones with a weight norm.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from cats.errors import UnsupportedModelError
+from cats.weights.base import Order, Weight, entries
+
+# What libraries call the numbers of inputs and outputs; the second is Conv1D of transformers.
+_SIZES = (("in_features", "out_features"), ("nx", "nf"))
+
+
+class Foreign(Weight):
+    """Whatever tensors a linear layer holds, its bias left out."""
+
+    storage = "foreign"
+
+    def __init__(self, layer: nn.Module, size: tuple[int, int], rows: range) -> None:
+        """
+        Args:
+            layer: The linear layer.
+            size: Its inputs and outputs.
+            rows: Which of its outputs are meant.
+        """
+        self.layer = layer
+        self._inputs, self._outputs = size
+        self._rows = rows
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Self | None:
+        if (size := _size(layer)) is None:
+            return None
+        weight = cls(layer, size, range(size[1]))
+        return weight if weight.tensors else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self._rows), self._inputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found = [t.dtype for t in self.tensors if t.is_floating_point()]
+        return found[0] if found else torch.get_default_dtype()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        named = (*self.layer.named_parameters(), *self.layer.named_buffers())
+        return tuple(t for name, t in named if name.rpartition(".")[2] != "bias")
+
+    @property
+    def order(self) -> Order | None:
+        return None
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes * len(self._rows) // self._outputs
+
+    def dequantised(self) -> Tensor:
+        weight = getattr(self.layer, "weight", None)
+        # adapters and the like, which the weight alone does not tell
+        is_wrapped = any(any(True for _ in c.parameters()) for c in self.layer.children())
+        if isinstance(weight, Tensor) and not is_wrapped:
+            if type(weight).dequantize is not Tensor.dequantize:
+                weight = weight.dequantize()
+            if hasattr(self.layer, "nf"):
+                weight = weight.t()
+            if weight.is_floating_point() and weight.shape == (self._outputs, self._inputs):
+                return weight.detach()[self._rows.start : self._rows.stop]
+        raise UnsupportedModelError(
+            f"the numbers of a {type(self.layer).__name__} cannot be read: load the model with "
+            "ordinary weights, and merge adapters first"
+        )
+
+    def part(self, start: int, stop: int) -> Self:
+        return type(self)(self.layer, (self._inputs, self._outputs), self._rows[start:stop])
+
+    def entries(self, name: str) -> Tensor:
+        # of all that is stored, since how the numbers follow from it is not known
+        matrices = [(n, t) for n, t in self.layer.named_parameters() if t.ndim >= 2]
+        matrices = matrices or [(n, t) for n, t in self.layer.named_buffers() if t.ndim >= 2]
+        return torch.stack([entries(f"{name}.{n}", tensor) for n, tensor in matrices]).sum(0)
+
+    def __repr__(self) -> str:
+        return f"<{type(self.layer).__name__} {list(self.shape)}>"
+
+
+def _size(layer: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer; None for another module."""
+    for inputs, outputs in _SIZES:
+        if hasattr(layer, inputs) and hasattr(layer, outputs):
+            return int(getattr(layer, inputs)), int(getattr(layer, outputs))
+    return None
