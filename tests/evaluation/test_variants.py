@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import cats
-from cats.evaluation.inputs import InputCounts, linears
+from cats.evaluation.inputs import InputCounts
 from cats.evaluation.traffic import mean_share, token_bytes
 from cats.evaluation.variants import Dense, Sparse
 from cats.model import find_gated_mlps
@@ -52,8 +52,10 @@ def test_input_thresholding_drops_the_small_inputs_of_each_matrix(model, batches
     mlp = find_gated_mlps(model)[0]
     seen = {}
     handles = [
-        layer.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (m, out)}))
-        for name, layer in linears(mlp).items()
+        mlp.module.get_submodule(name).register_forward_hook(
+            lambda m, args, out, name=name: seen.update({name: (m, out)})
+        )
+        for name in mlp.matrices
     ]
     x = torch.randn(1, 200, 16)
     with variant.on(model), torch.no_grad():

@@ -23,7 +23,7 @@ from cats.decode import Decoder
 from cats.errors import BackendError, ConfigError
 from cats.fusion import fuse_, fused_mlps
 from cats.metrics import realized_sparsity
-from cats.model import find_gated_mlps
+from cats.model import find_gated_mlps, traffic
 from cats.results import Result, environment
 
 NAME = "decode"
@@ -435,12 +435,7 @@ def _in_turns(variants: list[_Variant], on_stage: Callable[[str], None]) -> dict
 
 def copy_for_fusion(model: nn.Module) -> nn.Module:
     """A copy that shares all weights but those whose layout ``fuse_`` changes."""
-    moved = {
-        id(p)
-        for mlp in find_gated_mlps(model)
-        for p in mlp.module.parameters()
-        if tuple(p.shape) == (mlp.hidden_size, mlp.intermediate_size)
-    }
+    moved = {id(t) for mlp in find_gated_mlps(model) for t in mlp.down.matrix.tensors}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in moved})
 
 
@@ -465,22 +460,16 @@ def _token_bytes(model: nn.Module, tokens: Tensor, case: Case) -> tuple[float, f
     ``up`` and columns of ``down``. Of the cache: the used slots, on average. With several rows it
     is a lower bound, since a neuron is read that any row keeps.
     """
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    head = model.get_output_embeddings().weight  # type: ignore[operator]
-    weights = float(sum(p.nbytes for p in model.parameters()))
-    if embedding is not head:
-        weights -= embedding.nbytes
     shares = {}
     if list(fused_mlps(model)):
         shares = _realized_after(model, tokens, case.prompt_length)
-    for name, mlp in fused_mlps(model):
-        down = getattr(mlp, mlp.layout.down).weight
-        weights -= 2 * down.nbytes * shares[name]
+    weights = traffic.token_bytes(model, shares)
     config: Any = model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slots = case.prompt_length + case.new_tokens / 2
-    cache = 2 * config.num_hidden_layers * heads * size * embedding.element_size() * slots
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    cache = 2 * config.num_hidden_layers * heads * size * dtype.itemsize * slots
     return weights + case.batch * cache, _mean(shares)
 
 

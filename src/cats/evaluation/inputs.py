@@ -59,7 +59,8 @@ class InputCounts:
         with ExitStack() as stack:
             for mlp in found.mlps:
                 stack.callback(found._watch_samples(mlp).remove)
-                for name, layer in linears(mlp).items():
+                for name in mlp.matrices:
+                    layer = mlp.module.get_submodule(name)
                     stack.callback(found._watch(f"{mlp.name}.{name}", layer).remove)
             for batch in batches:
                 ids, mask = as_batch(batch)
@@ -79,7 +80,7 @@ class InputCounts:
         """
         check_target(target)
         return self._variant("input", target, {
-            mlp.name: dict.fromkeys(linears(mlp), target) for mlp in self.mlps
+            mlp.name: dict.fromkeys(mlp.matrices, target) for mlp in self.mlps
         })  # fmt: skip
 
     def teal(self, target: float) -> InputThresholds:
@@ -120,7 +121,7 @@ class InputCounts:
         return float(values[min(first, len(values) - 1)]) if sparsity else 0.0
 
     def _allocate(self, mlp: GatedMLP, target: float) -> dict[str, float]:
-        sizes = {name: layer.weight.numel() for name, layer in linears(mlp).items()}
+        sizes = {name: matrix.bytes for name, matrix in mlp.matrices.items()}
         total = sum(sizes.values())
         sparsities = dict.fromkeys(sizes, 0.0)
         x = self.samples[mlp.name][None]
@@ -145,7 +146,8 @@ class InputCounts:
         self, mlp: GatedMLP, x: Tensor, exact: Tensor, sparsities: dict[str, float]
     ) -> float:
         with ExitStack() as stack, torch.no_grad():
-            for name, layer in linears(mlp).items():
+            for name in mlp.matrices:
+                layer = mlp.module.get_submodule(name)
                 threshold = self._threshold(f"{mlp.name}.{name}", sparsities[name])
                 stack.callback(layer.register_forward_pre_hook(_dropping(threshold)).remove)
             return float((mlp.module(x) - exact).float().norm())
@@ -163,11 +165,6 @@ class InputCounts:
                 self.samples[mlp.name] = args[0].detach().flatten(0, -2)[:_SEARCH_TOKENS].clone()
 
         return mlp.module.register_forward_pre_hook(keep)
-
-
-def linears(mlp: GatedMLP) -> dict[str, nn.Linear]:
-    """The matrices of an MLP by the name of their layer."""
-    return {n: c for n, c in mlp.module.named_children() if isinstance(c, nn.Linear)}
 
 
 def _dropping(threshold: float) -> Any:

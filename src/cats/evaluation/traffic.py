@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from cats.model import GatedMLP, find_gated_mlps
+from cats.model import find_gated_mlps, traffic
 
 
 def neuron_share(dropped: float) -> float:
     """Share of an MLP's weights that are read where neurons are dropped.
 
-    The router, one of the three matrices, is read whole; of up and down the kept neurons.
+    The router, one of three matrices of the same size, is read whole; of the others the kept
+    neurons.
     """
     return (1 + 2 * (1 - dropped)) / 3
 
 
-def mlp_bytes(mlp: GatedMLP) -> int:
-    """Bytes of the matrices of an MLP."""
-    return sum(p.numel() * p.element_size() for p in mlp.module.parameters() if p.ndim >= 2)
+def neuron_shares(model: nn.Module, dropped: Mapping[str, float]) -> dict[str, float]:
+    """Of each MLP the share of its bytes that is read where a share of its neurons is dropped."""
+    return {
+        mlp.name: mlp.bytes_read(dropped[mlp.name]) / mlp.bytes
+        for mlp in find_gated_mlps(model, names=dropped)
+    }
 
 
-def mean_share(model: nn.Module, shares: dict[str, float]) -> float:
-    """Share of all gated MLPs' weights that a token reads.
+def mean_share(model: nn.Module, shares: Mapping[str, float]) -> float:
+    """Share of all gated MLPs' bytes that a token reads.
 
     Args:
         model: Any model with gated MLPs.
         shares: Name of an MLP to its share; the others are read whole.
     """
-    sizes = {mlp.name: mlp_bytes(mlp) for mlp in find_gated_mlps(model)}
+    sizes = {mlp.name: mlp.bytes for mlp in find_gated_mlps(model)}
     return sum(size * shares.get(name, 1.0) for name, size in sizes.items()) / sum(sizes.values())
 
 
@@ -36,13 +42,7 @@ def token_bytes(model: nn.Module, share: float) -> int:
 
     Args:
         model: A causal model.
-        share: Share of the gated MLPs' weights that is read.
+        share: Share of the gated MLPs' bytes that is read.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    # one row of the embedding is read, unless its table is the output head as well
-    if head is None or head.weight is not table:
-        total -= table.numel() * table.element_size()
-    mlps = sum(mlp_bytes(mlp) for mlp in find_gated_mlps(model))
-    return round(total - mlps * (1 - share))
+    mlps = sum(mlp.bytes for mlp in find_gated_mlps(model))
+    return round(traffic.token_bytes(model) - mlps * (1 - share))

@@ -18,9 +18,10 @@ from cats import fingerprint
 from cats.apply import densify_, sparsify_
 from cats.config import CatsConfig, label_of
 from cats.data import Batch
-from cats.evaluation.traffic import mean_share, neuron_share
+from cats.evaluation.traffic import mean_share, neuron_shares
 from cats.functional import keep_mask
 from cats.metrics import perplexity, perplexity_and_sparsity
+from cats.model import find_gated_mlps
 
 
 class Variant(ABC):
@@ -86,8 +87,7 @@ class Sparse(Variant):
         with self.on(model):
             value, realized = perplexity_and_sparsity(model, batches)
         self.dropped = sum(realized.values()) / len(realized)
-        shares = {name: neuron_share(s) for name, s in realized.items()}
-        return value, mean_share(model, shares)
+        return value, mean_share(model, neuron_shares(model, realized))
 
 
 class InputThresholds(Variant):
@@ -139,11 +139,12 @@ class InputThresholds(Variant):
         with self.on(model):
             value = perplexity(model, batches)
         shares = {}
-        for mlp, thresholds in self._thresholds.items():
-            names = [f"{mlp}.{name}" for name in thresholds]
-            sizes = [model.get_submodule(name).weight.numel() for name in names]
-            read = [float(self._read[name]) / self._tokens[name] for name in names]
-            shares[mlp] = sum(map(float.__mul__, map(float, sizes), read)) / sum(sizes)
+        for mlp in find_gated_mlps(model, names=self._thresholds):
+            read = 0.0
+            for layer, matrix in mlp.matrices.items():
+                name = f"{mlp.name}.{layer}"
+                read += matrix.bytes * float(self._read[name]) / self._tokens[name]
+            shares[mlp.name] = read / mlp.bytes
         return value, mean_share(model, shares)
 
     def _hook(self, name: str, threshold: float) -> Any:

@@ -33,12 +33,7 @@ def target_layers(model: nn.Module) -> list[str]:
         UnsupportedModelError: If the model has no gated MLP.
         ConfigError: If no layer for queries is known by its name.
     """
-    names = {
-        name
-        for mlp in find_gated_mlps(model)
-        for name, child in mlp.module.named_children()
-        if any(p.ndim >= 2 for p in child.parameters())
-    }
+    names = {name for mlp in find_gated_mlps(model) for name in mlp.matrices}
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()} & {*_ATTENTION}
     if not found:
         raise ConfigError(

@@ -120,8 +120,8 @@ class GatedMLP:
         """Of the matrices: what a token of the dense MLP reads."""
         return sum(matrix.bytes for matrix in self.matrices.values())
 
-    def bytes_read(self, dropped: float) -> int:
-        """Of the matrices: what a token reads where a share of the neurons is dropped.
+    def bytes_read(self, dropped: float) -> float:
+        """Of the matrices: what a token reads on average where a share of the neurons is dropped.
 
         The router is read whole; of the other two the rows or columns of kept neurons.
         """
@@ -132,7 +132,7 @@ class GatedMLP:
             for m in self.matrices.values()
             if m.shape in (routers, (2 * neurons, self.hidden_size))
         )
-        return round(router + (1 - dropped) * (self.bytes - router))
+        return router + (1 - dropped) * (self.bytes - router)
 
     def known_layout(self) -> Layout:
         """

@@ -1,0 +1,45 @@
+"""Bytes of weights that one decoded token reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from cats.model.find import find_gated_mlps
+from cats.weights import nbytes, weight_of
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights of a model; what several layers share is counted once."""
+    counted: set[int] = set()
+    total = 0
+    for module in model.modules():
+        weight = weight_of(module)
+        if weight is None:
+            continue
+        tensors = {id(tensor) for tensor in weight.tensors}
+        if not tensors & counted:
+            total += weight.bytes
+        counted |= tensors
+    return total + sum(nbytes(p) for p in model.parameters() if id(p) not in counted)
+
+
+def token_bytes(model: nn.Module, dropped: Mapping[str, float] | None = None) -> float:
+    """Bytes of weights that a token reads, attention and output head included.
+
+    Args:
+        model: A causal model.
+        dropped: Name of a gated MLP to the share of its neurons that is dropped; the others are
+            read whole.
+    """
+    causal: Any = model
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    total = float(weight_bytes(model))
+    # one row of the embedding is read, unless its table is the output head as well
+    if head is None or getattr(head, "weight", None) is not embedding.weight:
+        total -= weight_bytes(embedding)
+    for mlp in find_gated_mlps(model) if dropped else ():
+        total -= mlp.bytes - mlp.bytes_read((dropped or {}).get(mlp.name, 0.0))
+    return total
