@@ -1,15 +1,14 @@
 import copy
-import itertools
 
-import accelerate
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig
 
 import cats
-from cats.errors import ConfigError, ShapeError, UnsupportedModelError
-from cats.model import CatsActivation, activation_kind, find_gated_mlps
+from cats.errors import ConfigError, UnsupportedModelError
+from cats.fusion import fused_mlps
+from cats.model import find_gated_mlps
 from tests import models
 
 KINDS = {
@@ -154,149 +153,41 @@ def test_random_activation_does_not_change_the_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_activation_is_recognised_by_its_values(kind):
-    assert activation_kind(KINDS[kind]) == kind
-
-
-@pytest.mark.parametrize("module", [nn.Identity(), nn.Dropout(), nn.Linear(4, 4), nn.Sequential()])
-def test_other_modules_are_no_activations(module):
-    assert activation_kind(module) is None
-
-
-def test_fingerprint_is_the_same_in_another_dtype_and_differs_for_other_weights():
-    (mlp, other) = find_gated_mlps(models.make_model())
-    here = mlp.fingerprint()
-    largest = here.abs().max()
-    half = copy.deepcopy(mlp.module).bfloat16()
-    (low,) = find_gated_mlps(models.Body(half))
-    assert (low.fingerprint() - here).abs().max() < 0.01 * largest
-    assert (other.fingerprint() - here).abs().max() > 0.1 * largest
-
-
-CONVERSIONS = {
-    "bfloat16": lambda m: m.to(torch.bfloat16),
-    "half": lambda m: m.half(),
-    "double": lambda m: m.double(),
-    "bfloat16 and back": lambda m: m.bfloat16().float(),
-    "cpu": lambda m: m.to("cpu", torch.float16),
-    "deepcopy": lambda m: copy.deepcopy(m).bfloat16(),
-}
-
-
-@pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
-@pytest.mark.parametrize("threshold", [torch.tensor(0.1234567), torch.rand(models.F)])
-def test_threshold_stays_exact_in_float32(convert, threshold):
-    act = convert(nn.Sequential(CatsActivation(nn.SiLU(), threshold)))[0]
-    assert act.threshold.dtype == torch.float32
-    assert torch.equal(act.threshold, threshold)
-    assert act._buffers["threshold"] is act.threshold
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_threshold_survives_meta_and_a_state_dict(assign):
+def test_mlps_of_a_fused_model_are_those_that_it_was_made_of():
     model = models.make_model()
+    plain = find_gated_mlps(model)
     cats.sparsify_(model, cats.calibrate(model, [models.make_ids()], target_sparsity=0.5))
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    expected = models.logits(model, models.make_ids(seed=1))
-    twin = copy.deepcopy(model).to("meta")
-    assert twin.model.layers[0].mlp.act_fn.threshold.is_meta
-    if not assign:
-        twin.to_empty(device="cpu")
-    twin.load_state_dict(state, assign=assign)
-    threshold = twin.model.layers[0].mlp.act_fn.threshold
-    assert threshold.dtype == torch.float32
-    assert torch.equal(threshold, model.model.layers[0].mlp.act_fn.threshold)
-    twin.model.rotary_emb = model.model.rotary_emb  # its buffers are not in the state dict
-    assert torch.equal(models.logits(twin, models.make_ids(seed=1)), expected)
+    cats.fuse_(model)
+    found = find_gated_mlps(model)
+    assert [(m.name, m.module, m.layout) for m in found] == [
+        (m.name, m.module, m.layout) for m in plain
+    ]
+    assert [m.module for m in found] == [fused.original for _, fused in fused_mlps(model)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_activation_and_comparison_happen_in_float32(kind, dtype):
-    act = CatsActivation(KINDS[kind], torch.tensor(0.2))
-    x = torch.randn(5000).to(dtype)
-    y = act(x)
-    wide = KINDS[kind](x if dtype == torch.float64 else x.float())
-    expected = torch.where(wide.abs() < 0.2000000029802322, 0, wide).to(dtype)
-    assert y.dtype == dtype
-    assert torch.equal(y, expected)
-    assert (y == 0).any()
-    assert (y != 0).any()
-
-
-def test_activation_shows_its_threshold():
-    assert "0.25" in repr(CatsActivation(nn.SiLU(), torch.tensor(0.25)))
-    assert "[3]" in repr(CatsActivation(nn.SiLU(), torch.rand(3)))
-    assert "[]" in repr(CatsActivation(nn.SiLU(), torch.tensor(0.25)).to("meta"))
-
-
-class IntegerLinear(nn.Module):
-    """A quantised layer of a library that keeps its weight as int8 numbers."""
+class Packed(nn.Module):
+    """A linear layer that keeps its codes in a buffer, as GPTQ and AWQ layers do."""
 
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = nn.Parameter(linear.weight.detach().abs().amax(1, keepdim=True) / 127)
-        values = (linear.weight.detach() / self.scale).round().to(torch.int8)
-        self.weight = nn.Parameter(values, requires_grad=False)
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("scales", scale.reshape(1, 1))
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
 
     def forward(self, x):
-        return nn.functional.linear(x, self.weight * self.scale)
+        return nn.functional.linear(x, self.qweight * self.scales)
 
 
-@pytest.mark.parametrize("kind", ["integers", "a tensor class"])
-def test_quantised_mlp_is_found_and_has_a_fingerprint(kind):
+def test_layers_that_keep_their_codes_in_buffers_are_found():
     model = models.make_model()
-    plain = find_gated_mlps(model)
-    if kind == "integers":
-        for mlp in plain:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                setattr(mlp.module, name, IntegerLinear(getattr(mlp.module, name)))
-    else:
-        models.quantize_(model)
-    found = find_gated_mlps(model)
-    assert [m.name for m in found] == [m.name for m in plain]
-    first, second = (mlp.fingerprint() for mlp in found)
-    assert first.isfinite().all()
-    assert not torch.allclose(first, second)
-    cats.calibrate(model, [models.make_ids()], target_sparsity=0.5)
-
-
-def test_weight_whose_values_cannot_be_read_is_named():
-    class Opaque(models.Int8Tensor):
-        dequantize = torch.Tensor.dequantize
-
-    model = models.quantize_(models.make_model())
-    (mlp, *_) = find_gated_mlps(model)
-    weight = mlp.module.up_proj.weight
-    mlp.module.up_proj.weight = nn.Parameter(Opaque(weight.values, weight.scale), False)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.up_proj\.weight.*Opaque"):
-        mlp.fingerprint()
-
-
-def test_offloaded_mlp_has_the_fingerprint_of_its_weights():
-    model = models.make_model()
-    expected = [mlp.fingerprint() for mlp in find_gated_mlps(model)]
-    accelerate.cpu_offload(model, torch.device("cpu"))
-    found = find_gated_mlps(model)
-    assert next(found[0].module.parameters()).is_meta
-    assert all(map(torch.equal, expected, [mlp.fingerprint() for mlp in found]))
-    assert next(found[0].module.parameters()).is_meta
-
-
-def test_number_and_vector_thresholds_load_into_each_other():
-    number, vector = torch.tensor(0.25), torch.rand(5)
-    for own, loaded in itertools.product((number, vector), repeat=2):
-        for assign in (False, True):
-            act = CatsActivation(nn.SiLU(), own)
-            act.load_state_dict({"threshold": loaded.to(torch.float64)}, assign=assign)
-            assert torch.equal(act.threshold.expand(5), loaded.expand(5))
-            assert act.threshold.dtype == torch.float32
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        CatsActivation(nn.SiLU(), vector).load_state_dict({"threshold": torch.rand(4)})
-
-
-def test_threshold_for_another_number_of_neurons_is_an_error():
-    with pytest.raises(ShapeError, match="one for each neuron"):
-        CatsActivation(nn.SiLU(), torch.rand(3)).widen_(4)
+    for layer in model.model.layers:
+        for name, child in list(layer.mlp.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(layer.mlp, name, Packed(child))
+    first, second = find_gated_mlps(model)
+    assert (first.layout.gate, first.layout.up, first.layout.down) == (
+        "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    assert not torch.allclose(first.fingerprint(), second.fingerprint())
+    assert first.bytes == 3 * (16 * models.F + 4)

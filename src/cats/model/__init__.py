@@ -1,13 +1,17 @@
 """One description of a model's layers, found by structure and probe, and what it is used for."""
 
 from cats.model.activation import CatsActivation, activation_kind, is_sparse
+from cats.model.decoder import Decoder, DecoderLayer, describe_decoder
 from cats.model.find import check_patterns, find_gated_mlps
-from cats.model.mlp import GatedMLP, GatedOperands, Linear
+from cats.model.linear import Linear
+from cats.model.mlp import GatedMLP, GatedOperands
 from cats.model.modules import Replacement, evaluating, is_hooked, share_hooks
 from cats.model.probe import Layout
 
 __all__ = [
     "CatsActivation",
+    "Decoder",
+    "DecoderLayer",
     "GatedMLP",
     "GatedOperands",
     "Layout",
@@ -15,6 +19,7 @@ __all__ = [
     "Replacement",
     "activation_kind",
     "check_patterns",
+    "describe_decoder",
     "evaluating",
     "find_gated_mlps",
     "is_hooked",

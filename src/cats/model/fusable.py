@@ -12,7 +12,7 @@ from cats.errors import UnsupportedModelError
 from cats.model.mlp import GatedMLP
 from cats.model.modules import evaluating, is_hooked
 from cats.ops import dense
-from cats.weights import Dense, weight_of
+from cats.weights import Dense, Foreign, weight_of
 from cats.weights.placement import has_weights, is_offloaded
 
 # Largest relative error of the probe: both sides run the same GEMMs, so that only rounding differs.
@@ -73,7 +73,8 @@ def _unfusable(mlp: GatedMLP) -> str | None:
             bias = child._parameters.get("bias")
             if bias is None or (type(bias) is nn.Parameter and bias.is_floating_point()):
                 continue
-            weight = None
+        elif weight is not None and not isinstance(weight, Foreign):
+            return f"{name} is a {weight!r}, which no kernel takes"
         if type(child) is nn.Linear and "weight" not in child._parameters:
             return f"the weight of {name} is computed from others (by pruning or a weight norm)"
         if type(child) is nn.Linear:
@@ -90,14 +91,15 @@ def _unfusable(mlp: GatedMLP) -> str | None:
 def _computes(mlp: GatedMLP) -> bool:
     """Whether the operator gives what the MLP gives, up to rounding."""
     parts = mlp.operands()
-    linears = parts.gate, parts.up, parts.down
-    weights, biases = [one.weight for one in linears], [one.bias for one in linears]
+    gate, up, down = parts.gate, parts.up, parts.down
     for x in mlp.probe_inputs():
         with evaluating(mlp.module), torch.no_grad():
             # without the MLP's own hooks, which will run around the operator
             expected = mlp.module.forward(x).flatten(0, 1)
-            rest = parts.thresholds, parts.activation, "gate"
-            actual = dense.gated_mlp(x.flatten(0, 1), *weights, *rest, *biases)
+            actual = dense.gated_mlp(
+                x.flatten(0, 1), gate.weight, up.weight, down.weight, parts.thresholds,
+                parts.activation, "gate", gate.bias, up.bias, down.bias,
+            )  # fmt: skip
         error = (actual - expected).float().norm()
         if not error <= _TOLERANCE.get(x.dtype, 1e-5) * expected.float().norm():
             return False

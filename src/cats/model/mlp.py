@@ -11,33 +11,10 @@ from torch import Tensor, nn
 from cats.errors import UnsupportedModelError
 from cats.functional import ACTIVATIONS
 from cats.model.activation import CatsActivation, activation_kind
+from cats.model.linear import Linear
 from cats.model.probe import Layout, inputs
-from cats.weights import Dense, Weight, weight_of
+from cats.weights import Weight, weight_of
 from cats.weights.placement import materialized
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear layer, or some rows of one.
-
-    Attributes:
-        matrix: Its weight, ``[rows, columns]``, however it is stored.
-        bias: ``[rows]``, or None.
-    """
-
-    matrix: Weight
-    bias: Tensor | None
-
-    @property
-    def weight(self) -> Tensor:
-        """The numbers as a kernel of 16 or 32 bits reads them, in the memory of the parameter.
-
-        Raises:
-            UnsupportedModelError: If they are stored in another way.
-        """
-        if not isinstance(self.matrix, Dense):
-            raise UnsupportedModelError(f"no kernel takes a {self.matrix!r}")
-        return self.matrix.values
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +156,8 @@ class GatedMLP:
         whole = self._linear(layout.gate if is_gate else layout.up)
         if layout.gate != layout.up:
             return whole
-        size = self.intermediate_size
-        start = 0 if is_gate == layout.gate_first else size
-        bias = None if whole.bias is None else whole.bias[start : start + size]
-        return Linear(whole.matrix.part(start, start + size), bias)
+        start = 0 if is_gate == layout.gate_first else self.intermediate_size
+        return whole.part(start, start + self.intermediate_size)
 
     def _linear(self, name: str) -> Linear:
-        layer = self.module.get_submodule(name)
-        matrix = weight_of(layer)
-        assert matrix is not None, "the probe saw a linear layer here"
-        return Linear(matrix, getattr(layer, "bias", None))
+        return Linear.of(self.module.get_submodule(name), f"{self.name}.{name}")

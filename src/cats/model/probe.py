@@ -99,9 +99,7 @@ def probe(module: nn.Module, activation_name: str) -> Found | str:
 
 def inputs(module: nn.Module, hidden_size: int) -> Iterator[Tensor]:
     """Random hidden states ``[1, T, D]`` of small, unit and large scale, the same at each call."""
-    # the matrices of a quantised model may hold integers
-    tensors = [p for p in module.parameters() if p.is_floating_point()]
-    dtype = max(tensors, key=lambda t: t.ndim).dtype if tensors else torch.float32
+    dtype = next(weight.dtype for c in module.children() if (weight := weight_of(c)))
     device = input_device(module)
     for scale in _SCALES:
         generator = torch.Generator().manual_seed(0)

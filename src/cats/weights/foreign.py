@@ -39,7 +39,8 @@ class Foreign(Weight):
         if (size := _size(layer)) is None:
             return None
         weight = cls(layer, size, range(size[1]))
-        return weight if weight.tensors else None
+        # a layer without a matrix only says what sizes it has
+        return weight if any(t.ndim >= 2 for t in weight.tensors) else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,8 +48,12 @@ class Foreign(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        found = [t.dtype for t in self.tensors if t.is_floating_point()]
-        return found[0] if found else torch.get_default_dtype()
+        parameters, buffers = (
+            [t for t in tensors if t.is_floating_point()]
+            for tensors in (self.layer.parameters(), self.layer.buffers())
+        )
+        known = max(parameters or buffers, key=lambda t: t.ndim, default=None)
+        return torch.float32 if known is None else known.dtype
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -84,12 +89,17 @@ class Foreign(Weight):
 
     def entries(self, name: str) -> Tensor:
         # of all that is stored, since how the numbers follow from it is not known
-        matrices = [(n, t) for n, t in self.layer.named_parameters() if t.ndim >= 2]
-        matrices = matrices or [(n, t) for n, t in self.layer.named_buffers() if t.ndim >= 2]
-        return torch.stack([entries(f"{name}.{n}", tensor) for n, tensor in matrices]).sum(0)
+        parameters, buffers = (
+            [(n, t) for n, t in named if t.ndim >= 2]
+            for named in (self.layer.named_parameters(), self.layer.named_buffers())
+        )
+        picks = [entries(f"{name}.{n}", tensor) for n, tensor in parameters or buffers]
+        return torch.stack(picks).sum(0)
 
     def __repr__(self) -> str:
-        return f"<{type(self.layer).__name__} {list(self.shape)}>"
+        kind, (rows, columns) = type(self.layer).__name__, self.shape
+        first = self.tensors[0]
+        return f"<{kind} [{rows}, {columns}] that holds {type(first).__name__} of {first.dtype}>"
 
 
 def _size(layer: nn.Module) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def input_device(module: nn.Module) -> torch.device:
         for hook in _device_hooks(submodule):
             if getattr(hook, "execution_device", None) is not None:
                 return torch.device(hook.execution_device)
-        for tensor in submodule.parameters(recurse=False):
+        # codes of quantised weights are buffers in some libraries
+        for tensor in chain(submodule.parameters(recurse=False), submodule.buffers(recurse=False)):
             if not tensor.is_meta:
                 return tensor.device
     return torch.device("cpu")

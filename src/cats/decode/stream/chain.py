@@ -362,7 +362,7 @@ class Chain:
         )
         shares = shares_of(variant, neurons, self._multiprocessors, False)
         arguments = _MLP.pack(
-            0, *map(_address, (mlp.gate.weight, mlp.up.weight, mlp.down)),
+            0, *map(_address, (mlp.gate.weight, mlp.up.weight, mlp.down.weight)),
             _address(mlp.thresholds, 1), 0,
             _address(mlp.gate.bias, 1), _address(mlp.up.bias, 1), 0, 0,
             _address(target), 0, _address(self._tickets[index]),

@@ -127,7 +127,7 @@ class StreamEngine:
 def _lay_out(spec: ModelSpec, done: list[ref[nn.Parameter]] | None = None) -> None:
     """Make the weights of each neuron contiguous, in place; notes which ones were not."""
     for layer in spec.layers:
-        down = layer.mlp.down
+        down = layer.mlp.down.weight
         if not down.t().is_contiguous():
             down.data = down.data.t().contiguous().t()
             if done is not None and isinstance(down, nn.Parameter):
