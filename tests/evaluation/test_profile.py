@@ -1,5 +1,6 @@
 import json
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
@@ -101,3 +102,9 @@ def test_saved_profile_is_json_with_version_and_kind(model, batch, tmp_path):
     block = json.loads((tmp_path / "profile.json").read_text())
     assert (block["version"], block["kind"], block["model"]) == (1, "profile", "tiny")
     assert len(block["layers"]) == 2
+
+
+def test_offloaded_model_is_profiled_as_the_one_in_memory(model, batch):
+    wanted = profile(model, [batch])
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert profile(model, [batch]) == wanted

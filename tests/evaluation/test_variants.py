@@ -1,3 +1,4 @@
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -89,3 +90,12 @@ def test_bytes_of_a_token_count_the_head_once_and_the_embedding_not(model):
     tied = models.make_model(tie_word_embeddings=True)
     assert token_bytes(tied, 1.0) == sum(4 * p.numel() for p in tied.parameters())
     assert mean_share(model, {}) == 1
+
+
+def test_offloaded_model_is_evaluated_as_the_one_in_memory(model, batches):
+    plain = InputCounts.collect(model, batches)
+    wanted = [v.measure(model, batches) for v in (plain.uniform(0.3), plain.teal(0.3))]
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    counts = InputCounts.collect(model, batches)
+    found = [v.measure(model, batches) for v in (counts.uniform(0.3), counts.teal(0.3))]
+    assert found == wanted

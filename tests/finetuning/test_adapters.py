@@ -9,6 +9,7 @@ from cats.errors import ConfigError, ModelMismatchError, StorageError, Unsupport
 from cats.finetuning import FinetuneOptions, load_adapter
 from cats.finetuning.adapters import (
     add_adapters,
+    check_targets,
     dense_teacher,
     merge,
     put_adapter,
@@ -159,3 +160,14 @@ def test_adapter_is_put_on_the_base_of_a_revision(tmp_path):
     )
     ids = models.make_ids(seed=1)
     assert models.logits(loaded, ids).equal(models.logits(tuned.eval(), ids))
+
+
+def test_message_names_layers_of_other_libraries_too():
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model = models.make_model()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Quantised(16, models.F)
+    with pytest.raises(ConfigError, match=r"layers are named .*q_proj, up_proj"):
+        check_targets(model, ["w1"])

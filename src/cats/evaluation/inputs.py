@@ -18,6 +18,7 @@ from cats.errors import DataError
 from cats.evaluation.variants import InputThresholds
 from cats.functional import keep_mask
 from cats.model import GatedMLP, find_gated_mlps
+from cats.weights.placement import input_device
 
 # Of TEAL's greedy search: the share of the MLP's weights that one step drops.
 _STEP = 0.05
@@ -55,7 +56,7 @@ class InputCounts:
             DataError: If there are no tokens, or a batch is padded.
         """
         found = cls(mlps=find_gated_mlps(model), counts={}, samples={}, tokens=0)
-        device = next(model.parameters()).device
+        device = input_device(model)
         with ExitStack() as stack:
             for mlp in found.mlps:
                 stack.callback(found._watch_samples(mlp).remove)

@@ -20,6 +20,7 @@ from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
 from cats.model import CatsActivation, activation_kind
 from cats.storage import save_json
+from cats.weights.placement import input_device
 
 # Bins of magnitudes from 0 to 1, where most activations are; one more holds all above.
 BINS = 50
@@ -101,7 +102,7 @@ def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) ->
         raise UnsupportedModelError("a fused MLP hides its activations: call cats.unfuse_ first")
     watchers = [_Watcher(name, module, near) for name, module in _activations(model)]
     by_token: list[Tensor] = []
-    device = next(model.parameters()).device
+    device = input_device(model)
     with ExitStack() as stack:
         for watcher in watchers:
             stack.callback(watcher.module.register_forward_hook(watcher.see).remove)

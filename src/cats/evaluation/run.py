@@ -17,6 +17,7 @@ from cats.evaluation.tasks import evaluate_task, harness_version, task_files
 from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
 from cats.results import MEAN, Result, environment
+from cats.weights.placement import input_device
 
 BENCHMARK = "tasks"
 
@@ -150,7 +151,7 @@ def measure_perplexity(
             "mlp_share": share,
             "token_bytes": token_bytes(model, share),
         },
-        environment=environment(str(next(model.parameters()).device)),
+        environment=environment(str(input_device(model))),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from cats.errors import ConfigError, DataError, StorageError
 from cats.evaluation.answers import Answers, Question, Value
 from cats.results import environment
+from cats.weights.placement import input_device
 
 # The eight tasks of the paper, in its order.
 PAPER8 = (
@@ -103,7 +104,7 @@ def evaluate_task(
 
         tasks = _load(task, data_dir)
         _seed(tasks)
-        device = next(model.parameters()).device
+        device = input_device(model)
         if batch_size == "auto" and device.type == "cpu":
             batch_size = _CPU_BATCH
         harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

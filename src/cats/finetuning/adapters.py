@@ -20,6 +20,7 @@ from cats.fusion import fused_mlps
 from cats.model import CatsActivation, find_gated_mlps
 from cats.storage import replacing
 from cats.undo import unchanged_on_error
+from cats.weights import weight_of
 
 # Layers that give queries and values: alone, or stacked with keys.
 _ATTENTION = ("q_proj", "v_proj", "qkv_proj")
@@ -49,7 +50,7 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             layers = {
-                n.rpartition(".")[2] for n, m in model.named_modules() if type(m) is nn.Linear
+                n.rpartition(".")[2] for n, m in model.named_modules() if weight_of(m) is not None
             }
             raise ConfigError(
                 f"no adapters on {target!r}: the model has no layer of this name; its layers are "
