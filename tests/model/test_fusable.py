@@ -53,7 +53,7 @@ def test_layer_that_holds_something_else_is_refused(change):
     mlp = models.MLP(bias=True)
     found = sparse(mlp)
     change(mlp)
-    with pytest.raises(UnsupportedModelError, match="up_proj holds .*expected ordinary"):
+    with pytest.raises(UnsupportedModelError, match=r"up_proj holds .*expected ordinary"):
         check_fusable(found)
 
 

@@ -51,7 +51,25 @@ class Interleaved(Stacked):
         return self.out(self.act(both[..., ::2]) * both[..., 1::2])
 
 
+class WithSpare(models.MLP):
+    """One more layer of the shape of gate and up, in front of them; what it gives is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        layers = dict(self.named_children())
+        for name in layers:
+            delattr(self, name)
+        self.spare = nn.Linear(16, models.F)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        self.spare(x)
+        return super().forward(x)
+
+
 LAYOUTS = {
+    "a spare layer": (WithSpare(), Layout("gate_proj", "up_proj", "down_proj")),
     "named": (models.MLP(), Layout("gate_proj", "up_proj", "down_proj")),
     "renamed": (Renamed(), Layout("w3", "w2", "w1")),
     "square": (Square(), Layout("gate_proj", "up_proj", "down_proj")),

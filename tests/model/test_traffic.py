@@ -19,6 +19,14 @@ def test_all_weights_are_counted_once(tied):
     assert token_bytes(model) == (total if tied else total - table)
 
 
+def test_layers_that_share_a_weight_count_it_once():
+    model = models.make_model()
+    first, second = (layer.mlp for layer in model.model.layers)
+    before = weight_bytes(model)
+    second.up_proj.weight = first.up_proj.weight
+    assert weight_bytes(model) == before - MATRIX
+
+
 def test_quantised_weights_count_what_is_stored():
     model = models.make_model()
     before = weight_bytes(model)
