@@ -578,3 +578,10 @@ def test_model_that_is_fused_or_decoded_in_inference_mode_can_be_trained():
         cats.unfuse_(model)
     assert not any(p.is_inference() for p in model.parameters())
     model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_other_activation_inside_of_the_thresholded_one_is_an_error():
+    model, ids = make_sparse()
+    cats.fuse_(model).model.layers[0].mlp.act_fn.act = nn.ReLU()
+    with pytest.raises(BackendError, match="another activation"):
+        logits(model, ids)

@@ -45,6 +45,8 @@ class FusedGatedMLP(Replacement):
         self._has_dropout = any(isinstance(m, _DropoutNd) and m.p for m in mlp.module.children())
         down = getattr(mlp.module, layout.down).weight
         self._shape, self._stride = down.shape, down.stride()
+        act: Any = mlp.act
+        self._inner = type(act.act)
         self._checked: Hashable = None
         self._function: Callable[..., Tensor] = call
         self._original = [mlp.module]  # in a list, so that its weights are not registered twice
@@ -144,7 +146,11 @@ class FusedGatedMLP(Replacement):
         gate, up, down = modules[layout.gate], modules[layout.up], modules[layout.down]
         act = modules[self.activation_name]
         # an adapter that was added later, or another activation, would be ignored in silence
-        if not (type(gate) is type(up) is type(down) is nn.Linear and type(act) is CatsActivation):
+        if not (
+            type(gate) is type(up) is type(down) is nn.Linear
+            and type(act) is CatsActivation
+            and type(act._modules["act"]) is self._inner
+        ):
             raise BackendError(
                 "a layer of this fused MLP was replaced after fuse_ (by an adapter, quantisation "
                 "or another activation): call cats.unfuse_(model) before changing its layers"

@@ -3,7 +3,7 @@ import pytest
 import cats
 from cats.errors import ConfigError
 from cats.metrics import perplexity_and_sparsity
-from cats.mlp import is_sparse
+from cats.model import is_sparse
 from cats.recipes import calibrate
 from tests import models
 

@@ -1,7 +1,7 @@
 import pytest
 
 from cats.errors import ConfigError
-from cats.mlp import is_sparse
+from cats.model import is_sparse
 from cats.recipes import demonstrate
 
 SMALL = {"tokens": 1024, "held_out_tokens": 512, "max_new_tokens": 3}

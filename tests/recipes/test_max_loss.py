@@ -2,7 +2,7 @@ import pytest
 
 import cats
 from cats.errors import ConfigError
-from cats.mlp import is_sparse
+from cats.model import is_sparse
 from cats.recipes import largest_sparsity, max_loss
 from tests import models
 

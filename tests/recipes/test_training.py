@@ -2,7 +2,7 @@ import pytest
 
 from cats.errors import ConfigError
 from cats.finetuning import FinetuneOptions, finetune
-from cats.mlp import is_sparse
+from cats.model import is_sparse
 from cats.recipes import TrainingData, prepare_
 from cats.recipes.training import changed_options
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cats.decode.marks import Place, is_recorder
 from cats.decode.rotary import is_adaptive
 from cats.fusion import FusedGatedMLP
-from cats.mlp import CatsActivation
+from cats.model import CatsActivation
 
 # Largest difference between the logits of a step and those of the model's own step, as a share of
 # these: in more than 16 bits, and in 16. A neuron that a rounding moves over its threshold changes

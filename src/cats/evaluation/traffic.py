@@ -9,15 +9,6 @@ from torch import nn
 from cats.model import find_gated_mlps, traffic
 
 
-def neuron_share(dropped: float) -> float:
-    """Share of an MLP's weights that are read where neurons are dropped.
-
-    The router, one of three matrices of the same size, is read whole; of the others the kept
-    neurons.
-    """
-    return (1 + 2 * (1 - dropped)) / 3
-
-
 def neuron_shares(model: nn.Module, dropped: Mapping[str, float]) -> dict[str, float]:
     """Of each MLP the share of its bytes that is read where a share of its neurons is dropped."""
     return {

@@ -16,14 +16,14 @@ from cats.benchmarks.decode_runs import run_transformers
 from cats.calibration import calibrate
 from cats.config import check_target
 from cats.evaluation.profile import profile
-from cats.evaluation.traffic import mean_share, neuron_share, token_bytes
+from cats.evaluation.traffic import mean_share, neuron_shares, token_bytes
 from cats.fusion import fuse_
 from cats.metrics import perplexity, perplexity_and_sparsity
-from cats.placement import input_device
 from cats.recipes.demo_results import Demonstration, Side
 from cats.recipes.generation import Answer, answer, encode, tokens_per_second
 from cats.recipes.progress import Progress, duration
 from cats.recipes.text import split
+from cats.weights.placement import input_device
 
 # Tokens of a block of text.
 BLOCK = 512
@@ -96,7 +96,7 @@ def demonstrate(
     sparse = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     sparsify_(sparse, config)
     cats, realized = perplexity_and_sparsity(sparse, progress.track(held_out, "CATS perplexity"))
-    share = mean_share(sparse, {name: neuron_share(s) for name, s in realized.items()})
+    share = mean_share(sparse, neuron_shares(sparse, realized))
     if seen:
         profiles["cats"] = profile(sparse, progress.track(seen, "activations"))
     dense_speeds, sparse_speeds = _answers_in_turns(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cats.checkpoint import first_line
 from cats.errors import UnsupportedModelError
-from cats.mlp import find_gated_mlps
+from cats.model import find_gated_mlps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

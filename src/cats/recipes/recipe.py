@@ -23,7 +23,7 @@ from cats.evaluation.answers import Value
 from cats.evaluation.inputs import InputCounts
 from cats.evaluation.profile import profile
 from cats.evaluation.variants import Dense, Sparse, Variant
-from cats.mlp import find_gated_mlps
+from cats.model import find_gated_mlps
 from cats.recipes.counting import check_text
 from cats.recipes.evaluation import ask_tasks
 from cats.recipes.progress import Progress
