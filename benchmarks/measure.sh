@@ -119,7 +119,7 @@ finetune() {
 join() {
     for name in mlp decode timeline; do
         set -- "$out/$name"-*.jsonl
-        [ ! -e "$1" ] || $python -m cats bench join "$@" -o "$out/$name.jsonl"
+        [ ! -e "$1" ] || $python -m cats bench results join "$@" -o "$out/$name.jsonl"
     done
 }
 

@@ -6,10 +6,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cats import ops
-from cats.benchmarks import mlp, mlp_report, timing
+from cats.benchmarks import mlp, timing
 from cats.benchmarks.mlp import Case, Weights, check, measure
 from cats.cli import bench
 from cats.errors import BackendError, ConfigError, DataError
+from cats.report import mlp as mlp_report
 from cats.results import append_results, read_results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +109,7 @@ def test_table_shows_all_dense_baselines_and_the_fastest_counts(results):
     assert set(panel.dense) == {"dense_eager", "dense_merged", "reference at 0"}
     assert panel.best_dense == min(result.value for result in panel.dense.values())
     screen = io.StringIO()
-    Console(width=200, file=screen).print(mlp_report.table(panel))
+    Console(width=200, file=screen).print(mlp_report.table(panel).rich())
     text = screen.getvalue()
     assert "best dense" in text
     assert "dense_merged" in text
@@ -119,7 +120,7 @@ def test_plot_is_made_from_the_file_alone(results, tmp_path):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "r.jsonl", tmp_path / "plot.svg"
     append_results(file, results)
-    outcome = CliRunner().invoke(bench.app, ["plot", str(file), "-o", str(picture)])
+    outcome = CliRunner().invoke(bench.app, ["results", "plot", str(file), "-o", str(picture)])
     assert outcome.exit_code == 0, outcome.output
     assert "<svg" in picture.read_text()
 
@@ -140,7 +141,7 @@ def test_command_appends_a_sweep_to_the_file(tmp_path):
     assert outcome.exit_code == 0, outcome.output
     found = {(r.settings["hidden_size"], r.settings["batch"]) for r in read_results(file)}
     assert found == {(16, 1), (16, 2), (8, 1), (8, 2)}
-    shown = CliRunner().invoke(bench.app, ["show", str(file)])
+    shown = CliRunner().invoke(bench.app, ["results", "show", str(file)])
     assert shown.exit_code == 0
     assert "16x24" in shown.output
 

@@ -5,12 +5,14 @@ import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from cats.benchmarks.timeline import EVENTS, LAUNCHES, measure, moments
-from cats.benchmarks.timeline_report import panels, plot, table
+from cats.benchmarks.timeline import measure, moments
 from cats.cli import app
 from cats.errors import ConfigError, DataError
-from cats.results import Result, append_results
+from cats.report import plots
+from cats.report.timeline import panels, plot, table
+from cats.results import EVENTS, LAUNCHES, append_results
 from tests.models import make_ids, make_model
+from tests.records import moment
 
 
 def check_moments(found):
@@ -54,14 +56,9 @@ def test_a_gpu_runs_the_launches_of_a_layer_one_behind_the_other():
 
 def some_results():
     return [
-        Result(
-            benchmark="timeline", quantity="moment", unit="us", value=float(4 * row + column),
-            low=float(4 * row + column) - 0.5, high=float(4 * row + column) + 1, samples=16,
-            settings={
-                "model": "tiny", "dtype": "bfloat16", "sparsity": 0.5, "context": 96,
-                "launch": launch, "event": event,
-            },
-            environment={"device": "a GPU"},
+        moment(
+            float(4 * row + column), low=float(4 * row + column) - 0.5,
+            high=float(4 * row + column) + 1, launch=launch, event=event,
         )
         for row, launch in enumerate(LAUNCHES)
         for column, event in enumerate(EVENTS)
@@ -72,25 +69,25 @@ def test_results_are_shown_and_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
     append_results(file, some_results())
-    shown = CliRunner().invoke(app, ["bench", "show", str(file)])
+    shown = CliRunner().invoke(app, ["bench", "results", "show", str(file)])
     assert shown.exit_code == 0, shown.output
     assert "CATS-50, context 96, on a GPU" in shown.stdout
     assert " 15.0 " in shown.stdout
-    assert " 14.5 .. 16.0 " in shown.stdout
-    drawn = CliRunner().invoke(app, ["bench", "plot", str(file), "-o", str(picture)])
+    assert "14.5 .. 16.0" in shown.stdout
+    drawn = CliRunner().invoke(app, ["bench", "results", "plot", str(file), "-o", str(picture)])
     assert drawn.exit_code == 0, drawn.output
-    assert "<!-- output projection -->" in picture.read_text()
-    wrong = ["bench", "plot", str(file), "-o", str(picture), "--prompt-length", "32"]
+    assert "output projection</text>" in picture.read_text()
+    wrong = ["bench", "results", "plot", str(file), "-o", str(picture), "--prompt-length", "32"]
     assert isinstance(CliRunner().invoke(app, wrong).exception, ConfigError)
 
 
 def test_launches_without_a_moment_are_left_out(tmp_path):
     pytest.importorskip("matplotlib")
     (panel,) = panels(r for r in some_results() if r.settings["launch"] != "attention")
-    assert [str(cell) for cell in table(panel).columns[1].cells][1] == ""
-    plot([panel], tmp_path / "p.png")
+    assert table(panel).rows[1] == ["attention", "", "", "", ""]
+    plots.save(plot([panel]), tmp_path / "p.png")
     with pytest.raises(DataError, match="no result of `cats bench timeline`"):
-        plot([], tmp_path / "q.png")
+        plot([])
 
 
 def test_models_that_are_not_on_a_gpu_are_refused():

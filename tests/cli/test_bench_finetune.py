@@ -19,12 +19,13 @@ def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, 
     assert code == 0, err
     assert "recovered" in out
     assert "step 1" not in err, "nothing was run again"
-    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.svg")
+    curves = ("bench", "results", "curves", folder, "-o")
+    code, _, err = command(*curves, tmp_path / "c.svg")
     assert code == 0, err
     assert (tmp_path / "c.svg").read_text().startswith("<svg")
-    code, _, err = command("bench", "curves", folder, "-o", tmp_path / "c.png")
+    code, _, err = command(*curves, tmp_path / "c.pdf")
     assert code == 1
-    assert "name a file .svg" in err
+    assert "name a picture .svg or .png" in err
 
 
 def test_sweep_says_which_methods_go_without_an_option(command, checkpoint, text, tmp_path):

@@ -18,7 +18,7 @@ BAD = {
     "device of a shape": (("bench", "decode", "llama-3.2-1b", "--device", "toaster"), "no device"),
     "folder for results": (("bench", "mlp", "--shape", "8x8", "-o", "."), "is a folder"),
     "timeline": (("bench", "timeline", "mistral-7b", "--device", "cpu"), "a CUDA device, got"),
-    "document": (("bench", "quote", "absent.md"), "no such file"),
+    "document": (("bench", "results", "quote", "absent.md"), "no such file"),
 }
 
 
@@ -34,7 +34,7 @@ def commands(group, *names):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, *names, name)
-        elif name != "lm-eval":
+        elif name != "lm-eval" and not command.hidden:
             yield (*names, name)
 
 
@@ -45,3 +45,10 @@ def test_help_names_every_option_whole_in_80_characters(command, monkeypatch, na
     assert code == 0, err
     cut = [line for line in out.splitlines() if line.lstrip("│* ").startswith("-") and "…" in line]
     assert not cut
+
+
+@pytest.mark.parametrize("name", ["curves", "join", "plot", "quote", "show"])
+def test_command_that_was_moved_says_where_it_is_now(command, name):
+    code, _, err = command("bench", name, "file", "--some-option", "-o", "x")
+    assert code == 2
+    assert err == f"cats bench {name} is now: cats bench results {name}\n"

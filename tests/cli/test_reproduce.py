@@ -6,9 +6,10 @@ import pytest
 from cats.benchmarks import decode, mlp
 from cats.errors import CatsError
 from cats.evaluation import run as runs
-from cats.results import Result, read_results
+from cats.results import read_results
 from tests import models
 from tests.evaluation.conftest import models_data
+from tests.records import mlp_time, token_time
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 pytest.importorskip("matplotlib", reason="needs the extra report")
@@ -76,18 +77,11 @@ def test_the_whole_recipe_ends_in_a_report_and_is_resumed(reproduce, tmp_path, m
 def test_another_target_in_the_same_folder_stands_beside_the_first(
     reproduce, tmp_path, monkeypatch
 ):
-    def timed(benchmark, case):
-        return [
-            Result(
-                benchmark=benchmark, quantity="time", unit="ms", value=1.0, low=1.0, high=1.0,
-                samples=1, settings={"variant": "fused", "sparsity": sparsity},
-                environment={"device": "a CPU"},
-            )
-            for sparsity in case.sparsities
-        ]  # fmt: skip
+    def timed(record, case):
+        return [record(1.0, sparsity=sparsity) for sparsity in case.sparsities]
 
-    monkeypatch.setattr(mlp, "measure", lambda case: timed("mlp", case))
-    monkeypatch.setattr(decode, "measure", lambda model, blocks, case, **_: timed("decode", case))
+    monkeypatch.setattr(mlp, "measure", lambda case: timed(mlp_time, case))
+    monkeypatch.setattr(decode, "measure", lambda model, blocks, case, **_: timed(token_time, case))
     common = ("--methods", "cats", "--tasks", "sciq")
     for target in (0.5, 0.3):
         code, _, err = reproduce(*common, "--sparsity", target)

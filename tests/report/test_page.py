@@ -1,4 +1,3 @@
-import dataclasses
 import html
 import json
 import re
@@ -12,7 +11,8 @@ from cats.cli import main
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import History
 from cats.report import Material, write_page
-from cats.results import Result, append_results
+from cats.results import append_results
+from tests.records import mlp_time, perplexity, task_score
 
 pytest.importorskip("matplotlib", reason="needs the extra report")
 
@@ -21,28 +21,21 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 ENVIRONMENT = {"device": "a <device> & more", "cats": "0.1.0", "time": "now"}
 
 
-def result(benchmark, quantity, value, unit, **settings):
-    return Result(
-        benchmark=benchmark, quantity=quantity, value=value, unit=unit, low=value * 0.9,
-        high=value * 1.1, samples=8, settings=settings, environment=ENVIRONMENT,
-    )  # fmt: skip
-
-
-def quality(method, target, value):
+def quality(method, target, value, **changes):
     """A perplexity and the accuracy of two tasks and their mean, of one variant."""
     variant = method if target is None else f"{method}-{target * 100:g}"
-    common = dict(model="tiny", dtype="float32", method=method, target_sparsity=target,
-                  variant=variant, calibration_samples=500, calibration_length=1024,
-                  calibration_text="web.txt", calibration_seed=7)  # fmt: skip
+    common = dict(model="tiny", dtype="float32", calibration_samples=500, calibration_length=1024,
+                  calibration_text="web.txt", calibration_seed=7, samples=8,
+                  environment=ENVIRONMENT) | changes  # fmt: skip
     dropped = target if target is not None or method == "dense" else 0.4
-    yield result("perplexity", "perplexity", 10 / value, "", text="wiki.txt", tokens=1000,
-                 realized_sparsity=dropped, mlp_share=1 - (target or 0) * 2 / 3,
-                 token_bytes=round(1e9 * value), **common)  # fmt: skip
+    yield perplexity(variant, 10 / value, text="wiki.txt", realized_sparsity=dropped,
+                     mlp_share=1 - (target or 0) * 2 / 3, token_bytes=round(1e9 * value),
+                     **common)  # fmt: skip
     for task in ("piqa", "sciq", "mean"):
         split = "" if task == "mean" else "validation"
-        yield result("tasks", "acc", value, "share", task=task, split=split, limit=None,
-                     stderr=0.02, difference=value - 0.7, difference_stderr=0.011,
-                     **common)  # fmt: skip
+        yield task_score(variant, value, task=task, split=split, limit=None,
+                         difference=value - 0.7, difference_stderr=0.011,
+                         **common)  # fmt: skip
 
 
 def profile(threshold):
@@ -59,8 +52,8 @@ def folder(tmp_path):
     rows = [("dense", None, 0.7), ("cats", 0.5, 0.68), ("cats", 0.9, 0.4), ("relu", None, 0.3)]
     append_results(tmp_path / "quality.jsonl", [r for row in rows for r in quality(*row)])
     append_results(tmp_path / "mlp.jsonl", [
-        result("mlp", "time", 20.0 - 10 * s, "us", variant=v, sparsity=s, limit_us=15.0 - 10 * s,
-               hidden_size=64, neighbour="none")
+        mlp_time(20.0 - 10 * s, variant=v, sparsity=s, limit_us=15.0 - 10 * s,
+                 low=18.0 - 9 * s, high=22.0 - 11 * s)
         for v, s in [("dense_eager", 0.0), ("cpu", 0.0), ("cpu", 0.5), ("cpu", 0.9)]
     ])  # fmt: skip
     (tmp_path / "profile-cats.json").write_text(json.dumps(profile(0.2)))
@@ -138,15 +131,12 @@ def test_repeated_results_count_once_and_the_dense_one_stands_first(folder):
     again = list(quality("cats", 0.5, 0.69))
     append_results(folder / "results.jsonl", again)
     (group,) = Material.read([folder]).perplexities().values()
-    assert [r.settings["variant"] for r in group] == ["dense", "cats-50", "cats-90", "relu"]
+    assert [r.variant for r in group] == ["dense", "cats-50", "cats-90", "relu"]
     assert group[1].value == pytest.approx(10 / 0.69)
 
 
 def test_other_weights_under_the_same_name_stand_apart(folder):
-    other = [
-        dataclasses.replace(r, settings=r.settings | {"weights": "abc"})
-        for r in quality("dense", None, 0.5)
-    ]
+    other = list(quality("dense", None, 0.5, weights="abc"))
     before = Material.read([folder])
     append_results(folder / "results.jsonl", other)
     found = Material.read([folder])
@@ -156,7 +146,7 @@ def test_other_weights_under_the_same_name_stand_apart(folder):
     ):
         ((name, results),) = old.items()
         assert new[f"{name}, hashes unknown"] == results
-        assert [r.settings["weights"] for r in new[f"{name}, hashes abc"]][:1] == ["abc"]
+        assert [r.weights for r in new[f"{name}, hashes abc"]][:1] == ["abc"]
 
 
 def test_variants_stand_by_method_and_target_whatever_the_order_of_their_files(folder):
@@ -166,7 +156,7 @@ def test_variants_stand_by_method_and_target_whatever_the_order_of_their_files(f
     names = ["dense", "cats-30", "cats-50", "cats-90", "relu", "input-20", "input-60"]
     for group in (found.perplexities(), found.tasks()):
         (results,) = group.values()
-        assert list(dict.fromkeys(r.settings["variant"] for r in results)) == names
+        assert list(dict.fromkeys(r.variant for r in results)) == names
 
 
 def test_perplexities_of_several_magnitudes_stay_apart(folder):
@@ -197,8 +187,7 @@ def test_one_point_is_a_row_of_a_table_and_no_figure(tmp_path):
 
 def test_large_times_have_no_exponent(folder):
     append_results(folder / "slow.jsonl", [
-        result("mlp", "time", 28180.4, "us", variant="cpu", sparsity=s, limit_us=16130.0,
-               hidden_size=4096, neighbour="none")
+        mlp_time(28180.4, variant="cpu", sparsity=s, limit_us=16130.0, hidden_size=4096)
         for s in (0.0, 0.5)
     ])  # fmt: skip
     write_page(Material.read([folder]), folder / "report.html")

@@ -24,9 +24,17 @@ from cats.errors import BackendError, ConfigError
 from cats.fusion import fuse_, fused_mlps
 from cats.metrics import realized_sparsity
 from cats.model import find_gated_mlps, traffic
-from cats.results import Result, environment
+from cats.results import (
+    DecodeBandwidth,
+    FirstTokenTime,
+    LaunchTime,
+    PeakMemory,
+    Result,
+    StartUpTime,
+    TokenTime,
+    environment,
+)
 
-NAME = "decode"
 GENERATE = "generate"
 GENERATE_COMPILED = "generate_compiled"
 # Tokens on which each engine is checked.
@@ -34,7 +42,7 @@ _CHECKED = 64
 # Kernels of a step that stand in the results; the rest is summed up.
 _TOP_LAUNCHES = 12
 
-_Settings = dict[str, str | int | float | bool | None]
+_Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +191,7 @@ class _Check:
         rounding = _divergence(exact, torch.cat(logits, dim=1))
         return cls(exact, rounding, _dropped(model, text))
 
-    def of(self, decoder: Decoder, text: Tensor) -> _Settings:
+    def of(self, decoder: Decoder, text: Tensor) -> _Fields:
         """How far the steps of a decoder and the decisions of its MLPs are from the modules."""
         logits = decoder.logits(text, prompt_length=text.shape[1] - self.exact.shape[1])
         same = (self.exact.argmax(-1) == logits.argmax(-1)).float().mean()
@@ -238,7 +246,7 @@ class _Bench:
     """What all rows of a run have in common."""
 
     case: Case
-    environment: _Settings
+    environment: _Fields
     dtype: str
     read: Timing
     text: Tensor
@@ -249,7 +257,7 @@ class _Bench:
     def prompt(self) -> Tensor:
         return self.text[:, : self.case.prompt_length]
 
-    def bandwidth(self) -> Result:
+    def bandwidth(self) -> DecodeBandwidth:
         size = self.case.read_bytes
         rate = Timing(
             median=size / self.read.median / 1e9,
@@ -257,7 +265,7 @@ class _Bench:
             high=size / self.read.low / 1e9,
             samples=self.read.samples,
         )
-        return self._result("read_bandwidth", "GB/s", rate, {})
+        return DecodeBandwidth(**self._case, **rate.quartiles)
 
     def group(
         self, model: nn.Module, sparsity: float, check: _Check, dense_loops: list[_Variant]
@@ -283,38 +291,35 @@ class _Bench:
             self.on_stage(f"{variant.model}, {variant.name}: check")
             token_bytes, dropped = _token_bytes(model, samples[0].tokens, self.case)
             limit = token_bytes / self.case.read_bytes * self.read.median
-            settings: _Settings = {
-                "variant": variant.name, "sparsity": sparsity, "realized_sparsity": dropped,
-                "bytes": token_bytes, "limit_ms": limit * 1e3,
-                "dense_ms": dense_ms,
-            }  # fmt: skip
-            if variant.decoder is not None:
-                settings |= check.of(variant.decoder, self.text)
-            yield from self._rows(model, samples, start, settings, first_dense_ms)
+            row: _Fields = {**self._case, "variant": variant.name, "sparsity": sparsity}
+            checked = {} if variant.decoder is None else check.of(variant.decoder, self.text)
+            yield TokenTime(
+                **row, **_milliseconds(samples).quartiles, realized_sparsity=dropped,
+                bytes=token_bytes, limit_ms=limit * 1e3, dense_ms=dense_ms, **checked,
+            )  # fmt: skip
+            yield from self._costs(model, samples, start, row, first_dense_ms)
             if self.case.launches and variant.decoder is not None:
-                yield from self._launches(variant.decoder, settings)
+                yield from self._launches(variant.decoder, row)
         return variants
 
-    def _rows(
+    def _costs(
         self,
         model: nn.Module,
         samples: list[Run],
         start: _Start,
-        settings: _Settings,
+        row: _Fields,
         first_dense_ms: float | None,
     ) -> Iterator[Result]:
-        yield self._result("time", "ms", _milliseconds(samples), settings)
-        first = {name: settings[name] for name in ("variant", "sparsity")}
-        beside: _Settings = {"dense_ms": first_dense_ms}
-        yield self._result("time_to_first_token", "ms", _first_ms(samples), first | beside)
-        compiled: _Settings = {"compilations": start.compilations}
-        yield self._result("start_up", "s", _once(start.seconds), first | compiled)
+        """What a token takes besides its time."""
+        yield FirstTokenTime(**row, **_first_ms(samples).quartiles, dense_ms=first_dense_ms)
+        seconds = _once(start.seconds).quartiles
+        yield StartUpTime(**row, **seconds, compilations=start.compilations)
         if start.extra_bytes is not None:
             peak = _own_bytes(model) + start.extra_bytes
-            over: _Settings = {"over_dense_weights": peak / self.dense_bytes - 1}
-            yield self._result("peak_memory", "B", _once(peak), first | over)
+            over = peak / self.dense_bytes - 1
+            yield PeakMemory(**row, **_once(peak).quartiles, over_dense_weights=over)
 
-    def _launches(self, decoder: Decoder, settings: _Settings) -> Iterator[Result]:
+    def _launches(self, decoder: Decoder, row: _Fields) -> Iterator[LaunchTime]:
         step = profile_steps(decoder, self.prompt, **_GREEDY)
         total = sum(launch.time for launch in step.launches)
         top, rest = step.launches[:_TOP_LAUNCHES], step.launches[_TOP_LAUNCHES:]
@@ -322,11 +327,10 @@ class _Bench:
         times.append(("others", sum(r.time for r in rest), sum(r.calls for r in rest)))
         times.append(("gaps", step.gaps, 0.0))
         for name, microseconds, calls in times:
-            about: _Settings = {
-                "variant": settings["variant"], "sparsity": settings["sparsity"],
-                "kernel": name[:160], "calls": calls, "share": microseconds / (total + step.gaps),
-            }  # fmt: skip
-            yield self._result("launch", "us", _once(microseconds), about)
+            yield LaunchTime(
+                **row, **_once(microseconds).quartiles, kernel=name[:160], calls=calls,
+                share=microseconds / (total + step.gaps),
+            )  # fmt: skip
 
     def _variants(self, model: nn.Module, sparsity: float) -> Iterator[_Variant]:
         case = self.case
@@ -351,17 +355,14 @@ class _Bench:
             compiled = _transformers(model, self.prompt, case, compiled=True)
             yield _Variant(GENERATE_COMPILED, _label(sparsity), compiled, case.generate_rounds)
 
-    def _result(self, quantity: str, unit: str, timing: Timing, settings: _Settings) -> Result:
+    @property
+    def _case(self) -> _Fields:
+        """The fields that all records of the run share."""
         case = self.case
-        return Result(
-            benchmark=NAME, quantity=quantity, unit=unit, value=timing.median, low=timing.low,
-            high=timing.high, samples=timing.samples,
-            settings={
-                "model": case.model, "batch": case.batch, "prompt_length": case.prompt_length,
-                "new_tokens": case.new_tokens, "dtype": self.dtype, **settings,
-            },
-            environment=self.environment,
-        )  # fmt: skip
+        return {
+            "model": case.model, "batch": case.batch, "prompt_length": case.prompt_length,
+            "new_tokens": case.new_tokens, "dtype": self.dtype, "environment": self.environment,
+        }  # fmt: skip
 
 
 _GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}

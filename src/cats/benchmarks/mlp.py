@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,10 @@ from cats.benchmarks.timing import MIN_CALLS, Timing, cache_size, read_bandwidth
 from cats.errors import BackendError, ConfigError
 from cats.functional import keep_mask
 from cats.ops import reference
-from cats.results import Result, environment
+from cats.results import DENSE_MLPS as DENSE
+from cats.results import PAPER_MLP as PAPER
+from cats.results import MLPBandwidth, MLPTime, environment
 
-NAME = "mlp"
-DENSE = ("dense_eager", "dense_merged", "dense_compiled")
-PAPER = "paper"
 # Largest accepted norm of the error over the norm of the output, against float64.
 ERROR_LIMIT = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 # Dense baselines round gate, up and their product as well.
@@ -91,7 +91,7 @@ class Weights:
         return Weights(self.gate, self.up, self.down, thresholds, self.merged, self.down_rows)
 
 
-def measure(case: Case, *, commit: str | None = None) -> Iterator[Result]:
+def measure(case: Case, *, commit: str | None = None) -> Iterator[MLPBandwidth | MLPTime]:
     """Check every backend, then time it and the dense baselines, all in turns.
 
     Yields the read bandwidth, then a result for each variant, sparsity and neighbour. Weights are
@@ -128,16 +128,12 @@ def measure(case: Case, *, commit: str | None = None) -> Iterator[Result]:
         for (name, sparsity), timing in timings.items():
             share = runs[name, sparsity].kept_share
             bound = (1 + 2 * share) / 3 * _bytes(case) / case.size * limit.median
-            yield Result(
-                benchmark=NAME, quantity="time", unit="us",
+            yield MLPTime(
                 value=timing.median * 1e6, low=timing.low * 1e6, high=timing.high * 1e6,
                 samples=timing.samples,
-                settings=_settings(case) | {
-                    "variant": name, "neighbour": neighbour, "sparsity": sparsity,
-                    "kept_share": share, "limit_us": bound * 1e6,
-                    "copies": len(copies), "calls": repeats * len(copies),
-                },
-                environment=where,
+                variant=name, neighbour=neighbour, sparsity=sparsity, kept_share=share,
+                limit_us=bound * 1e6, copies=len(copies), calls=repeats * len(copies),
+                environment=where, **_shape(case),
             )  # fmt: skip
 
 
@@ -298,7 +294,7 @@ def _bytes(case: Case) -> int:
     return 3 * case.hidden_size * case.intermediate_size * case.dtype.itemsize
 
 
-def _settings(case: Case) -> dict[str, str | int | float | bool | None]:
+def _shape(case: Case) -> dict[str, Any]:
     return {
         "hidden_size": case.hidden_size,
         "intermediate_size": case.intermediate_size,
@@ -309,10 +305,9 @@ def _settings(case: Case) -> dict[str, str | int | float | bool | None]:
 
 def _bandwidth_result(
     case: Case, limit: Timing, where: dict[str, str | int | float | bool | None]
-) -> Result:
-    return Result(
-        benchmark=NAME, quantity="read_bandwidth", unit="GB/s",
+) -> MLPBandwidth:
+    return MLPBandwidth(
         value=case.size / limit.median / 1e9, low=case.size / limit.high / 1e9,
         high=case.size / limit.low / 1e9, samples=limit.samples,
-        settings=_settings(case) | {"bytes": case.size}, environment=where,
+        bytes=case.size, environment=where, **_shape(case),
     )  # fmt: skip

@@ -18,9 +18,8 @@ from cats.calibration import calibrate
 from cats.config import CatsConfig
 from cats.errors import ConfigError
 from cats.fusion import fuse_
-from cats.results import Result, environment
+from cats.results import GenerateRate, PrefillTime, environment
 
-NAME = "model"
 VARIANTS = ("dense", "sparse", "fused")
 
 
@@ -47,7 +46,7 @@ class Case:
             raise ConfigError("rounds and new tokens must be at least 2, prefill at least 1")
 
 
-def measure(case: Case) -> Iterator[Result]:
+def measure(case: Case) -> Iterator[PrefillTime | GenerateRate]:
     """Time each variant of one model.
 
     Yields milliseconds of the prefill, and tokens a second of decoding after the first token.
@@ -58,17 +57,15 @@ def measure(case: Case) -> Iterator[Result]:
     config = calibrate(model, ids.split(1), target_sparsity=case.sparsity)
     where = environment(case.device)
 
-    def result(quantity: str, unit: str, timing: Timing, **settings: str) -> Result:
-        return Result(
-            benchmark=NAME, quantity=quantity, unit=unit, value=timing.median, low=timing.low,
-            high=timing.high, samples=timing.samples,
-            settings={
-                "shape": case.shape, "layers": model.config.num_hidden_layers,
-                "dtype": str(case.dtype).removeprefix("torch."), "sparsity": case.sparsity,
-                "prefill": case.prefill, "new_tokens": case.new_tokens, **settings,
-            },
-            environment=where,
-        )  # fmt: skip
+    common: dict[str, Any] = {
+        "shape": case.shape,
+        "layers": model.config.num_hidden_layers,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "sparsity": case.sparsity,
+        "prefill": case.prefill,
+        "new_tokens": case.new_tokens,
+        "environment": where,
+    }
 
     prompt = torch.randint(vocabulary, (1, case.prefill), device=case.device)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -82,7 +79,7 @@ def measure(case: Case) -> Iterator[Result]:
                 seconds[name].append(took)
     for name in VARIANTS:
         timing = Timing.of([1e3 * s for s in seconds[name]])
-        yield result("prefill", "ms", timing, variant=name)
+        yield PrefillTime(variant=name, **common, **timing.quartiles)
     for cache in case.caches:
         rates: dict[str, list[float]] = {name: [] for name in VARIANTS}
         running = ""
@@ -95,7 +92,8 @@ def measure(case: Case) -> Iterator[Result]:
             if turn >= 0:
                 rates[name].append(rate)
         for name in VARIANTS:
-            yield result("decode", "tokens/s", Timing.of(rates[name]), variant=name, cache=cache)
+            median = Timing.of(rates[name])
+            yield GenerateRate(variant=name, cache=cache, **common, **median.quartiles)
 
 
 def _turns(cache: str, rounds: int) -> list[tuple[int, str]]:

@@ -17,12 +17,8 @@ from cats.decode.forward import prefill
 from cats.decode.state import State
 from cats.errors import ConfigError
 from cats.fusion import fuse_
-from cats.results import Result, environment
+from cats.results import EVENTS, LAUNCHES, Moment, environment
 
-NAME = "timeline"
-LAUNCHES = ("q, k, v", "attention", "output projection", "MLP")
-# Of a warp, in the order of trace.cuh.
-EVENTS = ("start", "input", "last", "end")
 _TOKENS = 16
 
 # Of a launch and event: the first, the median and the last warp.
@@ -37,7 +33,7 @@ def measure(
     sparsities: Iterable[float],
     context: int,
     commit: str | None = None,
-) -> Iterator[Result]:
+) -> Iterator[Moment]:
     """Trace some tokens of a dense model and of sparse copies of it.
 
     Args:
@@ -83,13 +79,9 @@ def measure(
             fuse_(traced)
         found = _trace(traced, config, blocks[:1, :context].to(device))
         for (launch, event), (low, middle, high) in found.items():
-            yield Result(
-                benchmark=NAME, quantity="moment", unit="us", value=middle, low=low, high=high,
-                samples=_TOKENS, environment=about,
-                settings={
-                    "model": name, "dtype": dtype, "sparsity": sparsity, "context": context,
-                    "launch": launch, "event": event,
-                },
+            yield Moment(
+                value=middle, low=low, high=high, samples=_TOKENS, environment=about, model=name,
+                dtype=dtype, sparsity=sparsity, context=context, launch=launch, event=event,
             )  # fmt: skip
 
 

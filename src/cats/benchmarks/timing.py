@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,16 @@ class Timing:
     def of(cls, seconds: list[float]) -> "Timing":
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median=median, low=low, high=high, samples=len(seconds))
+
+    @property
+    def quartiles(self) -> dict[str, Any]:
+        """The fields of a result that it fills, in its own unit."""
+        return {
+            "value": self.median,
+            "low": self.low,
+            "high": self.high,
+            "samples": self.samples,
+        }
 
     def less(self, seconds: float) -> "Timing":
         """The rest after something that was timed with it."""

@@ -6,8 +6,8 @@ import typer
 
 from cats.cli import (
     bench,
-    bench_curves,
     bench_finetune,
+    bench_results,
     calibrate,
     demo,
     evaluate,
@@ -40,7 +40,12 @@ app.command()(reproduce.reproduce)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
 bench.app.command()(bench_finetune.finetune)
-bench.app.command()(bench_curves.curves)
+bench.app.add_typer(bench_results.app, name="results")
+for name in ("curves", "join", "plot", "quote", "show"):
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+    bench.app.command(name, hidden=True, add_help_option=False, context_settings=anything)(
+        bench_results.moved(name)
+    )
 app.add_typer(bench.app, name="bench")
 
 

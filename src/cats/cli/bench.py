@@ -1,35 +1,14 @@
-"""``cats bench``: time the operator and whole models, and show what a results file holds."""
+"""``cats bench``: time the operator and whole models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cats.cli import options
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from cats.results import Result
-
-_ModelOrShape = Annotated[
-    str,
-    typer.Argument(
-        help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
-        "mistral-7b, llama-2-7b, llama-3.2-1b."
-    ),
-]
-_Targets = Annotated[str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")]
-_AppendEach = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Append each result to this file when it is known."),
-]
+from cats.cli import bench_options, options
 
 app = typer.Typer(help="Time the gated MLP and decoding; show results.", no_args_is_help=True)
 
@@ -64,21 +43,21 @@ def mlp(
     Lists multiply into a sweep. A kernel that is wrong is not timed.
     """
     from cats.benchmarks.mlp import Case, measure
-    from cats.benchmarks.mlp_report import panels, table
     from cats.cli.running import stage
+    from cats.report.mlp import panels, table
     from cats.results import append_results
 
     options.check_output(output)
     device = str(options.torch_device(device))
     cases = [
         Case(
-            hidden_size=sizes[0], intermediate_size=sizes[1], dtype=_dtype(name),
-            batch=_number(tokens, "--batch"), device=device, rounds=rounds,
-            sparsities=tuple(_share(part) for part in sparsity.split(",")),
+            hidden_size=sizes[0], intermediate_size=sizes[1], dtype=bench_options.dtype_of(name),
+            batch=bench_options.positive(tokens, "--batch"), device=device, rounds=rounds,
+            sparsities=tuple(bench_options.share_of(part) for part in sparsity.split(",")),
             backends=tuple(backend or ()), size=read_mib * 2**20, compiled=compiled,
         )
         for sizes, name, tokens in product(
-            map(_shape, shape), dtype.split(","), batch.split(",")
+            map(bench_options.shape_of, shape), dtype.split(","), batch.split(",")
         )
     ]  # fmt: skip
     for case in cases:
@@ -91,7 +70,7 @@ def mlp(
         if output is not None:
             append_results(output, results)
         for panel in panels(results):
-            options.out.print(table(panel))
+            options.out.print(table(panel).rich())
 
 
 @app.command()
@@ -113,18 +92,18 @@ def model(
 
     Example: [b]cats bench model --shape mistral-7b --layers 8 -o results.jsonl[/b]
     """
-    from rich.table import Table
-
     from cats.benchmarks.model import Case, measure
     from cats.cli.running import stage
     from cats.config import label_of
+    from cats.report.model import table
     from cats.results import append_results
 
     options.quiet()
     options.check_output(output)
     case = Case(
-        shape=shape, layers=layers, sparsity=sparsity, dtype=_dtype(dtype), prefill=prefill,
-        new_tokens=new_tokens, caches=tuple(cache.split(",")), rounds=rounds,
+        shape=shape, layers=layers, sparsity=sparsity,
+        dtype=bench_options.dtype_of(dtype), prefill=prefill, new_tokens=new_tokens,
+        caches=tuple(cache.split(",")), rounds=rounds,
         device=str(options.torch_device(device)),
     )  # fmt: skip
     with stage() as show:
@@ -132,21 +111,13 @@ def model(
         results = list(measure(case))
     if output is not None:
         append_results(output, results)
-    table = Table(title=f"{shape}, {results[0].settings['layers']} layers, {dtype}")
-    for column in ("quantity", "cache", "variant", "median", "quartiles", "unit"):
-        table.add_column(column)
-    for r in results:
-        table.add_row(
-            r.quantity, str(r.settings.get("cache", "")), str(r.settings["variant"]),
-            f"{r.value:.2f}", f"{r.low:.2f}-{r.high:.2f}", r.unit,
-        )  # fmt: skip
-    options.out.print(table)
+    options.out.print(table(results).rich())
 
 
 @app.command()
 def decode(
-    model: _ModelOrShape = "smollm2",
-    sparsity: _Targets = "0,0.5,0.7",
+    model: bench_options.ModelOrShape = "smollm2",
+    sparsity: bench_options.Targets = "0,0.5,0.7",
     engine: Annotated[
         list[str] | None, typer.Option(help="Of the decode loop, such as auto; repeatable.")
     ] = None,
@@ -183,7 +154,7 @@ def decode(
             rich_help_panel="Beside the loop",
         ),
     ] = False,
-    output: _AppendEach = None,
+    output: bench_options.AppendEach = None,
     commit: options.Commit = None,
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
@@ -196,13 +167,13 @@ def decode(
     import torch
 
     from cats.benchmarks.decode import Case, measure
-    from cats.benchmarks.decode_report import LEGEND, panels, tables
     from cats.cli.running import stage
+    from cats.report.tokens import LEGEND, panels, tables
 
     options.check_output(output)
     torch.manual_seed(0)
     case = Case(
-        model=model, sparsities=tuple(_share(part) for part in sparsity.split(",")),
+        model=model, sparsities=tuple(bench_options.share_of(part) for part in sparsity.split(",")),
         engines=tuple(engine or ("auto",)), batch=batch, prompt_length=prompt_length,
         new_tokens=new_tokens, rounds=rounds, generate_rounds=generate_rounds,
         read_bytes=read_mib * 2**20, generate=generate, generate_compiled=static,
@@ -211,56 +182,24 @@ def decode(
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
     hub = options.hub(revision, subfolder, trust_remote_code)
-    loaded, blocks = _model_and_text(model, dtype, device, count, length, hub)
+    loaded, blocks = bench_options.model_and_text(model, dtype, device, count, length, hub)
     with stage() as show:
         measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
-        results = list(_append_each(output, measured))
+        results = list(bench_options.append_each(output, measured))
     for panel in panels(results):
         for table in tables(panel):
-            options.out.print(table)
-    _print_legend(LEGEND)
-
-
-def _append_each(output: Path | None, results: Iterable[Result]) -> Iterator[Result]:
-    """Passes results on, each once it is in the file, if there is one."""
-    from cats.results import append_results
-
-    for result in results:
-        if output is not None:
-            append_results(output, [result])
-        yield result
-
-
-def _model_and_text(
-    model: str, dtype: options.Dtype, device: str, count: int, length: int, hub: dict[str, Any]
-) -> tuple[nn.Module, Tensor]:
-    """A dense model, or random weights of a shape, and token ids ``[count, length]`` for it."""
-    import torch
-
-    from cats.benchmarks.shapes import SHAPES, random_model
-    from cats.data import sample_text, token_blocks
-    from cats.errors import ConfigError
-
-    if model in SHAPES:
-        if hub:
-            raise ConfigError(f"{model} has random weights: leave out options of the hub")
-        options.quiet()
-        name = "bfloat16" if dtype is options.Dtype.auto else dtype.value
-        loaded = random_model(model, _dtype(name), options.torch_device(device))
-        return loaded, torch.randint(0, SHAPES[model]["vocab_size"], (count, length))
-    loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
-    with options.err.status("reading the text ..."):
-        return loaded, token_blocks(tokenizer, sample_text(), length=length, limit=count)
+            options.out.print(table.rich())
+    bench_options.print_legend(LEGEND)
 
 
 @app.command()
 def timeline(
-    model: _ModelOrShape = "smollm2",
-    sparsity: _Targets = "0,0.5",
+    model: bench_options.ModelOrShape = "smollm2",
+    sparsity: bench_options.Targets = "0,0.5",
     context: Annotated[int, typer.Option(min=1, help="Tokens in front of those traced.")] = 96,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
-    output: _AppendEach = None,
+    output: bench_options.AppendEach = None,
     commit: options.Commit = None,
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
@@ -273,212 +212,20 @@ def timeline(
     import torch
 
     from cats.benchmarks.timeline import measure
-    from cats.benchmarks.timeline_report import panels, table
     from cats.errors import ConfigError
+    from cats.report.timeline import panels, table
 
     options.check_output(output)
     torch.manual_seed(0)
-    targets = [_share(part) for part in sparsity.split(",")]
+    targets = [bench_options.share_of(part) for part in sparsity.split(",")]
     if options.torch_device(device).type != "cuda":
         raise ConfigError(f"a timeline is of kernels on a CUDA device, got --device {device}")
     hub = options.hub(revision, subfolder, trust_remote_code)
-    loaded, blocks = _model_and_text(model, dtype, device, 32, max(256, context), hub)
+    loaded, blocks = bench_options.model_and_text(model, dtype, device, 32, max(256, context), hub)
     with options.err.status("tracing ..."):
         measured = measure(
             loaded, blocks, name=model, sparsities=targets, context=context, commit=commit
         )
-        results = list(_append_each(output, measured))
+        results = list(bench_options.append_each(output, measured))
     for panel in panels(results):
-        options.out.print(table(panel))
-
-
-@app.command()
-def show(
-    file: Annotated[Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.")],
-) -> None:
-    """Print the tables of a results file."""
-    from cats.benchmarks import decode, decode_report, mlp, mlp_report, timeline_report
-
-    results, found = _times(file)
-    for layer in timeline_report.panels(results):
-        options.out.print(timeline_report.table(layer))
-    if mlp.NAME in found:
-        for panel in mlp_report.panels(results):
-            options.out.print(mlp_report.table(panel))
-    if decode.NAME in found:
-        for tokens in decode_report.panels(results):
-            for table in decode_report.tables(tokens):
-                options.out.print(table)
-        _print_legend(decode_report.LEGEND)
-
-
-@app.command()
-def join(
-    files: Annotated[list[Path], typer.Argument(help="Results of cats bench, in this order.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File that is written anew.")],
-) -> None:
-    """Put results files together: checked, each result once, with the run that it is of.
-
-    Example: [b]cats bench join OUT/decode-*.jsonl -o decode.jsonl[/b]
-    """
-    from cats.results import join_results, run_of
-    from cats.storage import replacing
-
-    options.check_output(output)
-    results = join_results(files)
-    with replacing(output) as temporary:
-        temporary.write_text("".join(result.to_json() + "\n" for result in results), "utf-8")
-    runs = len({run_of(result) for result in results})
-    options.out.print(f"wrote {output}: {len(results)} results of {runs} runs", markup=False)
-
-
-@app.command()
-def plot(
-    file: Annotated[Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")],
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help="Of MLPs, only these shapes, calls chained; repeatable."),
-    ] = None,
-    prompt_length: Annotated[
-        int | None,
-        typer.Option(help="Of tokens, only those behind one prompt of this length."),
-    ] = None,
-) -> None:
-    """Draw the time of an MLP, or tokens a second, against sparsity; or the timeline of a layer."""
-    from cats.benchmarks import (
-        decode,
-        decode_report,
-        mlp,
-        mlp_report,
-        timeline,
-        timeline_report,
-    )
-    from cats.errors import ConfigError, DataError
-    from cats.storage import replacing
-
-    options.check_output(output)
-    if output.suffix not in (".svg", ".png"):
-        raise ConfigError(f"{output}: name a picture .svg or .png")
-    results, found = _times(file)
-    if len(found) > 1:
-        raise DataError(
-            f"{file} holds results of {' and '.join(sorted(found))}: a picture is of one of them"
-        )
-    if shape and found != {mlp.NAME}:
-        raise ConfigError("--shape is for results of cats bench mlp")
-    if prompt_length is not None and found != {decode.NAME}:
-        raise ConfigError("--prompt-length is for results of cats bench decode")
-    draw: Callable[[Path], None]
-    if timeline.NAME in found:
-        draw = partial(timeline_report.plot, timeline_report.panels(results))
-    elif decode.NAME in found:
-        tokens = [
-            panel
-            for panel in decode_report.panels(results)
-            if prompt_length is None or (panel.batch, panel.prompt_length) == (1, prompt_length)
-        ]
-        if not tokens:
-            raise DataError(f"{file} has no results of one prompt of {prompt_length} tokens")
-        draw = partial(decode_report.plot, tokens)
-    else:
-        wanted = [_shape(text) for text in shape or []]
-        calls = [
-            panel
-            for panel in mlp_report.panels(results)
-            if not wanted
-            or (
-                panel.neighbour == "none"
-                and panel.batch == 1
-                and (panel.hidden_size, panel.intermediate_size) in wanted
-            )
-        ]
-        if not calls:
-            raise DataError(f"{file} has no results of {', '.join(shape or [])}")
-        draw = partial(mlp_report.plot, calls)
-    with replacing(output) as temporary:
-        draw(temporary)
-    options.out.print(f"wrote {output}", markup=False)
-
-
-@app.command()
-def quote(
-    documents: Annotated[list[Path], typer.Argument(help="Markdown files that quote results.")],
-    check: Annotated[bool, typer.Option(help="Only complain where a table differs.")] = False,
-) -> None:
-    """Make the tables in documents anew from the results files that they name.
-
-    Example: [b]cats bench quote README.md --check[/b]
-    """
-    from cats.benchmarks.quotes import requote
-    from cats.errors import DataError, StorageError
-    from cats.storage import replacing
-
-    for document in documents:
-        if not document.is_file():
-            raise StorageError(f"{document}: no such file")
-        text, old = requote(document), document.read_text(encoding="utf-8")
-        if text == old:
-            continue
-        if check:
-            differing = zip_longest(old.split("\n"), text.split("\n"), fillvalue="")
-            line, (said, wanted) = next(
-                (number, pair) for number, pair in enumerate(differing, 1) if pair[0] != pair[1]
-            )
-            raise DataError(
-                f"{document}, line {line}, does not say what its results file says; "
-                f"cats bench quote {document} mends that:\n- {said}\n+ {wanted}"
-            )
-        with replacing(document) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        options.out.print(f"wrote {document}", markup=False)
-
-
-def _times(file: Path) -> tuple[list[Result], set[str]]:
-    """Results of a file, and which of these benchmarks they are of."""
-    from cats.benchmarks import decode, mlp, timeline
-    from cats.errors import DataError
-    from cats.results import read_results
-
-    results = read_results(file)
-    found = {result.benchmark for result in results} & {mlp.NAME, decode.NAME, timeline.NAME}
-    if not found:
-        raise DataError(f"{file} has no result of cats bench mlp, decode or timeline")
-    return results, found
-
-
-def _print_legend(text: str) -> None:
-    options.out.print(text.replace("\n", " "), style="dim", highlight=False)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    hidden, _, intermediate = text.partition("x")
-    return _number(hidden, "--shape"), _number(intermediate, "--shape")
-
-
-def _number(text: str, option: str) -> int:
-    from cats.errors import ConfigError
-
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"{option}: expected a positive number, got {text!r}")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    from cats.errors import ConfigError
-
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigError(f"--sparsity: expected numbers by commas, got {text!r}") from error
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    from cats.errors import ConfigError
-
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in known:
-        raise ConfigError(f"--dtype: expected {', '.join(known)}; got {name!r}")
-    return known[name]
+        options.out.print(table(panel).rich())

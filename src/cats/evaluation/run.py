@@ -16,10 +16,8 @@ from cats.evaluation.answers import Answers, Score, Value, paired_difference
 from cats.evaluation.tasks import evaluate_task, harness_version, task_files
 from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
-from cats.results import MEAN, Result, environment
+from cats.results import MEAN, Perplexity, TaskScore, environment
 from cats.weights.placement import input_device
-
-BENCHMARK = "tasks"
 
 
 def identity(model: Any, tokenizer: Any) -> dict[str, Value]:
@@ -94,7 +92,7 @@ def answer_tasks(
         yield answers
 
 
-def results(variant: str, answers: Sequence[Answers], dense: Sequence[Answers]) -> list[Result]:
+def results(variant: str, answers: Sequence[Answers], dense: Sequence[Answers]) -> list[TaskScore]:
     """One result for each task and metric, and the mean of ``acc`` over the tasks.
 
     ``value`` is the mean over the questions, ``low`` and ``high`` lie one standard error beside
@@ -126,7 +124,7 @@ def measure_perplexity(
     text: str,
     settings: Mapping[str, Value],
     track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
-) -> Result:
+) -> Perplexity:
     """Perplexity of a variant, with what a token of it reads.
 
     Args:
@@ -138,21 +136,18 @@ def measure_perplexity(
         track: Gives the batches one by one, such as with a bar.
     """
     value, share = variant.measure(model, track(batches))
-    return Result(
-        benchmark="perplexity", quantity="perplexity", unit="",
-        value=value, low=value, high=value, samples=1,
-        settings={
-            **settings,
-            **variant.settings,
-            "variant": variant.label,
-            "text": text,
-            **text_settings(batches),
-            "realized_sparsity": variant.dropped,
-            "mlp_share": share,
-            "token_bytes": token_bytes(model, share),
-        },
-        environment=environment(str(input_device(model))),
-    )  # fmt: skip
+    about: dict[str, Value] = {
+        **settings,
+        **variant.settings,
+        "variant": variant.label,
+        "text": text,
+        **text_settings(batches),
+        "realized_sparsity": variant.dropped,
+        "mlp_share": share,
+        "token_bytes": token_bytes(model, share),
+    }
+    where = environment(str(input_device(model)))
+    return Perplexity.of(about, value=value, low=value, high=value, samples=1, environment=where)
 
 
 def text_settings(batches: Sequence[Tensor]) -> dict[str, Value]:
@@ -184,22 +179,20 @@ def _result(
     difference: Score,
     *,
     task: str | None = None,
-) -> Result:
+) -> TaskScore:
     error = score.stderr or 0.0
-    return Result(
-        benchmark=BENCHMARK, quantity=metric, unit="share",
-        value=score.value, low=score.value - error, high=score.value + error,
-        samples=score.questions,
-        settings={
-            **answers.settings,
-            "variant": variant,
-            "task": task or answers.task,
-            "split": "" if task else answers.split,
-            "stderr": score.stderr,
-            "difference": difference.value,
-            "difference_stderr": difference.stderr,
-        },
-        environment=answers.environment,
+    settings: dict[str, Value] = {
+        **answers.settings,
+        "variant": variant,
+        "task": task or answers.task,
+        "split": "" if task else answers.split,
+        "stderr": score.stderr,
+        "difference": difference.value,
+        "difference_stderr": difference.stderr,
+    }
+    return TaskScore.of(
+        settings, quantity=metric, value=score.value, low=score.value - error,
+        high=score.value + error, samples=score.questions, environment=answers.environment,
     )  # fmt: skip
 
 

@@ -8,11 +8,10 @@ from statistics import median, quantiles
 from typing import Any
 
 from cats.config import label_of
-from cats.evaluation.answers import Value
 from cats.evaluation.profile import Profile
 from cats.recipes.evaluation import write_results
 from cats.recipes.generation import Answer
-from cats.results import Result, environment
+from cats.results import DemoTime, Perplexity, Result, environment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,25 +136,22 @@ class Demonstration:
     def _results_of(self, side: Side, name: str, target: float | None) -> list[Result]:
         dropped = sum(self.realized_sparsity.values()) / len(self.realized_sparsity)
         where = environment(self.device)
-        common: dict[str, Value] = {
+        common = {
             "model": self.model,
             "dtype": self.dtype,
             "seed": self.seed,
             "calibration_tokens": self.calibration_tokens,
         }
 
-        def result(
-            benchmark: str, quantity: str, values: list[float], unit: str, **more: Any
-        ) -> Result:
+        def quartiles(values: list[float]) -> dict[str, Any]:
             low, _, high = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
-            return Result(
-                benchmark=benchmark, quantity=quantity, value=median(values), unit=unit,
-                low=low, high=high, samples=len(values), settings=common | more,
-                environment=where,
-            )  # fmt: skip
+            return {
+                "value": median(values), "low": low, "high": high, "samples": len(values),
+                "environment": where, **common,
+            }  # fmt: skip
 
-        quality = result(
-            "perplexity", "perplexity", [side.perplexity], "",
+        quality = Perplexity(
+            **quartiles([side.perplexity]),
             variant=label_of(name, target), method=name, target_sparsity=target,
             realized_sparsity=None if target is None else dropped,
             text=f"{self.text}, held out", tokens=self.held_out_tokens, block=self.block,
@@ -168,8 +164,8 @@ class Demonstration:
         }
         # an answer of one token has no step to time
         times = [
-            result(
-                "demo", "time", [1e3 / speed for speed in rounds], "ms", variant=loop,
+            DemoTime(
+                **quartiles([1e3 / speed for speed in rounds]), variant=loop,
                 sparsity=target or 0.0, realized_sparsity=0.0 if target is None else dropped,
                 prompt=self.prompt,
             )

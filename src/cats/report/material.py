@@ -6,20 +6,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import is_history
-from cats.results import Result, place, read_results
+from cats.results import DemoTime, MLPTime, Perplexity, Result, TaskScore, TokenTime, read_results
 from cats.storage import load_json
 
-# What differs between the lines of one picture of times, or belongs to one of its points.
-_OF_A_POINT = {
-    "variant", "sparsity", "kept_share", "realized_sparsity", "bytes", "limit_us", "limit_ms",
-    "copies", "calls", "dense_ms", "kl", "kl_of_rounding", "same_choice",
-    "sparsity_error",
-}  # fmt: skip
-
+# Times over variants and sparsities.
+Time = MLPTime | TokenTime | DemoTime
+_Q = TypeVar("_Q", Perplexity, TaskScore)
 # A name for readers, and hashes of what it names.
 _Group = tuple[str, tuple[str, ...]]
 
@@ -34,18 +30,18 @@ class Tradeoff:
         times: Name of each decode loop to the time of a token, dense and sparse.
     """
 
-    dense: Result
-    sparse: Result
-    times: dict[str, tuple[Result, Result]]
+    dense: Perplexity
+    sparse: Perplexity
+    times: dict[str, tuple[DemoTime, DemoTime]]
 
     @property
     def labels(self) -> tuple[str, str]:
         """What figures call the two."""
-        return str(self.dense.settings["variant"]), str(self.sparse.settings["variant"])
+        return self.dense.variant, self.sparse.variant
 
     @staticmethod
-    def speed(time: Result, value: float | None = None) -> float:
-        """Tokens per second of a time in milliseconds: of its value, or of the one given."""
+    def speed(time: DemoTime, value: float | None = None) -> float:
+        """Tokens per second of a time in milliseconds: of its value, or of another one."""
         return 1e3 / (time.value if value is None else value)
 
     def sentence(self) -> str:
@@ -96,98 +92,77 @@ class Material:
                 else:
                     found.profiles.append(load_json(file, "profile"))
         if not found.results and not found.profiles:
-            hint = "; cats bench curves draws histories of fine-tuning" if histories else ""
+            hint = "; cats bench results curves draws histories of fine-tuning" if histories else ""
             raise DataError(
                 f"no results: name .jsonl files of results or folders that hold some{hint}"
             )
         return found
 
-    def tasks(self) -> dict[str, list[Result]]:
+    def tasks(self) -> dict[str, list[TaskScore]]:
         """Model and limit to its results of zero-shot tasks; a repeated one counts once."""
-        groups: dict[_Group, dict[Any, Result]] = {}
+        groups: dict[_Group, dict[Any, TaskScore]] = {}
         for r in self.results:
-            if r.benchmark == "tasks":
-                s = r.settings
-                asked = "" if s["limit"] is None else f", at most {s['limit']:,} questions a task"
-                key = (s["variant"], s["task"], r.quantity)
-                group = f"{s['model']}, {s['dtype']}{asked}", _identity(r)
-                groups.setdefault(group, {})[key] = r
+            if isinstance(r, TaskScore):
+                asked = "" if r.limit is None else f", at most {r.limit:,} questions per task"
+                group = f"{r.model}, {r.dtype}{asked}", r.hashes
+                groups.setdefault(group, {})[r.variant, r.task, r.quantity] = r
         return _named(groups)
 
-    def perplexities(self) -> dict[str, list[Result]]:
-        """Model and text to its perplexities, one a variant."""
-        groups: dict[_Group, dict[Any, Result]] = {}
+    def perplexities(self) -> dict[str, list[Perplexity]]:
+        """Model and text to its perplexities, one per variant."""
+        groups: dict[_Group, dict[Any, Perplexity]] = {}
         for r in self.results:
-            if r.benchmark == "perplexity":
-                s = r.settings
-                name = f"{s['model']}, {s['dtype']}, {s['tokens']:,} tokens of {s['text']}"
-                groups.setdefault((name, _identity(r)), {})[s["variant"]] = r
+            if isinstance(r, Perplexity):
+                group = f"{r.model}, {r.dtype}, {r.tokens:,} tokens of {r.text}", r.hashes
+                groups.setdefault(group, {})[r.variant] = r
         return _named(groups)
 
-    def times(self) -> dict[str, list[Result]]:
+    def times(self) -> dict[str, list[Time]]:
         """What was timed, where and how to its times, over variants and sparsities."""
-        groups: dict[str, dict[tuple[Any, ...], Result]] = {}
+        groups: dict[str, dict[tuple[str, float], Time]] = {}
         for r in self.results:
-            if r.quantity == "time" and {"variant", "sparsity"} <= r.settings.keys():
-                rest = {n: v for n, v in r.settings.items() if n not in _OF_A_POINT}
+            if isinstance(r, Time):
                 words = ", ".join(
-                    f"{n.replace('_', ' ')} {v:,}"
-                    if type(v) is int
-                    else f"{n.replace('_', ' ')} {v}"
-                    for n, v in rest.items()
-                    if v not in (None, "none")
+                    f"{name.replace('_', ' ')} {value:,}"
+                    if type(value) is int
+                    else f"{name.replace('_', ' ')} {value}"
+                    for name, value in r.measured.items()
+                    if name not in ("variant", "sparsity") and value not in (None, "none")
                 )
-                name = f"{r.benchmark} on {r.environment['device']}: {words}"
-                key = (r.settings["variant"], r.settings["sparsity"])
-                groups.setdefault(name, {})[key] = r
+                group = groups.setdefault(f"{r.benchmark} on {r.device}: {words}", {})
+                group[r.variant, r.sparsity] = r
         return {name: list(group.values()) for name, group in groups.items()}
 
     def tradeoffs(self) -> list[Tradeoff]:
         """Perplexity and speed of the same model, dense and sparse, where both were measured."""
-        times: dict[tuple[Any, ...], dict[float, Result]] = {}
+        times: dict[tuple[str, str, str], dict[float, DemoTime]] = {}
         for r in self.results:
-            if r.benchmark == "demo" and r.quantity == "time" and r.unit == "ms":
-                s = r.settings
-                key = (s["model"], s["dtype"], s["variant"])
-                times.setdefault(key, {})[float(s["sparsity"] or 0)] = r
+            if isinstance(r, DemoTime):
+                times.setdefault((r.model, r.dtype, r.variant), {})[r.sparsity] = r
         found = []
         for group in self.perplexities().values():
-            dense = next((r for r in group if r.settings["method"] == "dense"), None)
-            for r in group:
-                model = (r.settings["model"], r.settings["dtype"])
-                target = float(r.settings["target_sparsity"] or 0)
+            dense = next((r for r in group if r.method == "dense"), None)
+            for p in group:
+                target = p.target_sparsity or 0.0
                 pairs = {
-                    str(variant): (of[0.0], of[target])
-                    for (*where, variant), of in times.items()
-                    if tuple(where) == model
-                    and r.settings["method"] == "cats"
+                    loop: (of[0.0], of[target])
+                    for (model, dtype, loop), of in times.items()
+                    if (model, dtype, p.method) == (p.model, p.dtype, "cats")
                     and {0.0, target} <= of.keys()
                 }
                 if dense is not None and target and pairs:
-                    found.append(Tradeoff(dense, r, pairs))
+                    found.append(Tradeoff(dense, p, pairs))
         return found
 
 
-def _identity(result: Result) -> tuple[str, ...]:
-    """Hashes that tell models and texts of one name apart; older results have none."""
-    names = ("weights", "tokenizer", "text_hash")
-    return tuple(str(result.settings[n]) for n in names if result.settings.get(n))
-
-
-def _named(groups: dict[_Group, dict[Any, Result]]) -> dict[str, list[Result]]:
+def _named(groups: dict[_Group, dict[Any, _Q]]) -> dict[str, list[_Q]]:
     """The groups, sorted, by their names; those of one name say their hashes too."""
     names = Counter(name for name, _ in groups)
     return {
-        name if names[name] == 1 else f"{name}, hashes {' '.join(identity) or 'unknown'}":
-            sorted(group.values(), key=place)
-        for (name, identity), group in groups.items()
+        name if names[name] == 1 else f"{name}, hashes {' '.join(hashes) or 'unknown'}":
+            sorted(group.values(), key=lambda r: r.order)
+        for (name, hashes), group in groups.items()
     }  # fmt: skip
-
-
-def limit(result: Result) -> float | None:
-    """The time that the bytes of a call or token take at least, in the unit of the result."""
-    value = result.settings.get(f"limit_{result.unit}")
-    return None if value is None else float(value)
 
 
 def _files(path: Path) -> list[Path]:

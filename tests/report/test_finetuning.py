@@ -2,7 +2,8 @@ import pytest
 
 from cats.errors import DataError
 from cats.history import History, Point, best_runs, recovered
-from cats.report.curves import curves_figure
+from cats.report import plots
+from cats.report.finetuning import curves
 
 
 def make(method, losses, target=None, distillation=0.0, learning_rate=0.1, data="c4"):
@@ -38,21 +39,18 @@ def test_best_learning_rate_stands_for_a_method():
 
 def test_figure_names_runs_and_texts():
     pytest.importorskip("matplotlib")
-    svg = curves_figure({"cats-50": make("cats", [3.4, 3.1], 0.5)}, "curves")
+    svg = plots.svg(curves({"cats-50": make("cats", [3.4, 3.1], 0.5)}), "curves")
     assert svg.startswith("<svg")
     for word in ("cats-50", "c4", "steps", "tokens"):
         assert f"{word}</text>" in svg
     assert "0.5</text>" not in svg, "steps are whole"
     with pytest.raises(DataError, match="no evaluation"):
-        curves_figure({"x": History(settings={})}, "curves")
+        curves({"x": History(settings={})})
 
 
-def test_run_that_starts_far_above_leaves_the_others_room(monkeypatch):
-    import cats.report.curves as curves
-
-    shown = []
-    monkeypatch.setattr(curves, "_svg", lambda figure, name: shown.append(figure) or "")
-    curves_figure({"cats": make("cats", [3.5, 3.2]), "relu": make("relu", [9.0, 3.6])}, "curves")
-    low, high = shown[0].axes[0].get_ylim()
+def test_run_that_starts_far_above_leaves_the_others_room():
+    pytest.importorskip("matplotlib")
+    shown = curves({"cats": make("cats", [3.5, 3.2]), "relu": make("relu", [9.0, 3.6])})
+    low, high = shown.axes[0].get_ylim()
     assert low < 3.2
     assert 3.6 < high < 4

@@ -1,24 +1,16 @@
-import dataclasses
-
 import pytest
 from typer.testing import CliRunner
 
-from cats.benchmarks.quotes import requote
 from cats.cli import app
 from cats.errors import DataError
 from cats.history import History, Point
-from cats.results import Result, append_results
+from cats.report.quotes import requote
+from cats.results import append_results
+from tests.records import mlp_time, perplexity, task_score, token_time
 
 
 def result(variant, sparsity, value, **changes):
-    settings = dict(
-        hidden_size=64, intermediate_size=128, dtype="bfloat16", batch=1,
-        variant=variant, sparsity=sparsity, neighbour="none", limit_us=40.0,
-    )  # fmt: skip
-    return Result(
-        benchmark="mlp", quantity="time", unit="us", value=value, low=value, high=value, samples=3,
-        settings=settings | changes, environment={"device": "a GPU"},
-    )  # fmt: skip
+    return mlp_time(value, variant=variant, sparsity=sparsity, **changes)
 
 
 @pytest.fixture
@@ -41,7 +33,7 @@ def test_quoted_table_is_made_from_the_file(document):
     text = requote(document)
     assert text.startswith("before\n<!-- mlp: mlp.jsonl -->\na GPU, bfloat16: micro")
     assert text.endswith("|\n<!-- /mlp -->\nafter\n")
-    assert "| | cuda | 80.0 (0.50, 1.00x) | 50.0 (0.80, 1.60x) |" in text
+    assert "|  | cuda | 80.0 (0.50, 1.00x) | 50.0 (0.80, 1.60x) |" in text
     assert "70.0" not in text
 
 
@@ -52,23 +44,16 @@ def test_quoting_again_changes_nothing(document):
 
 
 def test_check_shows_the_line_that_differs(document):
-    run = CliRunner().invoke(app, ["bench", "quote", str(document), "--check"])
+    run = CliRunner().invoke(app, ["bench", "results", "quote", str(document), "--check"])
     assert isinstance(run.exception, DataError)
     assert "line 3" in str(run.exception)
     assert "\n- old\n+ a GPU, bfloat16" in str(run.exception)
     assert "\nold\n" in document.read_text()
-    assert CliRunner().invoke(app, ["bench", "quote", str(document)]).exit_code == 0
-    assert CliRunner().invoke(app, ["bench", "quote", str(document), "--check"]).exit_code == 0
-
-
-def token_time(value, device="a GPU", **settings):
-    settings = dict(
-        model="a model", batch=1, prompt_length=8, new_tokens=8, limit_ms=2.0, dense_ms=4.0,
-    ) | settings  # fmt: skip
-    return Result(
-        benchmark="decode", quantity="time", unit="ms", value=value, low=value, high=value,
-        samples=3, settings=settings, environment={"device": device},
-    )  # fmt: skip
+    assert CliRunner().invoke(app, ["bench", "results", "quote", str(document)]).exit_code == 0
+    assert (
+        CliRunner().invoke(app, ["bench", "results", "quote", str(document), "--check"]).exit_code
+        == 0
+    )
 
 
 def quoted_tokens(folder, rows):
@@ -110,7 +95,9 @@ def test_speedup_is_left_out_where_the_run_timed_no_dense_loop(tmp_path):
 
 
 def in_run(time, *results):
-    return [dataclasses.replace(r, environment={"device": "a GPU", "time": time}) for r in results]
+    return [
+        r.model_copy(update={"environment": {"device": "a GPU", "time": time}}) for r in results
+    ]
 
 
 def quoted_mlps(folder, rows):
@@ -124,9 +111,9 @@ def test_mlps_of_two_runs_are_not_compared(tmp_path):
         *in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0)),
         *in_run("2:00", result("triton", 0.5, 20.0)),
     ])  # fmt: skip
-    assert "| | cuda |  | 50.0 (0.80, 2.00x) |" in text
-    assert "| 64x128, run of 2:00 | no dense in this run | | |" in text
-    assert "| | triton |  | 20.0 (2.00) |" in text
+    assert "|  | cuda |  | 50.0 (0.80, 2.00x) |" in text
+    assert "| 64x128, run of 2:00 | no dense in this run |  |  |" in text
+    assert "|  | triton |  | 20.0 (2.00) |" in text
 
 
 def test_mlp_that_was_measured_again_whole_counts_once(tmp_path):
@@ -135,8 +122,8 @@ def test_mlp_that_was_measured_again_whole_counts_once(tmp_path):
         *in_run("2:00", result("dense_eager", 0.0, 90.0), result("cuda", 0.5, 45.0)),
     ])  # fmt: skip
     assert text.count("64x128") == 1
-    assert "| 64x128 | best dense of: dense_eager 90.0 | 90.0 | |" in text
-    assert "| | cuda |  | 45.0 (0.89, 2.00x) |" in text
+    assert "| 64x128 | best dense of: dense_eager 90.0 | 90.0 |  |" in text
+    assert "|  | cuda |  | 45.0 (0.89, 2.00x) |" in text
 
 
 def test_batches_and_prompts_of_one_table_are_told_apart(tmp_path):
@@ -153,7 +140,7 @@ def test_batches_and_prompts_of_one_table_are_told_apart(tmp_path):
 
 def test_dtypes_of_one_table_are_told_apart(tmp_path):
     rows = [
-        token_time(4.0, "a CPU", dtype=dtype, variant="eager", sparsity=0.0)
+        token_time(4.0, environment={"device": "a CPU"}, dtype=dtype, variant="eager", sparsity=0.0)
         for dtype in ("float32", "bfloat16")
     ]
     _, text = quoted_tokens(tmp_path, rows)
@@ -198,33 +185,14 @@ def test_folder_without_a_complete_history_is_named(tmp_path):
         requote(document)
 
 
-def quality(variant, **changes):
-    method, _, target = variant.partition("-")
-    settings = dict(
-        model="a model", dtype="bfloat16", variant=variant, method=method,
-        target_sparsity=float(target) / 100 if target else None, calibration_text="c4.txt.gz",
-        calibration_samples=8, calibration_length=64, calibration_seed=0,
-    )  # fmt: skip
-    values = dict(value=0.5, low=0.4, high=0.6, samples=1000, environment={"device": "a GPU"})
-    values |= {
-        key: changes.pop(key) for key in ("benchmark", "quantity", "value") if key in changes
-    }
-    return Result(unit="", settings=settings | changes, **values)
-
-
 def test_quality_of_every_variant_is_quoted(tmp_path):
     shares = {"cats-50": 0.67, "dense": 1.0, "cats-30": 0.8}
-    texts = [
-        quality(variant, benchmark="perplexity", quantity="perplexity", value=20 / share,
-                text="wiki.txt.gz", mlp_share=share)
-        for variant, share in shares.items()
-    ]  # fmt: skip
+    texts = [perplexity(variant, 20 / share, mlp_share=share) for variant, share in shares.items()]
     tasks = [
-        quality(variant, benchmark="tasks", quantity="acc", task=task, split="test",
-                value=0.5 + 0.1 * share, difference=0.1 * share - 0.1, difference_stderr=0.012)
+        task_score(variant, 0.5 + 0.1 * share, task=task, difference=0.1 * share - 0.1)
         for variant, share in shares.items()
         for task in ("piqa", "mean")
-    ]  # fmt: skip
+    ]
     append_results(tmp_path / "run" / "perplexity" / "all.jsonl", texts)
     append_results(tmp_path / "run" / "tasks.jsonl", tasks)
     document = tmp_path / "README.md"
@@ -241,9 +209,7 @@ def test_quality_of_every_variant_is_quoted(tmp_path):
 
 @pytest.mark.parametrize("bos", [None, True])
 def test_quoted_quality_says_whether_blocks_begin_with_a_token(tmp_path, bos):
-    result = quality(
-        "dense", benchmark="perplexity", quantity="perplexity", text="t", mlp_share=1.0, bos=bos
-    )
+    result = perplexity("dense", 20.0, bos=bos)
     append_results(tmp_path / "run" / "perplexity" / "all.jsonl", [result])
     document = tmp_path / "README.md"
     document.write_text("<!-- quality: run -->\n<!-- /quality -->\n")

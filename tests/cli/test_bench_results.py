@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from cats.cli.bench_curves import _run_names
+from cats.cli.bench_results import _run_names
 
 
 def test_runs_of_two_folders_keep_their_names_apart():

@@ -1,22 +1,53 @@
-"""Curves of fine-tuning: log-perplexity over steps and tokens, several runs in one picture."""
+"""Fine-tuning: a table of runs, and their curves over steps and tokens in one picture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from cats.errors import DataError
-from cats.history import History, names_of
-from cats.report.figures import _COLOURS, _figure, _legend, _svg
+from cats.history import History, names_of, recovered
+from cats.report import plots
+from cats.report.tables import Table, cell
 
 
-def curves_figure(histories: Mapping[str, History], name: str) -> str:
-    """One row an evaluated text, over steps on the left and tokens on the right, as SVG.
+def table(found: Mapping[str, History]) -> Table:
+    """Log-perplexity before and after fine-tuning, one row per run.
+
+    Raises:
+        DataError: If there is no run that came to its end.
+    """
+    runs = {name: history for name, history in found.items() if history.complete}
+    if not runs:
+        raise DataError("there is no complete history of a fine-tuning to quote")
+    texts, tasks = names_of(runs.values())
+    first = next(iter(runs.values()))
+    rows = []
+    for name, history in runs.items():
+        start, end = history.points[0], history.points[-1]
+        cells = []
+        for text in texts:
+            share = recovered(history, runs.values(), text)
+            change = f"{start.losses[text]:.4f} > {end.losses[text]:.4f}"
+            cells.append(change + ("" if share is None else f" ({share:.0%})"))
+        cells += [cell(end.accuracy.get(task), ".1%") for task in tasks]
+        rows.append([name, str(end.step), f"{end.tokens:,}", *cells, cell(end.sparsity, ".1%")])
+    return Table(
+        title=f"{first.environment['device']}, {first.settings['model']}, "
+        f"{first.settings['dtype']}: log-perplexity before and after (share of the loss against "
+        "dense that is recovered)",
+        columns=["run", "steps", "tokens", *texts, *(f"{t}, right" for t in tasks), "dropped"],
+        rows=rows,
+    )
+
+
+def curves(histories: Mapping[str, History]) -> Any:
+    """One row per evaluated text, over steps on the left and tokens on the right.
 
     A run keeps its colour in every panel.
 
     Args:
         histories: Label of each run to its history.
-        name: Name of the figure on its page.
 
     Raises:
         DataError: If no run has a point.
@@ -25,7 +56,7 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
     if not texts:
         raise DataError("the histories hold no evaluation to draw")
     label_of = {"step": "steps", "tokens": "tokens"}
-    figure, axes = _figure(len(texts), 2)
+    figure, axes = plots.figure(len(texts), 2)
     for row, text in enumerate(texts):
         for column, measure in enumerate(label_of):
             axis = axes[row, column]
@@ -34,10 +65,10 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
                 axis.plot(
                     [getattr(p, measure) for p in points],
                     [p.losses[text] for p in points],
-                    label=label, marker="o", markersize=3, color=_COLOURS[i % len(_COLOURS)],
+                    label=label, marker="o", markersize=3, color=plots.colour(i),
                     linestyle="--" if history.settings["options"]["distillation"] else "-",
                 )  # fmt: skip
-            axis.set(xlabel=label_of[measure], ylabel=f"log-perplexity, {text}")
+            plots.label(axis, x=label_of[measure], y=f"log-perplexity, {text}")
             # whole steps, and the losses themselves rather than what they have more than another
             axis.locator_params(axis="x", integer=True)
             axis.ticklabel_format(useOffset=False)
@@ -45,8 +76,8 @@ def curves_figure(histories: Mapping[str, History], name: str) -> str:
             axis.set_ylim(low, high)
             if high is not None:
                 axis.set_title("first points lie above the frame", fontsize=8)
-    _legend(axes[0, 0])
-    return _svg(figure, name)
+    plots.legend(axes[0, 0])
+    return figure
 
 
 def _range(histories: Mapping[str, History], text: str) -> tuple[float | None, float | None]:

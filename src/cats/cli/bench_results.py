@@ -1,0 +1,222 @@
+"""``cats bench results``: what maintainers do with results files once they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from cats.cli import options
+from cats.cli.bench_options import print_legend, shape_of
+from cats.errors import ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    from cats.report import mlp, tokens
+    from cats.results import Result
+
+app = typer.Typer(
+    help="Show, join, draw and quote results that are measured.", no_args_is_help=True
+)
+_Measured = Annotated[
+    Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.", metavar="RESULTS")
+]
+_Picture = Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")]
+
+
+@app.command()
+def show(file: _Measured) -> None:
+    """Print the tables of a results file."""
+    from cats.report import mlp, timeline, tokens
+
+    for kind, results in _by_benchmark(file).items():
+        if kind == "timeline":
+            tables = [timeline.table(panel) for panel in timeline.panels(results)]
+        elif kind == "mlp":
+            tables = [mlp.table(panel) for panel in mlp.panels(results)]
+        else:
+            tables = [table for panel in tokens.panels(results) for table in tokens.tables(panel)]
+        for table in tables:
+            options.out.print(table.rich())
+        if kind == "decode":
+            print_legend(tokens.LEGEND)
+
+
+@app.command()
+def join(
+    files: Annotated[list[Path], typer.Argument(help="Results of cats bench, in this order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File that is written anew.")],
+) -> None:
+    """Put results files together: checked, each result once, with the run that it is of.
+
+    Example: [b]cats bench results join OUT/decode-*.jsonl -o decode.jsonl[/b]
+    """
+    from cats.results import join_results, run_of
+    from cats.storage import replacing
+
+    options.check_output(output)
+    results = join_results(files)
+    with replacing(output) as temporary:
+        temporary.write_text("".join(result.to_json() + "\n" for result in results), "utf-8")
+    runs = len({run_of(result) for result in results})
+    options.out.print(f"wrote {output}: {len(results)} results of {runs} runs", markup=False)
+
+
+@app.command()
+def plot(
+    file: _Measured,
+    output: _Picture,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Of MLPs, only these shapes, calls chained; repeatable."),
+    ] = None,
+    prompt_length: Annotated[
+        int | None,
+        typer.Option(help="Of tokens, only those behind one prompt of this length."),
+    ] = None,
+) -> None:
+    """Draw the time of an MLP, or tokens per second, against sparsity; or a layer's timeline."""
+    from cats.report import mlp, plots, timeline, tokens
+
+    options.check_output(output)
+    plots.check_name(output)
+    found = _by_benchmark(file)
+    if len(found) > 1:
+        raise DataError(
+            f"{file} holds results of {' and '.join(sorted(found))}: a picture is of one of them"
+        )
+    ((kind, results),) = found.items()
+    if shape and kind != "mlp":
+        raise ConfigError("--shape is for results of cats bench mlp")
+    if prompt_length is not None and kind != "decode":
+        raise ConfigError("--prompt-length is for results of cats bench decode")
+    if kind == "timeline":
+        figure = timeline.plot(timeline.panels(results))
+    elif kind == "decode":
+        figure = tokens.plot(_with_prompt(file, tokens.panels(results), prompt_length))
+    else:
+        figure = mlp.plot(_with_shape(file, mlp.panels(results), shape or []))
+    plots.save(figure, output)
+    options.out.print(f"wrote {output}", markup=False)
+
+
+@app.command()
+def curves(
+    histories: Annotated[
+        list[Path], typer.Argument(help="Histories (.jsonl), or folders that hold some.")
+    ],
+    output: _Picture = Path("curves.svg"),
+    best: Annotated[
+        bool, typer.Option(help="Of runs that differ in learning rate alone, draw the best.")
+    ] = True,
+) -> None:
+    """Draw the log-perplexity of several fine-tuning runs over steps and tokens.
+
+    Example: [b]cats bench results curves results/finetune -o curves.svg[/b]
+    """
+    from cats.history import History, best_runs
+    from cats.report import finetuning, plots
+
+    options.check_output(output)
+    plots.check_name(output)
+    files = [
+        f for path in histories for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
+    ]
+    found = {name: History.load(file) for name, file in _run_names(files).items()}
+    plots.save(finetuning.curves(best_runs(found) if best else found), output)
+    options.out.print(f"wrote {output}", markup=False)
+
+
+@app.command()
+def quote(
+    documents: Annotated[list[Path], typer.Argument(help="Markdown files that quote results.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Only complain where a table or number differs.")
+    ] = False,
+) -> None:
+    """Make the tables and numbers in documents anew from the results files that they name.
+
+    Example: [b]cats bench results quote README.md --check[/b]
+    """
+    from cats.report.quotes import requote
+    from cats.storage import replacing
+
+    for document in documents:
+        if not document.is_file():
+            raise StorageError(f"{document}: no such file")
+        text, old = requote(document), document.read_text(encoding="utf-8")
+        if text == old:
+            continue
+        if check:
+            differing = zip_longest(old.split("\n"), text.split("\n"), fillvalue="")
+            line, (said, wanted) = next(
+                (number, pair) for number, pair in enumerate(differing, 1) if pair[0] != pair[1]
+            )
+            raise DataError(
+                f"{document}, line {line}, does not say what its results file says; "
+                f"cats bench results quote {document} mends that:\n- {said}\n+ {wanted}"
+            )
+        with replacing(document) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        options.out.print(f"wrote {document}", markup=False)
+
+
+def moved(name: str) -> Callable[[], NoReturn]:
+    """A command that says where one of an earlier release is now, and ends with code 2."""
+
+    def command() -> NoReturn:
+        options.err.print(
+            f"cats bench {name} is now: cats bench results {name}", markup=False, highlight=False
+        )
+        raise typer.Exit(2)
+
+    return command
+
+
+def _by_benchmark(file: Path) -> dict[str, list[Result]]:
+    """The results of a file that have tables and pictures, by benchmark."""
+    from cats.results import read_results
+
+    found: dict[str, list[Result]] = {}
+    for result in read_results(file):
+        if result.benchmark in ("mlp", "decode", "timeline"):
+            found.setdefault(result.benchmark, []).append(result)
+    if not found:
+        raise DataError(f"{file} has no result of cats bench mlp, decode or timeline")
+    return found
+
+
+def _with_prompt(
+    file: Path, panels: Sequence[tokens.Panel], prompt_length: int | None
+) -> Sequence[tokens.Panel]:
+    if prompt_length is None:
+        return panels
+    found = [p for p in panels if (p.batch, p.prompt_length) == (1, prompt_length)]
+    if not found:
+        raise DataError(f"{file} has no results of one prompt of {prompt_length} tokens")
+    return found
+
+
+def _with_shape(
+    file: Path, panels: Sequence[mlp.Panel], shapes: Sequence[str]
+) -> Sequence[mlp.Panel]:
+    if not shapes:
+        return panels
+    wanted = [shape_of(text) for text in shapes]
+    chained: list[Any] = [p for p in panels if p.neighbour == "none" and p.batch == 1]
+    found = [p for p in chained if (p.hidden_size, p.intermediate_size) in wanted]
+    if not found:
+        raise DataError(f"{file} has no results of {', '.join(shapes)}")
+    return found
+
+
+def _run_names(files: list[Path]) -> dict[str, Path]:
+    """Name of each run to its file; its whole path where two folders have a run of that name."""
+    files = list(dict.fromkeys(files))
+    names = [file.parent.name if file.stem == "history" else file.stem for file in files]
+    return {
+        name if names.count(name) == 1 else str(file.with_suffix("")): file
+        for name, file in zip(names, files, strict=True)
+    }

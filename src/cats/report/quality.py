@@ -1,0 +1,177 @@
+"""Quality of every variant: tables for documents, and the two figures that compare variants."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from cats.errors import DataError
+from cats.report import plots
+from cats.report.material import Tradeoff
+from cats.report.tables import Table, cell, points
+from cats.results import COMPARED, MEAN, Perplexity, TaskScore, read_results
+
+Quality = Perplexity | TaskScore
+
+
+def read_quality(folder: Path) -> list[Quality]:
+    """What ``cats reproduce`` found of perplexity and tasks.
+
+    Raises:
+        DataError: If there is none of the dense model.
+    """
+    files = sorted((folder / "perplexity").glob("*.jsonl"))
+    if (folder / "tasks.jsonl").exists():
+        files.append(folder / "tasks.jsonl")
+    read = (result for file in files for result in read_results(file))
+    found = [result for result in read if isinstance(result, Perplexity | TaskScore)]
+    if not any(result.variant == "dense" for result in found):
+        raise DataError(f"{folder} holds no results of the dense model: cats reproduce writes them")
+    return found
+
+
+def tables(found: Sequence[Quality]) -> list[Table]:
+    """One row per variant: bytes, perplexity of each text, mean accuracy and its loss; then tasks.
+
+    The first table has a title for both.
+    """
+    perplexity = {(r.variant, r.text): r for r in found if isinstance(r, Perplexity)}
+    accuracy = {
+        (r.variant, r.task): r for r in found if isinstance(r, TaskScore) and r.quantity == "acc"
+    }
+    variants = list(dict.fromkeys(r.variant for r in sorted(found, key=lambda r: r.order)))
+    texts = list(dict.fromkeys(text for _, text in perplexity))
+    tasks = [t for t in dict.fromkeys(task for _, task in accuracy) if t != MEAN]
+    # of one task there is no mean
+    has_mean = any(task == MEAN for _, task in accuracy)
+    rows = []
+    for variant in variants:
+        of_texts = [perplexity.get((variant, text)) for text in texts]
+        share = next((r.mlp_share for r in of_texts if r is not None), None)
+        row = [
+            variant,
+            cell(share, ".1%"),
+            *("" if r is None else f"{r.value:.2f}" for r in of_texts),
+        ]
+        if has_mean:
+            mean = accuracy.get((variant, MEAN))
+            row += ["", ""] if mean is None else [f"{mean.value:.2%}", _difference(mean)]
+        rows.append(row)
+    columns = ["variant", "MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]
+    columns += [f"mean of {len(tasks)} tasks", "difference"] if has_mean else []
+    out = [Table(title=_about(found[0]), columns=columns, rows=rows)]
+    if tasks:
+        rows = []
+        for task in tasks:
+            dense = accuracy[variants[0], task]
+            scores = [accuracy.get((variant, task)) for variant in variants]
+            label = f"{task} ({dense.split}, {dense.samples:,})"
+            rows.append([label, *map(_score, scores)])
+        out.append(Table(columns=["task (split, questions)", *variants], rows=rows))
+    return out
+
+
+def _about(r: Quality) -> str:
+    begin = ", every block begun with a beginning-of-sequence token" if r.bos else ""
+    return (
+        f"{r.model}, {r.dtype}, on {r.device}; calibrated on {r.calibration_samples} blocks of "
+        f"{r.calibration_length} tokens of {r.calibration_text}, seed {r.calibration_seed}{begin}; "
+        "differences to dense are paired, ± one standard error"
+    )
+
+
+def _short(text: str) -> str:
+    """A text's name without the suffixes of its file."""
+    return re.sub(r"\.(txt|jsonl?|parquet)(\.gz)?", "", text)
+
+
+def _score(result: TaskScore | None) -> str:
+    if result is None:
+        return ""
+    difference = _difference(result)
+    return f"{result.value:.1%}" + (f" ({difference})" if difference else "")
+
+
+def _difference(result: TaskScore) -> str:
+    """In points; empty for the dense model."""
+    if result.variant == "dense":
+        return ""
+    error = result.difference_stderr
+    beside = "" if error is None else f" ± {100 * error:.2f}"
+    return points(result.difference) + beside
+
+
+def over(
+    results: Iterable[Quality],
+    name: str,
+    *,
+    label: str,
+    x_label: str,
+    x: Callable[[Quality], float | None],
+    log: bool = False,
+) -> str:
+    """A measure of quality of every method, over sparsity or over bytes, as SVG.
+
+    Args:
+        results: One per variant.
+        name: Name of the figure on its page.
+        label: Of the measure.
+        x_label: Of what it is drawn over.
+        x: Gives that of a result; None leaves it out. The dense one is a line across.
+        log: A logarithmic scale, for what grows without bound.
+    """
+    figure, axes = plots.figure()
+    axis = axes[0, 0]
+    lines: defaultdict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
+    for r in results:
+        where = x(r)
+        if r.method == "dense":
+            axis.axhline(r.value, color=plots.INK, linestyle="--", linewidth=1, label="dense")
+        elif where is not None:
+            lines[r.method].append((where, r.value, r.low, r.high))
+    # a method has the same colour in every figure
+    names = list(dict.fromkeys([*COMPARED[1:], *lines]))
+    for method, of in lines.items():
+        colour = plots.colour(names.index(method))
+        plots.line(axis, sorted(of), label=method, colour=colour)
+    plots.label(axis, x=x_label, y=label)
+    if log:
+        from matplotlib.ticker import LogFormatter
+
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    plots.legend(axis)
+    return plots.svg(figure, name)
+
+
+def tradeoff(found: Tradeoff, name: str) -> str:
+    """Perplexity against measured speed: dense and sparse, one line for each loop."""
+    figure, axes = plots.figure()
+    axis = axes[0, 0]
+    for number, (loop, (dense, sparse)) in enumerate(found.times.items()):
+        colour = plots.colour(number)
+        times, ends = (dense, sparse), (found.dense.value, found.sparse.value)
+        speeds = [found.speed(time) for time in times]
+        below = [v - found.speed(t, t.high) for v, t in zip(speeds, times, strict=True)]
+        above = [found.speed(t, t.low) - v for v, t in zip(speeds, times, strict=True)]
+        axis.errorbar(
+            speeds, ends, xerr=[below, above], label=loop, marker="o", markersize=4, capsize=2,
+            color=colour,
+        )  # fmt: skip
+        # above the upper point and below the lower one: away from the line between them
+        up = 1 if found.sparse.value >= found.dense.value else -1
+        for speed, value, word, side in zip(speeds, ends, found.labels, (-up, up), strict=True):
+            axis.annotate(
+                word, (speed, value), (0, 6 * side), textcoords="offset points", fontsize=8,
+                ha="center", va="bottom" if side > 0 else "top",
+            )  # fmt: skip
+    x, y = "tokens per second (right is faster)", "perplexity (lower is better)"
+    plots.label(axis, x=x, y=y)
+    axis.margins(x=0.1, y=0.2)
+    axis.set_xlim(left=0)
+    # above the frame: inside, it would hide a point
+    plots.legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return plots.svg(figure, name)

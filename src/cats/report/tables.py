@@ -1,0 +1,99 @@
+"""One table, made of records once, and shown in a terminal, in Markdown or in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Rows of cells that are text already.
+
+    Attributes:
+        columns: Their names; a unit stands behind a comma.
+        rows: One cell for each column.
+        names: How many of the first columns hold names, which stand at the left; the others hold
+            numbers, which stand at the right.
+        title: Above it.
+        caption: Below it.
+        total: A last row that stands apart from the others, such as their mean.
+        wrap: Whether names may be broken into lines; numbers never are.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    names: int = 1
+    title: str = ""
+    caption: str = ""
+    total: Sequence[str] = ()
+    wrap: bool = False
+
+    @property
+    def _rows(self) -> list[Sequence[str]]:
+        return [*self.rows, self.total] if self.total else list(self.rows)
+
+    def markdown(self) -> str:
+        """The lines of a Markdown table, below its title and an empty line."""
+        rule = "| " + " | ".join(["---"] * self.names)
+        rule += " |" + " ---: |" * (len(self.columns) - self.names)
+        lines = [f"{self.title}\n"] if self.title else []
+        lines += [_markdown_row(self.columns), rule, *map(_markdown_row, self._rows)]
+        return "\n".join(lines) + "\n"
+
+    def html(self) -> str:
+        """A ``<table>`` element, without its title and caption."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def rich(self) -> RichTable:
+        """For a terminal. Without lines between columns, and with units below the names, most
+        tables fit into 80 characters."""
+        from rich import box
+        from rich.markup import escape as plain
+        from rich.table import Table as RichTable
+
+        out = RichTable(
+            title=plain(self.title) or None, caption=plain(self.caption) or None,
+            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0,
+        )  # fmt: skip
+        for number, name in enumerate(self.columns):
+            is_name = number < self.names
+            out.add_column(
+                plain(name.replace(", ", "\n")), justify="left" if is_name else "right",
+                no_wrap=not (is_name and self.wrap),
+            )  # fmt: skip
+        for row in self.rows:
+            out.add_row(*map(plain, row))
+        if self.total:
+            out.add_section()
+            out.add_row(*map(plain, self.total))
+        return out
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number in a format such as ``".1%"``; empty where there is none."""
+    return "" if value is None else format(value, form)
+
+
+def points(share: float | None) -> str:
+    """A difference of shares in percentage points; empty where there is none."""
+    return "" if share is None else f"{100 * share:+.2f}"
+
+
+def plus_minus(value: str, error: float | None, form: str) -> str:
+    """A number and its standard error, in percent; the error only where there is one."""
+    return value if error is None else f"{value} ± {100 * error:{form}}"

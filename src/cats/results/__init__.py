@@ -1,0 +1,54 @@
+"""Measured numbers: typed records, one JSON line each, with where they were measured."""
+
+from cats.results.environment import environment
+from cats.results.files import append_results, join_results, read_results, run_of
+from cats.results.quality import DemoTime, Perplexity, TaskScore
+from cats.results.records import (
+    COMPARED,
+    DENSE_MLPS,
+    EVENTS,
+    LAUNCHES,
+    MEAN,
+    PAPER_MLP,
+    DecodeBandwidth,
+    FirstTokenTime,
+    GenerateRate,
+    LaunchTime,
+    MLPBandwidth,
+    MLPTime,
+    Moment,
+    PeakMemory,
+    PrefillTime,
+    Result,
+    StartUpTime,
+    TokenTime,
+)
+
+__all__ = [
+    "COMPARED",
+    "DENSE_MLPS",
+    "EVENTS",
+    "LAUNCHES",
+    "MEAN",
+    "PAPER_MLP",
+    "DecodeBandwidth",
+    "DemoTime",
+    "FirstTokenTime",
+    "GenerateRate",
+    "LaunchTime",
+    "MLPBandwidth",
+    "MLPTime",
+    "Moment",
+    "PeakMemory",
+    "Perplexity",
+    "PrefillTime",
+    "Result",
+    "StartUpTime",
+    "TaskScore",
+    "TokenTime",
+    "append_results",
+    "environment",
+    "join_results",
+    "read_results",
+    "run_of",
+]
