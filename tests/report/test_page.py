@@ -217,7 +217,11 @@ def test_command_writes_page_and_figures(folder, monkeypatch):
         main()
     assert not caught.value.code
     assert output.read_text().startswith("<!doctype html>")
-    assert len(list(figures.glob("*.svg"))) == 8
+    drawn = [path.read_text() for path in figures.glob("*.svg")]
+    assert len(drawn) == 8
+    # alone, a figure brings its colour of text for light and dark; on the page it does not
+    assert all("prefers-color-scheme:dark" in svg for svg in drawn)
+    assert "prefers-color-scheme" not in output.read_text()
 
 
 # The page in a frame of the given width; reports what a browser made of it.

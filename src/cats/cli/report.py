@@ -25,12 +25,12 @@ def report(
 
     Example: [b]cats report benchmarks/results profile.json -o report.html[/b]
     """
-    from cats.report import Material, write_page
+    from cats.report import Material, plots, write_page
     from cats.storage import replacing
 
     drawn = write_page(Material.read(results), output, title=title)
     for name, svg in drawn.items() if figures is not None else ():
         assert figures is not None
         with replacing(figures / f"{name}.svg") as temporary:
-            temporary.write_text(svg, "utf-8")
+            temporary.write_text(plots.alone(svg), "utf-8")
     options.out.print(f"wrote {output}", markup=False)

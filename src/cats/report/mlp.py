@@ -179,6 +179,6 @@ def draw(axis: Any, times: Sequence[Any], *, title: str = "") -> None:
             points = [(time.sparsity, time.value, time.low, time.high) for time in of]
             plots.line(axis, points, label=variant, colour=colour)
     plots.limit(axis, {t.sparsity: t.limit for t in times if t.limit is not None})
-    plots.label(axis, x="sparsity", y=times[0].unit, title=title)
+    plots.label(axis, x="sparsity", y=f"{times[0].unit} per call", title=title)
     axis.set_ylim(bottom=0)
     plots.legend(axis)

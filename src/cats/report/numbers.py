@@ -3,17 +3,18 @@
 ``<!-- = PATH: EXPRESSION: FORMAT -->24.9<!-- / -->`` is such a number. An expression is arithmetic
 over fields of records: ``value(variant="dense", task="mean")`` is the value of the only measurement
 of which all that stands in the brackets is true. PATH is a file or a folder. FORMAT is that of
-Python, such as ``.1f``; with ``+`` or ``%`` it says sign or percent.
+Python, such as ``.1f``; with ``+`` or ``%`` it says sign or percent. The mark does not begin a
+line, where Markdown would end the paragraph.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ _OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_FUNCTIONS: dict[str, Callable[..., float]] = {"abs": abs, "max": max, "min": min}
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "abs": abs,
+    "max": max,
+    "min": min,
+    "sqrt": math.sqrt,
+}
 
 
 class Facts:
@@ -40,6 +46,12 @@ class Facts:
     """
 
     def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            StorageError: If a file cannot be read.
+            FormatError: If a file holds something else.
+            DataError: If there is nothing in it.
+        """
         self._path = path
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
         self._rows: list[tuple[str, Mapping[str, Any]]] = []
@@ -75,7 +87,7 @@ class Facts:
             raise DataError(f"nothing in {self._path} is {asked}")
         if len(fitting) > 1:
             first, second = list(fitting.values())[:2]
-            names = [n for n in first if n != field and first[n] != second.get(n, _ABSENT)]
+            names = [n for n in first if n not in _VALUES and first[n] != second.get(n, _ABSENT)]
             raise DataError(
                 f"{len(fitting)} measurements in {self._path} are {asked}; say also one of "
                 f"{', '.join(names)}"
@@ -84,20 +96,19 @@ class Facts:
 
 
 _ABSENT = object()
-_facts = cache(Facts)
+# Of a row, what does not say which measurement it is.
+_VALUES = {"value", "low", "high", "samples"}
 
 
-def number(path: Path, expression: str, form: str) -> str:
-    """The number that an expression makes of a results file or folder.
+def number(facts: Facts, expression: str, form: str) -> str:
+    """The number that an expression makes of what a results file or folder says.
 
     Raises:
         DataError: If it is no such expression, or a measurement is not there or not the only one.
-        StorageError: If a file cannot be read.
-        FormatError: If a file holds something else.
     """
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
-        return format(_value(tree, _facts(path)), form)
+        return format(_value(tree, facts), form)
     except (SyntaxError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, DataError):
             raise

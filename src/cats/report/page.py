@@ -92,8 +92,7 @@ class _Page:
             self._heading(name, level=3)
             self._table(
                 Table(
-                    columns=["variant", "perplexity", "change", "MLP weights read",
-                             "MB read per token"],
+                    columns=["variant", "perplexity", "change", "MLP read", "MB per token"],
                     rows=perplexity_rows(group),
                 )
             )  # fmt: skip

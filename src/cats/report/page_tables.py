@@ -35,8 +35,8 @@ def perplexity_rows(group: Sequence[Perplexity]) -> list[list[str]]:
     return [
         [
             r.variant,
-            f"{r.value:.3f}",
-            "" if dense is None or r.value == dense else f"{r.value / dense - 1:+.1%}",
+            f"{r.value:,.3f}",
+            "" if dense is None or r.value == dense else f"{r.value / dense - 1:+,.1%}",
             f"{r.mlp_share:.1%}",
             f"{r.token_bytes / 1e6:,.1f}",
         ]

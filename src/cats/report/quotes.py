@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from cats.errors import DataError
 from cats.history import History
 from cats.report import finetuning, mlp, quality, tokens
-from cats.report.numbers import NUMBER, number
+from cats.report.numbers import NUMBER, Facts, number
 from cats.results import read_results
 
 
@@ -58,11 +59,14 @@ def requote(document: Path) -> str:
     def quoted(match: re.Match[str]) -> str:
         begin, path, expression, form, _, end = match.groups()
         try:
-            return begin + number(document.parent / path, expression, form) + end
+            if text[: match.start()].endswith(("\n", "\n ")) or match.start() == 0:
+                raise DataError("a number begins its line, where Markdown ends a paragraph")
+            return begin + number(facts_of(document.parent / path), expression, form) + end
         except DataError as error:
             line = text.count("\n", 0, match.start()) + 1
             raise DataError(f"{document}, line {line}: {error}") from error
 
+    facts_of = cache(Facts)
     text = document.read_text(encoding="utf-8")
     marks = len(_BEGUN.findall(text))
     changed, numbers = NUMBER.subn(quoted, text)

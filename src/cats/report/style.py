@@ -9,8 +9,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 h3 { font-size: 1rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
 /* a shadow at an edge shows that the table goes on there */
 .wide { overflow-x: auto; margin-bottom: 1rem; background:
-  linear-gradient(to right, var(--paper) 40%, transparent) 0 0 / 3rem 100% local no-repeat,
-  linear-gradient(to left, var(--paper) 40%, transparent) 100% 0 / 3rem 100% local no-repeat,
+  linear-gradient(to right, var(--paper) 1rem, transparent) 0 0 / 1.5rem 100% local no-repeat,
+  linear-gradient(to left, var(--paper) 1rem, transparent) 100% 0 / 1.5rem 100% local no-repeat,
   linear-gradient(to right, var(--shadow), transparent) 0 0 / 1rem 100% scroll no-repeat,
   linear-gradient(to left, var(--shadow), transparent) 100% 0 / 1rem 100% scroll no-repeat; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }

@@ -245,5 +245,6 @@ def draw(
         plots.line(axis, rates, label=variant, colour=colours[variant])
     plots.limit(axis, dict(limits.values()))
     plots.label(axis, x="share of dropped neurons", y="tokens per second", title=title)
-    axis.set_ylim(bottom=0)
+    # room for the legend above the lines
+    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
     plots.legend(axis)
