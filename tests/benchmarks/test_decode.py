@@ -1,9 +1,7 @@
-import io
 import math
 
 import pytest
 import torch
-from rich.console import Console
 
 import cats
 from cats.benchmarks import decode
@@ -11,12 +9,9 @@ from cats.benchmarks.decode import Case, measure
 from cats.benchmarks.decode_runs import run_loop, run_transformers
 from cats.benchmarks.launches import profile_steps, summarize
 from cats.benchmarks.shapes import random_model
-from cats.errors import BackendError, ConfigError, DataError
-from cats.report import plots
-from cats.report import tokens as decode_report
-from cats.results import Result, append_results
+from cats.errors import BackendError, ConfigError
+from cats.results import Result
 from tests.models import make_ids, make_model
-from tests.records import launch_time, peak_memory
 
 TINY = dict(
     model="tiny", sparsities=(0.0, 0.5), prompt_length=8, new_tokens=6, rounds=2,
@@ -236,88 +231,3 @@ def test_launches_and_memory_of_a_gpu_are_measured(device):
 def test_unknown_shape_is_an_error():
     with pytest.raises(ConfigError, match="one of"):
         random_model("llama-9", torch.float32, torch.device("cpu"))
-
-
-def test_tables_show_every_variant_and_the_launches_of_the_last_run(results):
-    old, new = (launch_time(1.0, **like(results[1]), kernel=name) for name in ("old", "new"))
-    (panel,) = decode_report.panels([results[1], old, *results, new])
-    speed, costs, step = decode_report.tables(panel)
-    assert len(speed.rows) == len(costs.rows) == 4
-    assert [row[0] for row in step.rows] == ["new"]
-
-
-def test_tables_fit_a_terminal_of_80_characters(results):
-    case = like(results[1])
-    peak = peak_memory(12_345e6, **case, over_dense_weights=0.0123)
-    (panel,) = decode_report.panels([*results, peak])
-    for table in decode_report.tables(panel):
-        console = Console(width=80, record=True, file=io.StringIO())
-        console.print(table.rich())
-        assert "…" not in console.export_text()
-
-
-def like(result):
-    """The fields that say of which panel and row a result is."""
-    names = (
-        "model", "batch", "prompt_length", "new_tokens", "dtype", "variant", "sparsity",
-        "environment",
-    )  # fmt: skip
-    return {name: getattr(result, name) for name in names}
-
-
-def test_a_run_that_was_cut_is_shown_as_far_as_it_came(results):
-    (panel,) = decode_report.panels(results[:3])
-    assert [len(table.rows) for table in decode_report.tables(panel)] == [1, 1]
-    with pytest.raises(DataError, match="no result"):
-        decode_report.panels([])
-
-
-def test_plot_draws_every_variant_and_the_limit(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "decode.svg"
-    plots.save(decode_report.plot(decode_report.panels(results)), picture)
-    text = picture.read_text()
-    for label in ("eager", "generate", "memory limit", "tokens per second"):
-        assert f"{label}</text>" in text
-
-
-def test_plot_has_one_limit_a_target_the_highest_of_any_run(results, monkeypatch):
-    axes = pytest.importorskip("matplotlib.axes")
-    slower = [
-        r.model_copy(update={"variant": "other", "limit_ms": 2 * r.limit_ms})
-        for r in results
-        if r.quantity == "time"
-    ]
-    lines = []
-    plot = axes.Axes.plot
-    monkeypatch.setattr(
-        axes.Axes, "plot", lambda axis, x, y, *a, **k: lines.append(y) or plot(axis, x, y, *a, **k)
-    )
-    for all_results in (results, [*results, *slower]):
-        decode_report.plot(decode_report.panels(all_results))
-    assert lines[0] == lines[-1]
-    assert len(lines[0]) == 2
-
-
-def test_command_appends_results_and_shows_and_plots_them(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    from typer.testing import CliRunner
-
-    from cats.cli import app
-
-    file, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
-    append_results(file, results)
-    shown = CliRunner().invoke(app, ["bench", "results", "show", str(file)])
-    assert "generate" in shown.stdout
-    assert "own KL: of these modules" in " ".join(shown.stdout.split())
-    plotted = CliRunner().invoke(app, ["bench", "results", "plot", str(file), "-o", str(picture)])
-    assert plotted.exit_code == 0, plotted.output
-    assert picture.exists()
-    one = ["bench", "results", "plot", str(file), "-o", str(picture), "--prompt-length"]
-    length = str(results[0].settings["prompt_length"])
-    assert CliRunner().invoke(app, [*one, length]).exit_code == 0
-    assert isinstance(CliRunner().invoke(app, [*one, "99999"]).exception, DataError)
-    other = CliRunner().invoke(
-        app, ["bench", "results", "plot", str(file), "-o", str(tmp_path / "p.doc")]
-    )
-    assert isinstance(other.exception, ConfigError)

@@ -1,17 +1,13 @@
-import io
-
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from cats import ops
 from cats.benchmarks import mlp, timing
 from cats.benchmarks.mlp import Case, Weights, check, measure
 from cats.cli import bench
-from cats.errors import BackendError, ConfigError, DataError
-from cats.report import mlp as mlp_report
-from cats.results import append_results, read_results
+from cats.errors import BackendError, ConfigError
+from cats.results import read_results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -102,32 +98,6 @@ def test_default_backends_are_those_that_take_the_case(monkeypatch):
     x, weights = torch.randn(1, 32, device=DEVICE), Weights.random(tiny_case())
     with pytest.raises(BackendError, match=r"no sparse backend takes this case.*not live"):
         mlp._default_backends(x, weights)
-
-
-def test_table_shows_all_dense_baselines_and_the_fastest_counts(results):
-    (panel, *_) = mlp_report.panels(results)
-    assert set(panel.dense) == {"dense_eager", "dense_merged", "reference at 0"}
-    assert panel.best_dense == min(result.value for result in panel.dense.values())
-    screen = io.StringIO()
-    Console(width=200, file=screen).print(mlp_report.table(panel).rich())
-    text = screen.getvalue()
-    assert "best dense" in text
-    assert "dense_merged" in text
-    assert "50%" in text
-
-
-def test_plot_is_made_from_the_file_alone(results, tmp_path):
-    pytest.importorskip("matplotlib")
-    file, picture = tmp_path / "r.jsonl", tmp_path / "plot.svg"
-    append_results(file, results)
-    outcome = CliRunner().invoke(bench.app, ["results", "plot", str(file), "-o", str(picture)])
-    assert outcome.exit_code == 0, outcome.output
-    assert "<svg" in picture.read_text()
-
-
-def test_a_file_without_results_of_this_benchmark_is_an_error():
-    with pytest.raises(DataError, match="no result"):
-        mlp_report.panels([])
 
 
 def test_command_appends_a_sweep_to_the_file(tmp_path):

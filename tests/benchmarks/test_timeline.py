@@ -3,16 +3,11 @@
 import pytest
 import torch
 from transformers import LlamaConfig
-from typer.testing import CliRunner
 
 from cats.benchmarks.timeline import measure, moments
-from cats.cli import app
-from cats.errors import ConfigError, DataError
-from cats.report import plots
-from cats.report.timeline import panels, plot, table
-from cats.results import EVENTS, LAUNCHES, append_results
+from cats.errors import ConfigError
+from cats.results import EVENTS, LAUNCHES
 from tests.models import make_ids, make_model
-from tests.records import moment
 
 
 def check_moments(found):
@@ -52,42 +47,6 @@ def test_a_gpu_runs_the_launches_of_a_layer_one_behind_the_other():
         names = [(r.settings["launch"], r.settings["event"]) for r in rows]
         times = [(r.low, r.value, r.high) for r in rows]
         check_moments(dict(zip(names, times, strict=True)))
-
-
-def some_results():
-    return [
-        moment(
-            float(4 * row + column), low=float(4 * row + column) - 0.5,
-            high=float(4 * row + column) + 1, launch=launch, event=event,
-        )
-        for row, launch in enumerate(LAUNCHES)
-        for column, event in enumerate(EVENTS)
-    ]  # fmt: skip
-
-
-def test_results_are_shown_and_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    file, picture = tmp_path / "r.jsonl", tmp_path / "p.svg"
-    append_results(file, some_results())
-    shown = CliRunner().invoke(app, ["bench", "results", "show", str(file)])
-    assert shown.exit_code == 0, shown.output
-    assert "CATS-50, context 96, on a GPU" in shown.stdout
-    assert " 15.0 " in shown.stdout
-    assert "14.5 .. 16.0" in shown.stdout
-    drawn = CliRunner().invoke(app, ["bench", "results", "plot", str(file), "-o", str(picture)])
-    assert drawn.exit_code == 0, drawn.output
-    assert "output projection</text>" in picture.read_text()
-    wrong = ["bench", "results", "plot", str(file), "-o", str(picture), "--prompt-length", "32"]
-    assert isinstance(CliRunner().invoke(app, wrong).exception, ConfigError)
-
-
-def test_launches_without_a_moment_are_left_out(tmp_path):
-    pytest.importorskip("matplotlib")
-    (panel,) = panels(r for r in some_results() if r.settings["launch"] != "attention")
-    assert table(panel).rows[1] == ["attention", "", "", "", ""]
-    plots.save(plot([panel]), tmp_path / "p.png")
-    with pytest.raises(DataError, match="no result of `cats bench timeline`"):
-        plot([])
 
 
 def test_models_that_are_not_on_a_gpu_are_refused():

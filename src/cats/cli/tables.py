@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from typing import TYPE_CHECKING
+
+from cats.report.tables import Table, cell
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+__all__ = ["bar", "cell", "layer_table", "loss"]
 
 _BAR_WIDTH = 20
 
@@ -13,24 +20,19 @@ def bar(share: float) -> str:
     return "█" * (eighths // 8) + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
 
 
-def layer_table(thresholds: dict[str, float], realized: dict[str, float]) -> Table:
-    """One row a sparse MLP: its threshold and the share of neurons that it drops."""
-    table = Table(title="realised sparsity on held-out text", title_justify="left")
-    table.add_column("MLP")
-    table.add_column("threshold", justify="right")
-    table.add_column("dropped", justify="right")
-    table.add_column("", width=_BAR_WIDTH, no_wrap=True)
-    for name, share in realized.items():
-        table.add_row(name, f"{thresholds[name]:.4f}", f"{share:.1%}", bar(share))
+def layer_table(thresholds: dict[str, float], realized: dict[str, float]) -> RichTable:
+    """One row per sparse MLP: its threshold and the share of neurons that it drops."""
     mean = sum(realized.values()) / len(realized)
-    table.add_section()
-    table.add_row("mean", "", f"{mean:.1%}", bar(mean))
-    return table
-
-
-def cell(value: float | None, form: str) -> str:
-    """A number in a format such as ``".1%"``; empty where there is none."""
-    return "" if value is None else format(value, form)
+    return Table(
+        title="realised sparsity on held-out text",
+        columns=("MLP", "threshold", "dropped", ""),
+        rows=[
+            [name, f"{thresholds[name]:.4f}", f"{share:.1%}", bar(share)]
+            for name, share in realized.items()
+        ],
+        total=("mean", "", f"{mean:.1%}", bar(mean)),
+        bars=True,
+    ).rich()
 
 
 def loss(dense: float, sparse: float) -> str:

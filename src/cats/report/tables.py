@@ -24,6 +24,7 @@ class Table:
         caption: Below it.
         total: A last row that stands apart from the others, such as their mean.
         wrap: Whether names may be broken into lines; numbers never are.
+        bars: Whether the last column holds bars, which begin at the left.
     """
 
     columns: Sequence[str]
@@ -33,6 +34,7 @@ class Table:
     caption: str = ""
     total: Sequence[str] = ()
     wrap: bool = False
+    bars: bool = False
 
     @property
     def _rows(self) -> list[Sequence[str]]:
@@ -68,8 +70,9 @@ class Table:
         )  # fmt: skip
         for number, name in enumerate(self.columns):
             is_name = number < self.names
+            is_bar = self.bars and number == len(self.columns) - 1
             out.add_column(
-                plain(name.replace(", ", "\n")), justify="left" if is_name else "right",
+                plain(name.replace(", ", "\n")), justify="left" if is_name or is_bar else "right",
                 no_wrap=not (is_name and self.wrap),
             )  # fmt: skip
         for row in self.rows:

@@ -30,10 +30,7 @@ of memory over the dense model's weights. KL: divergence of each step from the m
 on the same tokens. own KL: of these modules a token at a time. same: equal choices. drop:
 sparsity above that of the modules, in percentage points."""
 
-_COSTS = (
-    "variant", "target", "first, ms", "dense, ms", "start, s", "anew", "peak, MB", "over", "KL",
-    "own KL", "same", "drop",
-)  # fmt: skip
+_COSTS = ("variant", "target", "first, ms", "dense, ms", "start, s", "anew", "peak, MB", "over")
 # device, model, dtype, batch, prompt length, new tokens
 _Key = tuple[str, str, str, int, int, int]
 # variant, target sparsity
@@ -108,8 +105,10 @@ def panels(results: Iterable[Result]) -> list[Panel]:
 
 
 def tables(panel: Panel) -> list[Table]:
-    """Speed, then what it takes and whether it is right, then the launches of each step."""
-    return [_speed(panel), _costs(panel), *(_launches(panel, row) for row in panel.launches)]
+    """Speed, what it takes, whether it is right where that was checked, the launches of a step."""
+    checks = _checks(panel)
+    launches = (_launches(panel, row) for row in panel.launches)
+    return [_speed(panel), _costs(panel), *([checks] if checks.rows else []), *launches]
 
 
 def _speed(panel: Panel) -> Table:
@@ -135,7 +134,7 @@ def _speed(panel: Panel) -> Table:
 
 
 def _costs(panel: Panel) -> Table:
-    """What a token takes besides its time, and how far it is from the model's modules."""
+    """What a token takes besides its time."""
     rows = []
     for row in panel.rows:
         cells = dict.fromkeys(_COSTS, "") | {"variant": row[0], "target": f"{row[1]:.0%}"}
@@ -151,18 +150,30 @@ def _costs(panel: Panel) -> Table:
                 "peak, MB": f"{peak.value / 1e6:.0f}",
                 "over": f"{peak.over_dense_weights:+.1%}",
             }
-        if step := panel.of(row, TokenTime):
-            cells |= {
-                "KL": cell(step.kl, ".1e"),
-                "own KL": cell(step.kl_of_rounding, ".1e"),
-                "same": cell(step.same_choice, ".0%"),
-                "drop": points(step.sparsity_error),
-            }
         rows.append(cells)
     # a CPU has no peak of its memory
     on_gpu = any(row["peak, MB"] for row in rows)
     columns = [name for name in _COSTS if on_gpu or name not in ("peak, MB", "over")]
     return Table(columns=columns, rows=[[row[column] for column in columns] for row in rows])
+
+
+def _checks(panel: Panel) -> Table:
+    """How far the steps of our own loops are from the model's modules."""
+    return Table(
+        columns=("variant", "target", "KL", "own KL", "same", "drop"),
+        rows=[
+            [
+                variant,
+                f"{sparsity:.0%}",
+                f"{step.kl:.1e}",
+                cell(step.kl_of_rounding, ".1e"),
+                cell(step.same_choice, ".0%"),
+                points(step.sparsity_error),
+            ]
+            for (variant, sparsity), step in panel.times().items()
+            if step.kl is not None
+        ],
+    )
 
 
 def _launches(panel: Panel, row: _Row) -> Table:
