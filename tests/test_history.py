@@ -1,7 +1,10 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from cats.errors import FormatError, StorageError
-from cats.history import History, Point, recovered
+from cats.history import History, Point, is_history, recovered
 
 POINTS = [
     Point(step=0, tokens=0, losses={"a": 3.0}),
@@ -24,6 +27,8 @@ BAD = {
     "not json": "hello\n",
     "other points": '{"kind": "finetuning", "version": 1, "settings": {}, "environment": {}}\n'
     '{"steps": 1}\n',
+    "no settings": '{"kind": "finetuning", "version": 1, "environment": {}}\n',
+    "no environment": '{"kind": "finetuning", "version": 1, "settings": {}}\n',
     "empty": "",
 }
 
@@ -33,6 +38,35 @@ def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "h.jsonl").write_text(text)
     with pytest.raises(FormatError, match=r"h\.jsonl"):
         History.load(tmp_path / "h.jsonl")
+
+
+POINTS_THAT_ARE_NONE = {
+    "type": ({"step": "1", "tokens": 2}, "step: input should be a valid integer"),
+    "inside": ({"step": 1, "tokens": 2, "losses": {"c4": "low"}}, "losses.c4: input should be"),
+    "missing": ({"step": 1}, "tokens: field required"),
+    "unknown": ({"step": 1, "tokens": 2, "colour": 3}, "colour: "),
+}
+
+
+@pytest.mark.parametrize(
+    ("point", "message"), POINTS_THAT_ARE_NONE.values(), ids=POINTS_THAT_ARE_NONE
+)
+def test_point_that_is_none_is_named_with_file_line_and_field(tmp_path, point, message):
+    path = tmp_path / "h.jsonl"
+    History(settings={}, points=POINTS).save(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, json.dumps(point)]) + "\n")
+    with pytest.raises(FormatError, match=f"line {len(lines) + 1}: not a point of.*{message}"):
+        History.load(path)
+
+
+def test_committed_histories_are_read_and_written_again_byte_for_byte(tmp_path):
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    files = [path for path in sorted(folder.rglob("*.jsonl")) if is_history(path)]
+    assert files
+    for path in files:
+        History.load(path).save(tmp_path / "again.jsonl")
+        assert (tmp_path / "again.jsonl").read_text() == path.read_text()
 
 
 def test_missing_file_is_a_storage_error(tmp_path):

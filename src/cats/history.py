@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cats.errors import FormatError, StorageError
 from cats.storage import check_version, replacing
@@ -34,6 +34,12 @@ class Point:
         sparsity: Mean share of neurons dropped during the evaluations; None for a dense model.
         seconds_per_step: Time of training alone, since the point before; None at the start.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "strict": True,
+        "extra": "forbid",
+        "allow_inf_nan": False,
+    }
 
     step: int
     tokens: int
@@ -67,8 +73,12 @@ class History:
 
         Raises:
             StorageError: If the file cannot be read.
-            FormatError: If it holds something else, or comes from a newer release.
+            FormatError: If it holds something else, is of a newer release, or a field is missing,
+                unknown or of another type.
         """
+        # imported here: what only writes a history needs no pydantic
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             lines = path.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -77,15 +87,24 @@ class History:
         if not blocks or blocks[0].get("kind") != "finetuning":
             raise FormatError(f"{path}: not the history of a fine-tuning")
         check_version(blocks[0], str(path))
+        for name in ("settings", "environment"):
+            if not isinstance(blocks[0].get(name), dict):
+                raise FormatError(f"{path}, line 1: {name}: missing, or no object")
         history = cls(settings=blocks[0]["settings"], environment=blocks[0]["environment"])
-        for block in blocks[1:]:
+        points = TypeAdapter(Point)
+        for number, block in enumerate(blocks[1:], start=2):
             if block.get("complete"):
                 history.complete = True
                 continue
             try:
-                history.points.append(Point(**block))
-            except TypeError as error:
-                raise FormatError(f"{path}: not a point of a history: {error}") from error
+                history.points.append(points.validate_json(lines[number - 1]))
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise FormatError(
+                    f"{path}, line {number}: not a point of a history: {where}: "
+                    f"{first['msg'].lower()}"
+                ) from error
         return history
 
     def save(self, path: Path) -> None:

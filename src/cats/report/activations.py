@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from cats.report import plots
+from cats.results import ProfileRecord
 
 # More lines than that are hard to tell apart.
 _HISTOGRAMS = 6
@@ -20,41 +20,41 @@ def layer_labels(names: Sequence[str]) -> list[str]:
     return labels if len(set(labels)) == len(names) else list(names)
 
 
-def histograms(profile: dict[str, Any], name: str) -> str:
+def histograms(profile: ProfileRecord, name: str) -> str:
     """Magnitudes of the activations of up to six layers, with the threshold.
 
     The first and the last layer are among them, and the others lie at equal distances between.
     """
-    layers = profile["layers"]
-    labels = layer_labels([layer["name"] for layer in layers])
+    layers = profile.layers
+    labels = layer_labels([layer.name for layer in layers])
     gaps = min(len(layers), _HISTOGRAMS) - 1
     chosen = [round(i * (len(layers) - 1) / gaps) for i in range(gaps + 1)] if gaps else [0]
     figure, axes = plots.figure()
     axis = axes[0, 0]
     for i, index in enumerate(chosen):
         layer = layers[index]
-        shares = layer["histogram"]
+        shares = layer.histogram
         edges = [b / (len(shares) - 1) for b in range(len(shares) - 1)]
         colour = plots.colour(i)
         axis.plot(edges, shares[:-1], drawstyle="steps-post", label=labels[index], color=colour)
-        if layer["threshold"] is not None:
-            axis.axvline(layer["threshold"], color=colour, linestyle=":", linewidth=1)
+        if layer.threshold is not None:
+            axis.axvline(layer.threshold, color=colour, linestyle=":", linewidth=1)
     plots.label(axis, x="magnitude of the activation", y="share")
     axis.set(yscale="log")
     plots.legend(axis)
     return plots.svg(figure, name)
 
 
-def layers(profile: dict[str, Any], name: str) -> str:
+def layers(profile: ProfileRecord, name: str) -> str:
     """Zeros and near zeros layer by layer, alone and shared by several tokens."""
     figure, axes = plots.figure()
     axis = axes[0, 0]
-    found = profile["layers"]
-    near = f"below {profile['near']:g}"
-    axis.plot([layer["near_zero"] for layer in found], label=near, linestyle="--")
-    axis.plot([layer["zero"] for layer in found], label="zero")
-    for n in sorted({n for layer in found for n in layer["union"]}, key=int):
-        shared = [layer["union"].get(n) for layer in found]
+    found = profile.layers
+    near = f"below {profile.near:g}"
+    axis.plot([layer.near_zero for layer in found], label=near, linestyle="--")
+    axis.plot([layer.zero for layer in found], label="zero")
+    for n in sorted({n for layer in found for n in layer.union}, key=int):
+        shared = [layer.union.get(n) for layer in found]
         axis.plot(shared, label=f"zero for {n} tokens at once", linewidth=1)
     plots.label(axis, x="layer", y="share of activations")
     axis.set(ylim=(0, 1))
@@ -62,11 +62,11 @@ def layers(profile: dict[str, Any], name: str) -> str:
     return plots.svg(figure, name)
 
 
-def positions(profile: dict[str, Any], name: str) -> str:
+def positions(profile: ProfileRecord, name: str) -> str:
     """Zeros by the position in a block, as a mean over the layers."""
     figure, axes = plots.figure()
     axis = axes[0, 0]
-    lists = [layer["by_position"] for layer in profile["layers"]]
+    lists = [layer.by_position for layer in profile.layers]
     length = min(map(len, lists))
     means = [sum(values[i] for values in lists) / len(lists) for i in range(length)]
     axis.plot(range(length), means, marker="o", markersize=3)

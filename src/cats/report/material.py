@@ -10,8 +10,16 @@ from typing import Any, TypeVar
 
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import is_history
-from cats.results import DemoTime, MLPTime, Perplexity, Result, TaskScore, TokenTime, read_results
-from cats.storage import load_json
+from cats.results import (
+    DemoTime,
+    MLPTime,
+    Perplexity,
+    ProfileRecord,
+    Result,
+    TaskScore,
+    TokenTime,
+    read_results,
+)
 
 # Times over variants and sparsities.
 Time = MLPTime | TokenTime | DemoTime
@@ -67,7 +75,7 @@ class Material:
     """
 
     results: list[Result] = field(default_factory=list)
-    profiles: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[ProfileRecord] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
     @classmethod
@@ -90,7 +98,7 @@ class Material:
                 if file.suffix == ".jsonl":
                     found.results += read_results(file)
                 else:
-                    found.profiles.append(load_json(file, "profile"))
+                    found.profiles.append(ProfileRecord.load(file))
         if not found.results and not found.profiles:
             hint = "; cats bench results curves draws histories of fine-tuning" if histories else ""
             raise DataError(

@@ -118,10 +118,10 @@ class _Page:
         if material.profiles:
             self._heading("Activations")
         for profile in material.profiles:
-            sparse = profile.get("cats")
+            sparse = profile.cats
             label = label_of(sparse["method"], sparse.get("target_sparsity")) if sparse else "dense"
             self._heading(
-                f"{profile['model']}, {label}, {profile['tokens']:,} tokens of {profile['text']}",
+                f"{profile.model}, {label}, {profile.tokens:,} tokens of {profile.text}",
                 level=3,
             )
             self._draw({
@@ -132,7 +132,7 @@ class _Page:
                 "Share of zeros by position":
                     lambda name, p=profile: activations.positions(p, name),
             })  # fmt: skip
-            shares = ", ".join(f"{q}: {value:.1%}" for q, value in profile["by_token"].items())
+            shares = ", ".join(f"{q}: {value:.1%}" for q, value in profile.by_token.items())
             self._note(f"Share of zeros of a token, quantiles over the tokens: {shares}.")
 
     def times(self, material: Material) -> None:

@@ -2,6 +2,7 @@
 
 from cats.results.environment import environment
 from cats.results.files import append_results, join_results, read_results, run_of
+from cats.results.profile import LayerRecord, ProfileRecord
 from cats.results.quality import DemoTime, Perplexity, TaskScore
 from cats.results.records import (
     COMPARED,
@@ -36,12 +37,14 @@ __all__ = [
     "FirstTokenTime",
     "GenerateRate",
     "LaunchTime",
+    "LayerRecord",
     "MLPBandwidth",
     "MLPTime",
     "Moment",
     "PeakMemory",
     "Perplexity",
     "PrefillTime",
+    "ProfileRecord",
     "Result",
     "StartUpTime",
     "TaskScore",
