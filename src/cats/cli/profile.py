@@ -10,9 +10,8 @@ import typer
 from cats.cli import options
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cats.evaluation.profile import Profile
+    from cats.report.tables import Table
 
 # Rows of a batch: unions over up to eight tokens are measured.
 _BATCH = 8
@@ -80,33 +79,31 @@ def profile(
     if as_json:
         options.print_json({**about, **dataclasses.asdict(found)})
         return
-    options.out.print(table(f"{model} on {found.tokens:,} tokens of {about['text']}", found))
+    title = f"{model} on {found.tokens:,} tokens of {about['text']}"
+    options.out.print(table(title, found).rich())
     shares = ", ".join(f"{value:.1%} ({name})" for name, value in found.by_token.items())
     options.out.print(f"share of zeros of a token, quantiles over the tokens: {shares}")
 
 
 def table(title: str, found: Profile) -> Table:
-    """One row an activation module."""
-    from rich.markup import escape
-    from rich.table import Table
+    """One row per activation module."""
+    from cats.report.tables import Table, cell
 
-    view = Table(title=escape(title), title_justify="left", caption_justify="left")
-    view.add_column("MLP", overflow="fold")
-    view.add_column("zero", justify="right")
-    view.add_column(f"< {found.near:g}", justify="right")
     unions = sorted({n for layer in found.layers for n in layer.union})
-    for n in unions:
-        view.add_column(f"by {n}", justify="right")
-    view.add_column("again", justify="right")
-    for layer in found.layers:
-        shared = [f"{layer.union[n]:.1%}" if n in layer.union else "" for n in unions]
-        again = "" if layer.overlap is None else f"{layer.overlap:.1%}"
-        view.add_row(
-            layer.name.rpartition(".")[0], f"{layer.zero:.1%}", f"{layer.near_zero:.1%}",
-            *shared, again,
-        )  # fmt: skip
-    view.caption = (
-        "by 2, 4, 8: zero for all of so many tokens of different texts; again: share of the "
-        "neurons that are not zero which were not for the token before either"
+    return Table(
+        title=title,
+        columns=("MLP", "zero", f"< {found.near:g}", *(f"by {n}" for n in unions), "again"),
+        rows=[
+            [
+                layer.name.rpartition(".")[0],
+                f"{layer.zero:.1%}",
+                f"{layer.near_zero:.1%}",
+                *(cell(layer.union.get(n), ".1%") for n in unions),
+                cell(layer.overlap, ".1%"),
+            ]
+            for layer in found.layers
+        ],
+        wrap=True,
+        caption="by 2, 4, 8: zero for all of so many tokens of different texts; again: share of "
+        "the neurons that are not zero which were not for the token before either",
     )
-    return view

@@ -73,7 +73,7 @@ class Table:
             is_bar = self.bars and number == len(self.columns) - 1
             out.add_column(
                 plain(name.replace(", ", "\n")), justify="left" if is_name or is_bar else "right",
-                no_wrap=not (is_name and self.wrap),
+                no_wrap=not (is_name and self.wrap), overflow="fold",
             )  # fmt: skip
         for row in self.rows:
             out.add_row(*map(plain, row))
