@@ -1,5 +1,7 @@
 """Safetensors files that are whole or absent, and errors that say what is wrong with one."""
 
+from __future__ import annotations
+
 import json
 import os
 import secrets
@@ -7,13 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from cats.errors import FormatError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "cats"
@@ -27,6 +30,9 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
     Raises:
         StorageError: If it cannot be written; nothing is left behind.
     """
+    # imported here: files without tensors need no torch
+    import safetensors.torch
+
     block = {"version": FORMAT_VERSION, **metadata}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(contiguous, {_METADATA_KEY: json.dumps(block)})

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,11 @@ def test_a_newer_format_is_refused(tmp_path):
     path.write_text(json.dumps({"version": 2}) + "\n")
     with pytest.raises(FormatError, match="format 2; this release reads 1"):
         read_results(path)
+
+
+def test_reading_and_showing_results_needs_no_torch():
+    names = "results, report, report.quotes, report.timeline, report.model, cli.bench_results"
+    code = "; ".join(f"import cats.{name}" for name in names.split(", "))
+    code += "; import sys; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

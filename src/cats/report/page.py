@@ -8,7 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cats.config import label_of
 from cats.report import activations, paper, quality
 from cats.report.material import Material
 from cats.report.page_tables import (
@@ -115,6 +114,9 @@ class _Page:
                 self._quality_figures(means, "mean accuracy", traffic)
 
     def profiles(self, material: Material) -> None:
+        # imported here: the page of other results needs no torch
+        from cats.config import label_of
+
         if material.profiles:
             self._heading("Activations")
         for profile in material.profiles:

@@ -3,13 +3,11 @@
 from cats.results.environment import environment
 from cats.results.files import append_results, join_results, read_results, run_of
 from cats.results.profile import LayerRecord, ProfileRecord
-from cats.results.quality import DemoTime, Perplexity, TaskScore
+from cats.results.quality import COMPARED, MEAN, DemoTime, Perplexity, TaskScore
 from cats.results.records import (
-    COMPARED,
     DENSE_MLPS,
     EVENTS,
     LAUNCHES,
-    MEAN,
     PAPER_MLP,
     DecodeBandwidth,
     FirstTokenTime,
@@ -20,10 +18,10 @@ from cats.results.records import (
     Moment,
     PeakMemory,
     PrefillTime,
-    Result,
     StartUpTime,
     TokenTime,
 )
+from cats.results.result import Result
 
 __all__ = [
     "COMPARED",

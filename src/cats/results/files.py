@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cats.errors import DataError, FormatError, StorageError
-from cats.results.records import Result
+from cats.results.result import Result
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cats.errors import FormatError
-from cats.results.records import Value
+from cats.results.result import Value
 from cats.storage import load_json
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from cats.results.records import _FOUND, COMPARED, Result, _Found, _MayBeFound
+from cats.results.result import FOUND, Found, MayBeFound, Result
+
+# Stands for a task in the mean over the tasks.
+MEAN = "mean"
+# Methods whose quality is compared, in the order of tables.
+COMPARED = ("dense", "cats", "relu", "input", "teal")
 
 
 class _OfAModel(Result):
@@ -71,9 +76,9 @@ class Perplexity(_OfAModel):
     tokens: int
     block: int
     text_hash: str | None = None
-    realized_sparsity: _MayBeFound = None
-    mlp_share: _Found
-    token_bytes: Annotated[int, _FOUND]
+    realized_sparsity: MayBeFound = None
+    mlp_share: Found
+    token_bytes: Annotated[int, FOUND]
 
 
 class TaskScore(_OfAModel):
@@ -93,9 +98,9 @@ class TaskScore(_OfAModel):
     unit: Literal["share"] = "share"
     task: str
     split: str
-    stderr: _MayBeFound = None
-    difference: _Found
-    difference_stderr: _MayBeFound = None
+    stderr: MayBeFound = None
+    difference: Found
+    difference_stderr: MayBeFound = None
 
 
 class DemoTime(Result):
@@ -110,7 +115,7 @@ class DemoTime(Result):
     calibration_tokens: int
     variant: str
     sparsity: float
-    realized_sparsity: _Found
+    realized_sparsity: Found
     prompt: str
 
     @property

@@ -1,160 +1,17 @@
-"""One record type for each kind of measured number: its fields, their types and its unit.
-
-A record is one line of a results file. ``value`` is a median, ``low`` and ``high`` are the
-quartiles of the ``samples`` that it was taken from, unless the type says otherwise. The fields that
-a type adds are the ``settings`` of the line: what was measured, and what was found along with it.
-"""
+"""Records of speed: one type for each kind of number, with its fields, their types and its unit."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from cats.results.result import FOUND, Found, FoundCount, MayBeFound, Number, Result
 
-from cats.errors import FormatError
-
-VERSION = 1
-# Stands for a task in the mean over the tasks.
-MEAN = "mean"
-# Methods whose quality is compared, in the order of tables.
-COMPARED = ("dense", "cats", "relu", "input", "teal")
 # Of an MLP: what is not ours, and the kernels that the authors of CATS published.
 DENSE_MLPS = ("dense_eager", "dense_merged", "dense_compiled")
 PAPER_MLP = "paper"
 # Of a layer: its launches in their order, and what is traced of a warp, in the order of trace.cuh.
 LAUNCHES = ("q, k, v", "attention", "output projection", "MLP")
 EVENTS = ("start", "input", "last", "end")
-
-Value = str | int | float | bool | None
-# A whole number stays one, so that a line that is read is written again byte for byte.
-_Number = int | float
-# Marks a field that was found along with the value: two lines of one run that differ in
-# nothing else are the same measurement.
-_FOUND = "found along with the value"
-_Found = Annotated[float, _FOUND]
-_MayBeFound = Annotated[float | None, _FOUND]
-_FoundCount = Annotated[int, _FOUND]
-
-
-class Result(BaseModel):
-    """What all records have; a record is of one of the types below."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-    kinds: ClassVar[dict[tuple[str, str | None], type[Result]]] = {}
-
-    benchmark: str
-    quantity: str
-    value: _Number
-    unit: str
-    low: _Number
-    high: _Number
-    samples: int
-    environment: dict[str, Value]
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        benchmark, quantity = (cls.model_fields[n].default for n in ("benchmark", "quantity"))
-        if not cls.__name__.startswith("_"):
-            key = benchmark, quantity if isinstance(quantity, str) else None
-            Result.kinds[key] = cls
-
-    @field_validator("environment")
-    @classmethod
-    def _names_a_device(cls, value: dict[str, Value]) -> dict[str, Value]:
-        if not isinstance(value.get("device"), str):
-            raise ValueError("names no device")
-        return value
-
-    @property
-    def device(self) -> str:
-        return str(self.environment["device"])
-
-    @property
-    def settings(self) -> dict[str, Value]:
-        """The fields of its type that were set, as they stand in a file."""
-        names = self.model_fields_set - Result.model_fields.keys()
-        return {name: getattr(self, name) for name in type(self).model_fields if name in names}
-
-    @property
-    def measured(self) -> dict[str, Value]:
-        """The settings that say what was measured, without what was found along with it."""
-        fields = type(self).model_fields
-        return {n: v for n, v in self.settings.items() if _FOUND not in fields[n].metadata}
-
-    def to_json(self) -> str:
-        of_all = {n: getattr(self, n) for n in Result.model_fields if n != "environment"}
-        return json.dumps(
-            {
-                "version": VERSION,
-                **of_all,
-                "settings": self.settings,
-                "environment": self.environment,
-            },
-            allow_nan=False,
-        )
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Value], **measured: Any) -> Self:
-        """A record of this type from settings that come as a mapping.
-
-        Raises:
-            FormatError: If a field is missing, unknown or of another type; the message names each.
-        """
-        if double := settings.keys() & Result.model_fields.keys():
-            raise FormatError(f"settings.{min(double)}: unknown")
-        try:
-            return cls.model_validate({**measured, **settings})
-        except ValidationError as error:
-            said = "; ".join(_complaint(each, settings, cls) for each in error.errors())
-            raise FormatError(said) from error
-
-    @staticmethod
-    def from_json(line: str) -> Result:
-        """
-        Raises:
-            FormatError: If the line is no result, is of a newer release, or breaks its schema.
-        """
-        try:
-            fields: dict[str, Any] = json.loads(line)
-            version = fields.pop("version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FormatError(f"not a result: {line[:80]!r}") from error
-        if version != VERSION:
-            raise FormatError(f"a result of format {version}; this release reads {VERSION}")
-        if "kind" in fields:
-            raise FormatError(f"not a result, but part of a file of kind {fields['kind']}")
-        benchmark, quantity = (fields.get(name) for name in ("benchmark", "quantity"))
-        names = str(benchmark), str(quantity)
-        kind = Result.kinds.get(names) or Result.kinds.get((names[0], None))
-        settings = fields.pop("settings", None)
-        if kind is None or not isinstance(settings, dict):
-            raise FormatError(
-                f"not a result: no benchmark {benchmark!r} gives a quantity {quantity!r}"
-                if kind is None
-                else "not a result: settings: missing"
-            )
-        try:
-            return kind.of(settings, **fields)
-        except FormatError as error:
-            raise FormatError(f"not a result of {benchmark}, {quantity}: {error}") from error
-
-
-def _complaint(error: Any, settings: Mapping[str, Value], kind: type[Result]) -> str:
-    """One fault of a field in words."""
-    name = ".".join(str(part) for part in error["loc"][:1])
-    of_all = name in Result.model_fields
-    inside = name in settings or (name in kind.model_fields and not of_all)
-    where = f"settings.{name}" if inside else name
-    match error["type"]:
-        case "missing":
-            return f"{where}: missing"
-        case "extra_forbidden":
-            return f"{where}: unknown"
-        case "literal_error":
-            return f"{where}: expected {error['ctx']['expected']}, got {error['input']!r}"
-    return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
 
 
 class _MLP(Result):
@@ -172,7 +29,7 @@ class MLPBandwidth(_MLP):
 
     quantity: Literal["read_bandwidth"] = "read_bandwidth"
     unit: Literal["GB/s"] = "GB/s"
-    bytes: _FoundCount
+    bytes: FoundCount
 
 
 class MLPTime(_MLP):
@@ -193,10 +50,10 @@ class MLPTime(_MLP):
     variant: str
     neighbour: str
     sparsity: float
-    kept_share: _Found
-    limit_us: _Found
-    copies: _FoundCount
-    calls: _FoundCount
+    kept_share: Found
+    limit_us: Found
+    copies: FoundCount
+    calls: FoundCount
 
     @property
     def limit(self) -> float:
@@ -244,14 +101,14 @@ class TokenTime(_DecodeVariant):
 
     quantity: Literal["time"] = "time"
     unit: Literal["ms"] = "ms"
-    realized_sparsity: _Found
-    bytes: _Found
-    limit_ms: _Found
-    dense_ms: _MayBeFound = None
-    kl: _MayBeFound = None
-    kl_of_rounding: _MayBeFound = None
-    same_choice: _MayBeFound = None
-    sparsity_error: _MayBeFound = None
+    realized_sparsity: Found
+    bytes: Found
+    limit_ms: Found
+    dense_ms: MayBeFound = None
+    kl: MayBeFound = None
+    kl_of_rounding: MayBeFound = None
+    same_choice: MayBeFound = None
+    sparsity_error: MayBeFound = None
 
     @property
     def limit(self) -> float:
@@ -277,7 +134,7 @@ class FirstTokenTime(_DecodeVariant):
 
     quantity: Literal["time_to_first_token"] = "time_to_first_token"
     unit: Literal["ms"] = "ms"
-    dense_ms: _MayBeFound = None
+    dense_ms: MayBeFound = None
 
 
 class StartUpTime(_DecodeVariant):
@@ -285,7 +142,7 @@ class StartUpTime(_DecodeVariant):
 
     quantity: Literal["start_up"] = "start_up"
     unit: Literal["s"] = "s"
-    compilations: _FoundCount
+    compilations: FoundCount
 
 
 class PeakMemory(_DecodeVariant):
@@ -293,7 +150,7 @@ class PeakMemory(_DecodeVariant):
 
     quantity: Literal["peak_memory"] = "peak_memory"
     unit: Literal["B"] = "B"
-    over_dense_weights: _Found
+    over_dense_weights: Found
 
 
 class LaunchTime(_DecodeVariant):
@@ -302,8 +159,8 @@ class LaunchTime(_DecodeVariant):
     quantity: Literal["launch"] = "launch"
     unit: Literal["us"] = "us"
     kernel: str
-    calls: Annotated[_Number, _FOUND]
-    share: _Found
+    calls: Annotated[Number, FOUND]
+    share: Found
 
 
 class _Model(Result):
