@@ -1,4 +1,4 @@
-"""Only the optional C++ kernels of ``cats.ops.cpu``; the rest is in pyproject.toml.
+"""Only the optional C++ kernels of ``cats.ops``; the rest is in pyproject.toml.
 
 They use torch's stable C interface by name, so building them needs a C++17 compiler and no torch.
 A build that fails leaves a working install: the compiler's message goes into the package, and
@@ -17,7 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
-FOLDER = Path("src/cats/ops/cpu")
+FOLDER = Path("src/cats/ops")
 # a universal build for macOS has one set of options for both processors
 IS_UNIVERSAL = "arm64" in os.environ.get("ARCHFLAGS", "")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and not IS_UNIVERSAL
@@ -28,19 +28,19 @@ MSVC_OPTIONS = ["/O2", "/std:c++17"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Each source to the compiler options of its instruction set, for GCC and Clang, and for MSVC.
 SOURCES = {
-    "library.cpp": ([], []),
-    "gated_mlp.cpp": ([], []),
-    "linear.cpp": ([], []),
-    "rms_norm.cpp": ([], []),
-    "rotary.cpp": ([], []),
-    "generic.cpp": ([], []),
+    "cpu/library.cpp": ([], []),
+    "mlp/cpu/gated_mlp.cpp": ([], []),
+    "linear/linear.cpp": ([], []),
+    "rms_norm/rms_norm.cpp": ([], []),
+    "rotary/rotary.cpp": ([], []),
+    "cpu/generic.cpp": ([], []),
 }
 if IS_X86:
     SOURCES |= {
-        "library.cpp": (["-DCATS_X86"], ["/DCATS_X86"]),
-        "avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
-        "avx512.cpp": (AVX512, ["/arch:AVX512"]),
-        "avx512_bf16.cpp": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"]),
+        "cpu/library.cpp": (["-DCATS_X86"], ["/DCATS_X86"]),
+        "cpu/avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
+        "cpu/avx512.cpp": (AVX512, ["/arch:AVX512"]),
+        "cpu/avx512_bf16.cpp": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"]),
     }
 
 
@@ -73,10 +73,11 @@ class BuildKernels(build_ext):
         common = MSVC_OPTIONS if is_msvc else OPTIONS
 
         def compile_one(source: str) -> list[str]:
-            options = [*common, *SOURCES[Path(source).name][is_msvc]]
+            options = [*common, *SOURCES[Path(source).relative_to(FOLDER).as_posix()][is_msvc]]
             return self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=options, depends=ext.depends
-            )
+                [source], output_dir=self.build_temp, include_dirs=ext.include_dirs,
+                extra_postargs=options, depends=ext.depends,
+            )  # fmt: skip
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
@@ -102,7 +103,9 @@ setup(
         Extension(
             "cats.ops.cpu.kernels",
             [str(FOLDER / name) for name in SOURCES],
-            depends=[str(path) for path in sorted(FOLDER.glob("*.h"))],
+            # sources name each other from there: "mlp/cpu/gated_mlp.h"
+            include_dirs=[str(FOLDER)],
+            depends=[str(path) for path in sorted(FOLDER.rglob("*.h"))],
         )
     ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},

@@ -21,7 +21,16 @@ from cats.model import (
     share_hooks,
 )
 from cats.model.fusable import check_fusable, check_memory
-from cats.ops import BACKENDS, call, checked, dense, is_dense_batch, is_for_compiler, is_unwatched
+from cats.ops import (
+    BACKENDS,
+    GatedMLPArguments,
+    call,
+    checked,
+    is_dense_batch,
+    is_for_compiler,
+    is_unwatched,
+)
+from cats.ops.mlp import dense
 from cats.undo import lay_out_, unchanged_on_error
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,7 +57,7 @@ class FusedGatedMLP(Replacement):
         act: Any = mlp.act
         self._inner = type(act.act)
         self._checked: Hashable = None
-        self._function: Callable[..., Tensor] = call
+        self._function: Callable[[GatedMLPArguments], Tensor] = dense.gated_mlp
         self._original = [mlp.module]  # in a list, so that its weights are not registered twice
         # the same dictionary: a child that is replaced here is replaced there
         self._modules = mlp.module._modules
@@ -85,18 +94,20 @@ class FusedGatedMLP(Replacement):
         thresholds = act._buffers.get("threshold")
         if thresholds is None or thresholds.ndim != 1:
             thresholds = self.thresholds
-        rest: Any = thresholds, self.activation, "gate", *biases, None
         rows = x.reshape(-1, x.shape[-1])
+        arguments = GatedMLPArguments(
+            rows, gate, up, down, thresholds, self.activation, "gate", *biases
+        )
         opens = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
         if opens and is_dense_batch(rows):
             # GEMMs in the open, which a compiler fuses with what is around
-            return dense.gated_mlp(rows, gate, up, down, *rest).view(x.shape)
+            return dense.gated_mlp(arguments).view(x.shape)
         if not is_unwatched(rows):
             try:
-                return call(rows, gate, up, down, *rest, self.backend).view(x.shape)
+                return call(arguments, self.backend).view(x.shape)
             except RuntimeError:
                 # a C++ kernel says less about what does not fit
-                checked(rows, gate, up, down, *rest, self.backend)
+                checked(arguments, self.backend)
                 raise
         # what was checked for these very tensors need not be checked again
         key = (
@@ -104,9 +115,9 @@ class FusedGatedMLP(Replacement):
             down.data_ptr(), down.stride(0), thresholds.data_ptr(), rows.data_ptr() % 16,
         )  # fmt: skip
         if key != self._checked:
-            self._function = checked(rows, gate, up, down, *rest, self.backend)
+            self._function = checked(arguments, self.backend)
             self._checked = key
-        return self._function(rows, gate, up, down, *rest).view(x.shape)
+        return self._function(arguments).view(x.shape)
 
     def kept(self, x: Tensor) -> Tensor:
         """Which neurons a kernel keeps, ``[..., F]``: it compares the gate before rounding it."""

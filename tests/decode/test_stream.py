@@ -77,21 +77,21 @@ def test_engine_is_an_error_without_a_gpu():
 def test_kernels_compile_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel
 
-    assert compile_kernel("embedding.cu", dict(DTYPE=dtype, WIDTH=64), capability)
-    assert compile_kernel("choose.cu", dict(DTYPE=2, TRACE=1), capability)
+    assert compile_kernel("embedding/embedding.cu", dict(DTYPE=dtype, WIDTH=64), capability)
+    assert compile_kernel("choice/choose.cu", dict(DTYPE=2, TRACE=1), capability)
     for normed in (0, 1):
         for width, parts in ((40, 1), (4096, 2)):
             defines = dict(
                 DTYPE=dtype, WIDTH=width, NORMED=normed, WARPS=8, STAGES=2, PARTS=parts,
                 EARLY_PARTS=4,
             )  # fmt: skip
-            assert compile_kernel("linear.cu", defines, capability)
+            assert compile_kernel("linear/linear.cu", defines, capability)
     for head, heads, queries in ((64, 3, 3), (96, 1, 1), (128, 4, 4), (256, 4, 8)):
         defines = dict(
             DTYPE=dtype, HEAD=head, ROTARY=head, HEADS=heads, QUERIES=queries,
             UNSPLIT_SLOTS=256, SPLIT_SLOTS=64, MAX_SPLITS=64, HEAD_NORM=1, SOFTCAP=1, TRACE=1,
         )  # fmt: skip
-        assert compile_kernel("attention.cu", defines, capability)
+        assert compile_kernel("attention/attention.cu", defines, capability)
 
 
 @needs_nvrtc
@@ -99,13 +99,13 @@ def test_kernels_compile_for_each_generation(capability, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_mlp_of_the_residual_stream_compiles_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel
-    from cats.ops.cuda.variant import variant_for
+    from cats.ops.mlp.cuda.variant import variant_for
 
     limit = {8: 99, 12: 99}.get(capability[0], 227) * 1024
     for hidden in (576, 4096):
         variant = variant_for(hidden, dtype, 1, "silu", shared_limit=limit, residual=True)
         assert variant is not None
-        assert compile_kernel("gated_mlp.cu", variant.defines(), capability)
+        assert compile_kernel("mlp/cuda/gated_mlp.cu", variant.defines(), capability)
 
 
 # --- on a GPU

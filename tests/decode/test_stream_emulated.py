@@ -15,7 +15,7 @@ from cats.errors import UnsupportedModelError
 from tests.benchmarks.test_timeline import check_moments
 from tests.decode.test_stream import CHOICES, choice
 from tests.models import FAMILIES, make_ids, make_model
-from tests.ops.emulator import EmulatedFunction, imagine_gpu, needs_emulator
+from tests.ops.emulator import emulated_kernels, imagine_gpu, needs_emulator
 
 pytestmark = needs_emulator
 
@@ -25,15 +25,10 @@ def chain_module(monkeypatch):
     """The chain on an imaginary GPU of two multiprocessors."""
     from cats.decode.stream import chain
 
-    functions = [f for f in vars(chain).values() if hasattr(f, "cache_clear")]
-    monkeypatch.setattr(chain, "Function", EmulatedFunction)
     imagine_gpu(monkeypatch, multiprocessors=2, shared_bytes=100 * 1024)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
-    for function in functions:
-        function.cache_clear()
-    yield chain
-    for function in functions:
-        function.cache_clear()
+    with emulated_kernels(monkeypatch):
+        yield chain
 
 
 def sparse_model(config, sparsity=0.5, **changes):
@@ -99,7 +94,7 @@ def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_head
 def test_turns_of_a_block_give_the_layers_of_the_model(
     chain_module, monkeypatch, heads, head_dim, slots
 ):
-    monkeypatch.setattr(chain_module, "_MAX_SPLITS", 1)
+    monkeypatch.setattr("cats.ops.attention.cuda._MAX_SPLITS", 1)
     monkeypatch.setattr("cats.decode.stream.probe._SHORT", (1, 37, slots))
     model = sparse_model(
         LlamaConfig, 0, hidden_size=16 * heads, num_attention_heads=heads,
@@ -159,35 +154,6 @@ def test_greedy_choice_is_the_first_of_the_largest(chain_module, vocabulary):
         assert int(state.tokens) == int(state.chosen[state.slot]) == 7  # the row has ended
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("width", "rows", "early_parts"),
-    # of the last, 61 parts rounded up to 16 bytes would leave nothing for the last part
-    [(16, 3, 1), (40, 300, 2), (6000, 70, 3), (6000, 70, 99), (13912, 20, 3)],
-)
-def test_linear_layer_of_long_rows_is_cut_into_parts(chain_module, dtype, width, rows, early_parts):
-    chain_module._linear_function.cache_clear()
-    weight, x = torch.randn(rows, width).to(dtype) / width**0.5, torch.randn(width).to(dtype)
-    bias, add = torch.randn(rows).to(dtype), torch.randn(rows)
-    out, copy = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
-    function = chain_module._linear_function(0, width, dtype, normed=False)
-    defines = dict(function.defines) | {"EARLY_PARTS": early_parts}
-    function = EmulatedFunction(
-        0, "linear", defines, threads=function.threads, shared_bytes=function.shared_bytes
-    )
-    half = rows // 2  # two matrices that lie apart
-    second, second_bias = weight[half:].clone(), bias[half:].clone()
-    arguments = chain_module._LINEAR.pack(
-        bytes(48), x.data_ptr(), weight.data_ptr(), second.data_ptr(), 0,
-        bias.data_ptr(), second_bias.data_ptr(), 0, add.data_ptr(), out.data_ptr(), copy.data_ptr(),
-        half, rows, rows, 1,
-    )  # fmt: skip
-    function.launch(arguments, blocks=2, stream=0, dependent=True)
-    wanted = weight.double() @ x.double() + bias.double() + add.double()
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
-    assert torch.equal(copy, out)
-
-
 def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
     model = sparse_model(LlamaConfig, num_hidden_layers=3)
     spec, state = read_spec(model), State(model, model.config, 1, 16)
@@ -210,5 +176,5 @@ def test_a_window_that_is_split_gives_the_layers_of_the_model(chain_module):
 @pytest.mark.parametrize("parts", [1, 4])
 def test_parts_that_wait_for_others_give_the_layers_of_the_model(chain_module, monkeypatch, parts):
     # rows of 64 bytes
-    monkeypatch.setattr(chain_module, "_EARLY_BYTES", 64 * parts)
+    monkeypatch.setattr("cats.ops.linear.cuda._EARLY_BYTES", 64 * parts)
     probe(sparse_model(LlamaConfig))

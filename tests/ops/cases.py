@@ -11,6 +11,7 @@ from torch import Tensor
 from cats import ops
 from cats.errors import BackendError
 from cats.functional import ACTIVATIONS, keep_mask
+from cats.ops import cpu
 
 # For a backend that sums in float32 and rounds once, at the end.
 TOLERANCE = {
@@ -181,8 +182,8 @@ def check_taken(backend: str, inputs: Inputs) -> None:
     Raises:
         RefusedError: If the backend refuses the call; conftest.py ends the test.
     """
-    module = importlib.import_module(f"cats.ops.{backend}")
-    if reason := module.refuses(inputs.x, inputs.gate, inputs.up, inputs.down):
+    module = importlib.import_module(f"cats.ops.mlp.{backend}")
+    if reason := module.refuses(ops.GatedMLPArguments(*inputs.args())):
         with pytest.raises(BackendError, match=re.escape(reason)):
             ops.gated_mlp(**inputs.kwargs(), backend=backend)
         raise RefusedError(reason)
@@ -210,6 +211,11 @@ def assert_matches(backend: str, inputs: Inputs, *, equal_nan: bool = False) -> 
 
 def reference_in_double(inputs: Inputs) -> Tensor:
     """The definition in float64, ``[B, D]``; the operator itself takes no float64."""
-    from cats.ops import reference
+    from cats.ops.mlp import reference
 
-    return reference.gated_mlp(*inputs.double().args())
+    return reference.gated_mlp(ops.GatedMLPArguments(*inputs.double().args()))
+
+
+needs_cpu_kernels = pytest.mark.skipif(
+    cpu.unavailable() is not None, reason=f"the CPU kernels are not there: {cpu.unavailable()}"
+)

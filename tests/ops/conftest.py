@@ -1,8 +1,11 @@
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
+from cats.ops import cpu
 from tests.ops.cases import RefusedError
 
 # cuBLAS warns without it in deterministic mode, in which the tests run; read when CUDA starts
@@ -22,3 +25,21 @@ def pytest_pyfunc_call(pyfuncitem):
         return (yield)
     except RefusedError:
         return True
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "generic"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if cpu.unavailable() or request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}, or no kernels are built")
+    before = cpu.instruction_set()
+    cpu.select(request.param)
+    yield request.param
+    cpu.select(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

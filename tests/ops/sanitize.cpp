@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../src/cats/ops/cpu/gated_mlp.h"
-#include "../../src/cats/ops/cpu/linear.h"
+#include "../../src/cats/ops/mlp/cpu/gated_mlp.h"
+#include "../../src/cats/ops/linear/linear.h"
 #include "../../src/cats/ops/cpu/threads.h"
 
 using cats::Activation;

@@ -2,7 +2,7 @@
 # Builds the kernels of the CPU backend with sanitizers and runs them: addresses and undefined behaviour, then data races.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-sources="$here/../../src/cats/ops/cpu"
+sources="$here/../../src/cats/ops"
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 compiler=${CXX:-g++}
@@ -14,7 +14,7 @@ case $(uname -m) in
 esac
 
 for sanitizers in address,undefined thread; do
-  common="-std=c++17 -O1 -g -fno-omit-frame-pointer -pthread -fsanitize=$sanitizers -fno-sanitize-recover=all"
+  common="-I$sources -std=c++17 -O1 -g -fno-omit-frame-pointer -pthread -fsanitize=$sanitizers -fno-sanitize-recover=all"
   objects=
   for set in $sets; do
     case $set in
@@ -23,7 +23,7 @@ for sanitizers in address,undefined thread; do
       avx512) options=$avx512 ;;
       avx512_bf16) options="$avx512 -mavx512bf16" ;;
     esac
-    $compiler $common $options -c "$sources/$set.cpp" -o "$build/$set.o"
+    $compiler $common $options -c "$sources/cpu/$set.cpp" -o "$build/$set.o"
     objects="$objects $build/$set.o"
   done
   $compiler $common "$here/sanitize.cpp" $objects -o "$build/sanitize"

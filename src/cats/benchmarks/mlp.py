@@ -1,6 +1,5 @@
 """``cats bench mlp``: one call of the gated MLP against the best dense one and the memory limit."""
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from cats import ops
 from cats.benchmarks.timing import MIN_CALLS, Timing, cache_size, read_bandwidth, time_passes
 from cats.errors import BackendError, ConfigError
 from cats.functional import keep_mask
-from cats.ops import reference
+from cats.ops.mlp import reference
+from cats.ops.mlp.backends import why_refused
 from cats.results import DENSE_MLPS as DENSE
 from cats.results import PAPER_MLP as PAPER
 from cats.results import MLPBandwidth, MLPTime, environment
@@ -148,10 +148,12 @@ class _Run:
 
 def check(name: str, mlp: Mlp, x: Tensor, weights: Weights) -> None:
     """Raise BackendError unless ``mlp`` agrees with the definition in float64."""
+    w = weights
     exact = reference.gated_mlp(
-        x.double(), weights.gate.double(), weights.up.double(), weights.down.double(),
-        weights.thresholds, "silu",
-    )  # fmt: skip
+        ops.GatedMLPArguments(
+            x.double(), w.gate.double(), w.up.double(), w.down.double(), w.thresholds, "silu"
+        )
+    )
     error = ((mlp(x, weights).double() - exact).norm() / exact.norm()).item()
     limit = (DENSE_ERROR_LIMIT if name in (*DENSE, "dense") else ERROR_LIMIT)[x.dtype]
     # written so that NaN fails
@@ -268,14 +270,10 @@ def _time(
 
 def _default_backends(x: Tensor, weights: Weights) -> tuple[str, ...]:
     """The sparse backends that take this call, and on a GPU, for one token, the paper's kernels."""
-    states = ops.backends()
-    reasons = {}
-    for name in ("cuda", "triton") if x.is_cuda else ("cpu",):
-        if states[name] != "live":
-            reasons[name] = states[name]
-        else:
-            module = importlib.import_module(f"cats.ops.{name}")
-            reasons[name] = module.refuses(x, weights.gate, weights.up, weights.down)
+    w = weights
+    arguments = ops.GatedMLPArguments(x, w.gate, w.up, w.down, w.thresholds, "silu")
+    names = ("cuda", "triton") if x.is_cuda else ("cpu",)
+    reasons = {name: why_refused(name, arguments) for name in names}
     takers = tuple(name for name, reason in reasons.items() if reason is None)
     if not takers:
         raise BackendError(

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from cats.ops import cpu
+from cats.ops.linear import cpu as linear_cpu
+from cats.ops.rms_norm import cpu as rms_norm_cpu
+from cats.ops.rotary import cpu as rotary_cpu
 
 _ATEN = torch.ops.aten
 _CATS = torch.ops.cats
@@ -50,7 +53,7 @@ def use_cpu_kernels(graph: fx.GraphModule) -> fx.GraphModule:
 
 def _linear(node: fx.Node) -> tuple[Any, ...] | None:
     found = _match(_LINEAR, node) or _match(_LINEAR_WITH_BIAS, node)
-    if found is None or cpu.linear_refuses(_value(found["x"]), _value(found["weight"])):
+    if found is None or linear_cpu.refuses(_value(found["x"]), _value(found["weight"])):
         return None
     return _CATS.linear.default, *node.args
 
@@ -64,7 +67,7 @@ def _norm(node: fx.Node) -> tuple[Any, ...] | None:
     dtypes = {_value(n).dtype for n in (x, weight, node, *node.all_input_nodes)}
     if _value(found["wide"]).dtype != torch.float32 or len(dtypes) > 1:
         return None
-    if cpu.norm_refuses(_value(x), _value(weight)):
+    if rms_norm_cpu.refuses(_value(x), _value(weight)):
         return None
     return _CATS.rms_norm.default, x, weight, found["eps"]
 
@@ -76,7 +79,7 @@ def _rotary(node: fx.Node) -> tuple[Any, ...] | None:
     tensors = found["x"], found["cos"], found["sin"]
     if 2 * found["half"] != _value(found["x"]).shape[-1]:
         return None
-    return None if cpu.rotary_refuses(*map(_value, tensors)) else (_CATS.rotary.default, *tensors)
+    return None if rotary_cpu.refuses(*map(_value, tensors)) else (_CATS.rotary.default, *tensors)
 
 
 def _match(pattern: Any, argument: Any) -> dict[str, Any] | None:

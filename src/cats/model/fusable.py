@@ -11,7 +11,8 @@ from torch import nn
 from cats.errors import UnsupportedModelError
 from cats.model.mlp import GatedMLP
 from cats.model.modules import evaluating, is_hooked
-from cats.ops import dense
+from cats.ops import GatedMLPArguments
+from cats.ops.mlp import dense
 from cats.weights import Dense, Foreign, weight_of
 from cats.weights.placement import has_weights, is_offloaded
 
@@ -96,10 +97,11 @@ def _computes(mlp: GatedMLP) -> bool:
         with evaluating(mlp.module), torch.no_grad():
             # without the MLP's own hooks, which will run around the operator
             expected = mlp.module.forward(x).flatten(0, 1)
-            actual = dense.gated_mlp(
+            arguments = GatedMLPArguments(
                 x.flatten(0, 1), gate.weight, up.weight, down.weight, parts.thresholds,
                 parts.activation, "gate", gate.bias, up.bias, down.bias,
             )  # fmt: skip
+            actual = dense.gated_mlp(arguments)
         error = (actual - expected).float().norm()
         if not error <= _TOLERANCE.get(x.dtype, 1e-5) * expected.float().norm():
             return False

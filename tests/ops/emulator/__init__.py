@@ -6,11 +6,13 @@ fences or speed.
 
 import ctypes
 import hashlib
+import importlib
 import importlib.util
 import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -28,6 +30,10 @@ needs_emulator = [
         importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
     ),
 ]
+_LAUNCHING = [
+    "attention.cuda", "choice.cuda", "embedding.cuda", "linear.cuda", "mlp.cuda.launch",
+    "mlp.cuda.residual",
+]  # fmt: skip
 _SHARED = "extern __shared__ __align__(128) char memory[];"
 _ENTRY = """
 extern "C" const char* emulate(const void* arguments, unsigned blocks, unsigned columns,
@@ -48,32 +54,49 @@ def imagine_gpu(monkeypatch, *, multiprocessors, shared_bytes):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
+@contextmanager
+def emulated_kernels(monkeypatch):
+    """Run every launch here, on an imaginary GPU that :func:`imagine_gpu` describes."""
+    modules = [importlib.import_module(f"cats.ops.{name}") for name in _LAUNCHING]
+    loaded = [f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")]
+    for module in modules:
+        monkeypatch.setattr(module, "Function", EmulatedFunction)
+    for function in loaded:
+        function.cache_clear()
+    yield
+    for function in loaded:
+        function.cache_clear()
+
+
 class EmulatedFunction:
     """In the place of :class:`cats.ops.cuda.function.Function`; launches run at once."""
 
     handle = 0
 
-    def __init__(self, device, name, defines, *, threads, shared_bytes):
-        self._name, self.defines = name, defines
+    def __init__(self, device, source, defines, *, threads, shared_bytes):
+        self._source, self.defines = source, defines
         self.threads, self.shared_bytes = threads, shared_bytes
-        self._library = _compile(name, tuple(sorted(defines.items())))
+        self._library = _compile(source, tuple(sorted(defines.items())))
 
     def launch(self, arguments, *, blocks, stream, dependent, columns=1):
-        assert len(arguments) == self._library.size_of_arguments()
-        error = self._library.emulate(arguments, blocks, columns, self.threads, self.shared_bytes)
+        assert ctypes.sizeof(arguments) == self._library.size_of_arguments()
+        error = self._library.emulate(
+            ctypes.byref(arguments), blocks, columns, self.threads, self.shared_bytes
+        )
         if error:
-            raise AssertionError(f"{self._name}: {error.decode()}")
+            raise AssertionError(f"{self._source}: {error.decode()}")
 
 
 @cache
-def _compile(name, defines):
-    source = resources.files("cats.ops.cuda")
+def _compile(source, defines):
+    ops = resources.files("cats.ops")
+    headers = [file for file in (ops / "cuda").iterdir() if file.name.endswith(".cuh")]
     texts = {
         file.name: file.read_text().replace(_SHARED, "char* memory = dynamic_shared;")
-        for file in source.iterdir()
-        if file.name.endswith((".cu", ".cuh"))
+        for file in [ops / source, *headers]
     }
     texts |= {file.name: file.read_text() for file in HERE.glob("*.*h")}
+    name = Path(source).stem
     texts["main.cpp"] = f'#include "builtins.h"\n#include "{name}.cu"\n' + _ENTRY.format(name=name)
     key = hashlib.sha256(repr((texts, defines)).encode()).hexdigest()[:20]
     library = Path(tempfile.gettempdir()) / f"cats-emulator-{key}.so"

@@ -2,5 +2,5 @@
 
 ``spec.py`` reads the layers of a model, ``chain.py`` lays out buffers and launches, ``probe.py``
 shows that these compute what the layers compute, ``engine.py`` puts them behind the decode loop.
-The kernels are in ``cats/ops/cuda``; docs/kernels.md follows a token through them.
+The kernels are in the folders of ``cats/ops``; docs/kernels.md follows a token through them.
 """

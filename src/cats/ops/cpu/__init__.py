@@ -1,8 +1,9 @@
-"""The CPU backend: C++ on torch's stable ABI, in torch's own threads.
+"""What all CPU kernels share: C++ on torch's stable ABI, in torch's own threads.
 
-The kernels are registered with torch for CPU tensors, so calls of their operators reach them
-without Python. They are compiled by ``pip install``; where that failed, the compiler's message is
-the reason that :func:`unavailable` gives.
+The kernels lie in the folders of their operators and are one library. They are registered with
+torch for CPU tensors, so calls of their operators reach them without Python. They are compiled by
+``pip install``; where that failed, the compiler's message is the reason that :func:`unavailable`
+gives.
 """
 
 import ctypes
@@ -22,73 +23,14 @@ _BUILD_ERROR = _FOLDER / "build_error.txt"
 _TORCH_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 
 
-def gated_mlp(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    thresholds: Tensor,
-    activation: str,
-    router: str = "gate",
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    product_thresholds: Tensor | None = None,
-) -> Tensor:
-    """See :func:`cats.ops.gated_mlp`."""
-    out: Tensor = torch.ops.cats.gated_mlp(
-        x, gate, up, down, thresholds, activation, router,
-        gate_bias, up_bias, down_bias, product_thresholds, "cpu",
-    )  # fmt: skip
-    return out
-
-
 def unavailable() -> str | None:
     """Why the kernels cannot run: the compiler's message, or that of the loader."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
-def refuses(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str | None:
-    """Why a call is left to ``dense``; ``is_taken`` in gated_mlp.cpp says the same."""
-    if x.device.type != "cpu":
-        return f"expected CPU tensors, got {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"expected float32 or bfloat16, got {x.dtype}"
-    if not 1 <= x.shape[0] <= MAX_BATCH:
-        return f"expected a batch of 1 to {MAX_BATCH}, got {x.shape[0]}"
-    if gate.numel() == 0:
-        return "expected at least one neuron and one input"
-    return None
-
-
-def linear_refuses(x: Tensor, weight: Tensor) -> str | None:
-    """Why ``cats::linear`` leaves a call to torch; ``tokens_of`` in linear.cpp says the same."""
-    if weight.dim() != 2 or weight.numel() == 0:
-        return f"expected a matrix, got {list(weight.shape)}"
-    if not 1 <= x.numel() // weight.shape[1] <= MAX_BATCH:
-        return f"expected 1 to {MAX_BATCH} tokens, got {list(x.shape)}"
-    return _refuses_operands(x, weight)
-
-
-def norm_refuses(x: Tensor, weight: Tensor) -> str | None:
-    """Why the kernel of ``cats::rms_norm`` cannot run a call."""
-    if weight.shape != x.shape[-1:] or weight.numel() == 0:
-        return f"expected a weight of {list(x.shape[-1:])}, got {list(weight.shape)}"
-    return _refuses_operands(x, weight)
-
-
-def rotary_refuses(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    """Why the kernel of ``cats::rotary`` cannot run a call."""
-    if x.dim() != 4 or x.shape[-1] % 2 or x.numel() == 0:
-        return f"expected [B, heads, T, even], got {list(x.shape)}"
-    expected = [x.shape[0], 1, *x.shape[2:]]
-    if cos.shape != sin.shape or list(cos.shape) not in (expected, [1, *expected[1:]]):
-        return f"expected angles of {expected}, got {list(cos.shape)} and {list(sin.shape)}"
-    return _refuses_operands(x, cos, sin)
-
-
-def _refuses_operands(x: Tensor, *others: Tensor) -> str | None:
+def refuses_operands(x: Tensor, *others: Tensor) -> str | None:
+    """Why no kernel takes these tensors, whatever their shapes; None where it does."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"expected float32 or bfloat16, got {x.dtype}"
     for tensor in (x, *others):

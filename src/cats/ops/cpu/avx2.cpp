@@ -1,8 +1,8 @@
 // 256-bit vectors: AVX2 and FMA.
 #include <immintrin.h>
 
-#include "gated_mlp_kernel.h"
-#include "linear_kernel.h"
+#include "mlp/cpu/gated_mlp_kernel.h"
+#include "linear/linear_kernel.h"
 
 namespace cats {
 namespace {

@@ -1,4 +1,4 @@
-#include "avx512.h"
+#include "cpu/avx512.h"
 
 void cats::gated_mlp_avx512(const GatedMlpCall& call, const Threads& threads) {
   run_dtype<GatedMlp, WideningLanes<Avx512, float>, WideningLanes<Avx512, BFloat16>>(call, threads);

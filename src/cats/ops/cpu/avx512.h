@@ -3,8 +3,8 @@
 
 #include <immintrin.h>
 
-#include "gated_mlp_kernel.h"
-#include "linear_kernel.h"
+#include "mlp/cpu/gated_mlp_kernel.h"
+#include "linear/linear_kernel.h"
 
 namespace cats {
 namespace {

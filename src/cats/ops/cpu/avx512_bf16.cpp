@@ -1,5 +1,5 @@
 // AVX-512 with bfloat16 dot products: half the instructions of a router row, and x stays bfloat16.
-#include "avx512.h"
+#include "cpu/avx512.h"
 
 namespace cats {
 namespace {

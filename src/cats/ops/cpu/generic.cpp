@@ -1,6 +1,6 @@
 // Plain C++ for every processor: vectors of 16 bytes, which GCC and Clang turn into SSE2, NEON and so on; scalars elsewhere.
-#include "gated_mlp_kernel.h"
-#include "linear_kernel.h"
+#include "mlp/cpu/gated_mlp_kernel.h"
+#include "linear/linear_kernel.h"
 
 namespace cats {
 namespace {

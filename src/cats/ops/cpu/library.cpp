@@ -14,7 +14,7 @@
 #include <intrin.h>
 #endif
 
-#include "operators.h"
+#include "cpu/operators.h"
 
 #if defined(_WIN32)
 #define CATS_EXPORT extern "C" __declspec(dllexport)

@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "gated_mlp.h"
-#include "linear.h"
-#include "threads.h"
-#include "torch_abi.h"
+#include "mlp/cpu/gated_mlp.h"
+#include "linear/linear.h"
+#include "cpu/threads.h"
+#include "cpu/torch_abi.h"
 
 namespace cats {
 

@@ -24,7 +24,7 @@
 #include <xmmintrin.h>
 #endif
 
-#include "common.h"
+#include "cpu/common.h"
 
 namespace cats {
 namespace {

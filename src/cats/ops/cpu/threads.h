@@ -7,7 +7,7 @@
 #include <chrono>
 #include <thread>
 
-#include "common.h"
+#include "cpu/common.h"
 
 namespace cats {
 

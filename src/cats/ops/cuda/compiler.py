@@ -34,7 +34,7 @@ def compile_kernel(name: str, defines: Mapping[str, int], capability: tuple[int,
     """Machine code of a source file for one GPU generation, from disk if compiled before.
 
     Args:
-        name: Of a file beside this one, such as ``gated_mlp.cu``.
+        name: Of a file under ``cats/ops``, such as ``linear/linear.cu``.
         defines: Macros of the source.
         capability: Compute capability, such as ``(9, 0)``.
 
@@ -62,10 +62,11 @@ def compile_kernel(name: str, defines: Mapping[str, int], capability: tuple[int,
 
 @cache
 def _sources(name: str) -> tuple[bytes, dict[str, bytes]]:
-    """A source file, and the headers that it may include."""
+    """A source file, and the headers that it may include: those beside this module."""
     folder = resources.files(__package__)
     headers = sorted(file.name for file in folder.iterdir() if file.name.endswith(".cuh"))
-    return (folder / name).read_bytes(), {file: (folder / file).read_bytes() for file in headers}
+    source = resources.files("cats.ops") / name
+    return source.read_bytes(), {file: (folder / file).read_bytes() for file in headers}
 
 
 def _compile(name: str, source: bytes, headers: dict[str, bytes], options: list[str]) -> bytes:

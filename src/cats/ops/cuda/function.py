@@ -2,17 +2,22 @@
 
 import ctypes
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
+from cats.ops.cuda.arguments import Arguments
 from cats.ops.cuda.compiler import compile_kernel
 from cats.ops.cuda.status import check
 from cats.ops.cuda.workspace import relaxed_capture
 
-__all__ = ["Function"]
+__all__ = ["Function", "Launch"]
+
+_Pointers = ctypes.c_void_p * 1
 
 
 class Function:
@@ -23,12 +28,19 @@ class Function:
     """
 
     def __init__(
-        self, device: int, name: str, defines: Mapping[str, int], *, threads: int, shared_bytes: int
+        self,
+        device: int,
+        source: str,
+        defines: Mapping[str, int],
+        *,
+        threads: int,
+        shared_bytes: int,
     ) -> None:
         """
         Args:
             device: Index of the GPU.
-            name: Of the kernel; its source is ``<name>.cu``.
+            source: File under ``cats/ops``, such as ``linear/linear.cu``, which is named after its
+                kernel.
             defines: Macros of the source.
             threads: Of a block.
             shared_bytes: Dynamic shared memory of a block.
@@ -37,7 +49,8 @@ class Function:
             BackendError: If the kernel does not compile or load.
         """
         properties = torch.cuda.get_device_properties(device)
-        code = compile_kernel(f"{name}.cu", defines, (properties.major, properties.minor))
+        code = compile_kernel(source, defines, (properties.major, properties.minor))
+        name = PurePosixPath(source).stem
         self._threads, self._shared_bytes = threads, shared_bytes
         self._waits = properties.major >= 9  # older kernels do not wait for the one in front
         with relaxed_capture():
@@ -56,12 +69,12 @@ class Function:
         self._config = cache(self._make_config)
 
     def launch(
-        self, arguments: bytes, *, blocks: int, stream: int, dependent: bool, columns: int = 1
+        self, arguments: Arguments, *, blocks: int, stream: int, dependent: bool, columns: int = 1
     ) -> None:
         """Launch it.
 
         Args:
-            arguments: The one argument, a struct.
+            arguments: The one argument, which the driver copies.
             blocks: Of the grid.
             stream: Handle of the stream.
             dependent: Whether blocks may start before the kernel in front has ended, where the GPU
@@ -71,8 +84,7 @@ class Function:
         Raises:
             BackendError: If the driver refuses.
         """
-        buffer = ctypes.create_string_buffer(arguments, len(arguments))
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        pointers = _Pointers(ctypes.addressof(arguments))
         config = self._config(blocks, columns, stream, dependent)
         check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
@@ -91,3 +103,13 @@ class Function:
             config.attrs = [attribute]
             config.numAttrs = 1
         return config
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch that is not made yet."""
+
+    function: Function
+    arguments: Arguments
+    blocks: int
+    columns: int = 1

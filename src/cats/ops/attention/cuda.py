@@ -1,0 +1,195 @@
+"""``attention.cu``: its arguments, how it is cut into blocks, and its launch."""
+
+import ctypes
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cats.errors import UnsupportedModelError
+from cats.ops.cuda.arguments import Arguments, Pointer, address
+from cats.ops.cuda.device import DTYPES, VECTOR_BYTES
+from cats.ops.cuda.function import Function, Launch
+
+__all__ = [
+    "BLOCKS_ON_A_MULTIPROCESSOR",
+    "AttentionArguments",
+    "columns_of",
+    "launch",
+    "splits_of",
+]
+
+BLOCKS_ON_A_MULTIPROCESSOR = 2
+"""So that one reads while the other computes."""
+_WARPS = 8
+_MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
+_MAX_HEAD = 256
+# Merging splits takes as long as a block takes for about so many slots: timed with heads of 64 and
+# 128 in 16 bits. Wider ones take more turns for them.
+_UNSPLIT_SLOTS = 256
+_SLOTS_A_SPLIT = 64
+_MAX_SPLITS = 64
+
+
+class AttentionArguments(Arguments):
+    """``struct Arguments`` of the source."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("qkv", Pointer),
+        ("cosines", Pointer),
+        ("sines", Pointer),
+        ("q_weight", Pointer),
+        ("k_weight", Pointer),
+        ("keys", Pointer),
+        ("values", Pointer),
+        ("out", Pointer),
+        ("slot", Pointer),
+        ("position", Pointer),
+        ("partials", Pointer),
+        ("counters", Pointer),
+        ("key_heads", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+        ("window", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("weight_offset", ctypes.c_float),
+    )
+
+
+def columns_of(heads: int, key_heads: int) -> int:
+    """Second dimension of the grid: the groups of query heads that a block each takes."""
+    queries = heads // key_heads
+    return key_heads * math.ceil(queries / _queries_a_block(queries))
+
+
+def splits_of(slots: int, columns: int, multiprocessors: int) -> int:
+    """Blocks that share the slots of a head: enough to fill the GPU, each with enough to do."""
+    if slots <= _UNSPLIT_SLOTS:
+        return 1
+    blocks = BLOCKS_ON_A_MULTIPROCESSOR * multiprocessors
+    return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), blocks // columns, _MAX_SPLITS))
+
+
+def launch(
+    *,
+    qkv: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    heads: int,
+    window: int,
+    slots: int,
+    scale: float,
+    softcap: float,
+    epsilon: float,
+    weight_offset: float,
+    multiprocessors: int,
+    traced: bool = False,
+) -> Launch:
+    """Rotate the new token's queries and keys, write its keys and values, and attend.
+
+    ``H`` is the size of a head, ``R`` how much of it is rotated.
+
+    Args:
+        qkv: ``[heads + 2 * key heads, H]``, float32.
+        cosines: ``[capacity, R]``, float32.
+        sines: ``[capacity, R]``, float32.
+        q_norm: ``[H]``, of the norm of each query, or None.
+        k_norm: ``[H]``, of the norm of each key, or None.
+        keys: ``[1, key heads, capacity, H]``.
+        values: ``[1, key heads, capacity, H]``.
+        out: ``[heads * H]``, in the dtype of the cache.
+        slot: One int64: where the new token goes.
+        position: One int64: its position.
+        partials: ``[splits, heads, H + 2]``, float32, memory for the launch.
+        counters: ``[columns_of(...)]``, int32 zeros, which are zero again afterwards.
+        heads: Query heads.
+        window: Slots in sight, the new one included.
+        slots: At most so many are filled.
+        scale: Multiplies the scores.
+        softcap: Bound of the scores, 0 for none.
+        epsilon: Of the norms.
+        weight_offset: What is added to the weights of the norms.
+        multiprocessors: Of the GPU.
+        traced: Whether warps note times.
+
+    Raises:
+        UnsupportedModelError: If a head does not fit.
+    """
+    _, key_heads, capacity, head = keys.shape
+    columns = columns_of(heads, key_heads)
+    splits = splits_of(min(slots, window), columns, multiprocessors)
+    arguments = AttentionArguments(
+        qkv=address(qkv),
+        cosines=address(cosines),
+        sines=address(sines),
+        q_weight=address(q_norm),
+        k_weight=address(k_norm),
+        keys=address(keys),
+        values=address(values),
+        out=address(out),
+        slot=address(slot),
+        position=address(position),
+        partials=address(partials),
+        counters=address(counters),
+        key_heads=key_heads,
+        capacity=capacity,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        epsilon=epsilon,
+        weight_offset=weight_offset,
+    )
+    function = _function(
+        keys.get_device(), keys.dtype, head, cosines.shape[1], heads // key_heads,
+        q_norm is not None, softcap > 0, traced,
+    )  # fmt: skip
+    return Launch(function, arguments, splits, columns)
+
+
+@cache
+def _function(
+    device: int,
+    dtype: torch.dtype,
+    head: int,
+    rotary: int,
+    queries: int,
+    head_norm: bool,
+    softcap: bool,
+    traced: bool,
+) -> Function:
+    if head > _MAX_HEAD or head * dtype.itemsize % VECTOR_BYTES or rotary > head or rotary % 2:
+        raise UnsupportedModelError(
+            f"heads of {head} columns, {rotary} of them rotated: expected at most {_MAX_HEAD}, "
+            f"and a multiple of {VECTOR_BYTES} bytes"
+        )
+    defines = dict(
+        DTYPE=DTYPES[dtype],
+        HEAD=head,
+        ROTARY=rotary,
+        HEADS=_queries_a_block(queries),
+        QUERIES=queries,
+        UNSPLIT_SLOTS=_UNSPLIT_SLOTS,
+        SPLIT_SLOTS=_SLOTS_A_SPLIT,
+        MAX_SPLITS=_MAX_SPLITS,
+        HEAD_NORM=int(head_norm),
+        SOFTCAP=int(softcap),
+        TRACE=int(traced),
+    )
+    return Function(device, "attention/attention.cu", defines, threads=32 * _WARPS, shared_bytes=0)
+
+
+def _queries_a_block(queries: int) -> int:
+    """Query heads of a block, so that all blocks of a key head have about as many."""
+    return math.ceil(queries / math.ceil(queries / _MAX_QUERIES))

@@ -1,0 +1,55 @@
+"""Dense GEMMs with the thresholded activation: prefill, and batches too large to gain from it.
+
+Computes what the unfused model computes: linear layers in the dtype of the weights, the activation
+and the comparison in float32.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from cats.functional import ACTIVATIONS, cats_activation
+from cats.ops.mlp.arguments import GatedMLPArguments
+from cats.ops.mlp.backends import why_unavailable
+from cats.ops.watching import is_for_compiler
+
+
+def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
+    """See :func:`cats.ops.gated_mlp`."""
+    a = arguments
+    g, u = F.linear(a.x, a.gate, a.gate_bias), F.linear(a.x, a.up, a.up_bias)
+    # a compiler fuses the plain operators itself
+    if a.x.is_cuda and not is_for_compiler() and why_unavailable("triton") is None:
+        from cats.ops.mlp.triton.prefill import thresholded_product as product
+    else:
+        product = thresholded_product
+    h = product(g, u, a.thresholds, a.activation, a.router, a.product_thresholds)
+    return F.linear(h, a.down, a.down_bias)
+
+
+def thresholded_product(
+    g: Tensor,
+    u: Tensor,
+    thresholds: Tensor,
+    activation: str,
+    router: str,
+    product_thresholds: Tensor | None,
+) -> Tensor:
+    """``keep(act(g)) * u`` (or ``act(g) * keep(u)``), ``[B, F]``, in the dtype of ``g``."""
+    a = ACTIVATIONS[activation](g.float())
+    if router == "gate":
+        a = cats_activation(a, thresholds)
+    else:
+        u = cats_activation(u, thresholds)
+    # where the router is zero the other branch is not read elsewhere: 0 * inf must not become NaN
+    h = (a.to(g.dtype) * u).masked_fill((a if router == "gate" else u) == 0, 0)
+    return h if product_thresholds is None else cats_activation(h, product_thresholds)
+
+
+def unavailable() -> str | None:
+    """None: it runs wherever PyTorch does."""
+    return None
+
+
+def refuses(arguments: GatedMLPArguments) -> str | None:
+    """None: it takes every call."""
+    return None

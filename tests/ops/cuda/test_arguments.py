@@ -1,0 +1,82 @@
+"""The structs that launches pass, held against those of the CUDA sources."""
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import cats.ops
+from cats.errors import UnsupportedModelError
+from cats.ops.attention.cuda import AttentionArguments
+from cats.ops.choice.cuda import ChoiceArguments
+from cats.ops.cuda.arguments import Arguments, Pointer, address, with_stamps
+from cats.ops.cuda.residual import Residual
+from cats.ops.embedding.cuda import EmbeddingArguments
+from cats.ops.linear.cuda import LinearArguments
+from cats.ops.mlp.cuda.arguments import MLPArguments
+
+OPS = Path(cats.ops.__file__).parent
+STRUCTS = {
+    "attention/attention.cu": AttentionArguments,
+    "choice/choose.cu": ChoiceArguments,
+    "embedding/embedding.cu": EmbeddingArguments,
+    "linear/linear.cu": LinearArguments,
+    "mlp/cuda/gated_mlp.cu": MLPArguments,
+    "cuda/residual.cuh": Residual,
+}
+TYPES = {
+    "int": ctypes.c_int,
+    "float": ctypes.c_float,
+    "int64": ctypes.c_int64,
+    "Residual": Residual,
+}
+
+
+def members(source):
+    """Name and type of each member of the struct in a source, in its order."""
+    text = re.sub(r"//.*", "", (OPS / source).read_text())
+    body = re.search(r"struct (?:Arguments : Traced|Residual) \{(.*?)\};", text, re.DOTALL)[1]
+    constants = dict(re.findall(r"\b(MATRICES) = (\d+)", text))
+    for declaration in body.split(";"):
+        if not declaration.strip():
+            continue
+        kind, name, count = re.fullmatch(
+            r"\s*(.+?[ *])(\w+)(?:\[(\w+)\])?\s*", declaration
+        ).groups()
+        found = Pointer if "*" in kind else TYPES[kind.removeprefix("const ").strip()]
+        yield name, found * int(constants[count]) if count else found
+
+
+@pytest.mark.parametrize("source", STRUCTS)
+def test_names_order_and_types_are_those_of_the_source(source):
+    # ctypes makes one type of an array for each element and length
+    assert tuple(STRUCTS[source]._fields_) == tuple(members(source))
+
+
+def test_every_kernel_has_a_struct():
+    sources = {str(path.relative_to(OPS)) for path in OPS.rglob("*.cu")}
+    assert sources == {name for name in STRUCTS if name.endswith(".cu")}
+
+
+@pytest.mark.parametrize("kind", STRUCTS.values())
+def test_a_wrong_name_is_an_error(kind):
+    with pytest.raises(AttributeError):
+        kind(no_such_member=1)
+
+
+def test_stamps_come_before_the_other_members():
+    arguments = EmbeddingArguments(table=16, count=3)
+    stamps = torch.zeros(4, dtype=torch.int64)
+    traced = with_stamps(arguments, stamps)
+    assert isinstance(traced, Arguments)
+    assert bytes(traced) == bytes(Pointer(stamps.data_ptr())) + bytes(arguments)
+
+
+def test_a_view_that_is_not_aligned_is_refused():
+    assert address(None) == 0
+    tensor = torch.zeros(8)
+    assert address(tensor[1:], 4) == tensor.data_ptr() + 4
+    with pytest.raises(UnsupportedModelError, match="expected a multiple of 16"):
+        address(tensor[1:])
