@@ -111,7 +111,7 @@ def test_exactly_the_rows_of_kept_neurons_are_read(loaded, router, product_spars
         48, 90, dtype=torch.float32, device=torch.device("cpu"), batch=2, router=router,
         sparsity=0.8, product_sparsity=product_sparsity,
     )  # fmt: skip
-    backend.gated_mlp(*inputs.args())
+    backend.gated_mlp(GatedMLPArguments(*inputs.args()))
     addresses = np.unique(np.concatenate([part.ravel() for part in loaded]))
 
     def rows_read(weight: torch.Tensor) -> torch.Tensor:
@@ -134,8 +134,8 @@ def test_exactly_the_rows_of_kept_neurons_are_read(loaded, router, product_spars
 
 def test_each_call_has_its_own_workspace(device):
     inputs = make_inputs(16, 24, dtype=torch.float32, device=device)
-    first = backend.gated_mlp(*inputs.args())
+    first = backend.gated_mlp(GatedMLPArguments(*inputs.args()))
     kept = first.clone()
     other = make_inputs(16, 24, dtype=torch.float32, device=device)
-    backend.gated_mlp(*other.args())
+    backend.gated_mlp(GatedMLPArguments(*other.args()))
     assert torch.equal(first, kept)
