@@ -81,7 +81,7 @@ class FusedGatedMLP(Replacement):
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
         if x is None or named:
             x = self._named_argument(x, named)
-        gate, up, down, *biases = self.operands()
+        gate, up, down, gate_bias, up_bias, down_bias = self.operands()
         if self._has_dropout and self.training:
             raise BackendError(
                 "this fused MLP is in training mode and has dropout, which the operator does not "
@@ -96,8 +96,9 @@ class FusedGatedMLP(Replacement):
             thresholds = self.thresholds
         rows = x.reshape(-1, x.shape[-1])
         arguments = GatedMLPArguments(
-            rows, gate, up, down, thresholds, self.activation, "gate", *biases
-        )
+            rows, gate, up, down, thresholds, self.activation, "gate",
+            gate_bias, up_bias, down_bias,
+        )  # fmt: skip
         opens = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
         if opens and is_dense_batch(rows):
             # GEMMs in the open, which a compiler fuses with what is around

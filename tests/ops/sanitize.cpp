@@ -9,9 +9,9 @@
 #include <thread>
 #include <vector>
 
-#include "../../src/cats/ops/mlp/cpu/gated_mlp.h"
-#include "../../src/cats/ops/linear/linear.h"
-#include "../../src/cats/ops/cpu/threads.h"
+#include "cpu/threads.h"
+#include "linear/linear.h"
+#include "mlp/cpu/gated_mlp.h"
 
 using cats::Activation;
 using cats::BFloat16;

@@ -14,7 +14,7 @@ case $(uname -m) in
 esac
 
 for sanitizers in address,undefined thread; do
-  common="-I$sources -std=c++17 -O1 -g -fno-omit-frame-pointer -pthread -fsanitize=$sanitizers -fno-sanitize-recover=all"
+  common="-std=c++17 -O1 -g -fno-omit-frame-pointer -pthread -fsanitize=$sanitizers -fno-sanitize-recover=all"
   objects=
   for set in $sets; do
     case $set in
@@ -23,10 +23,10 @@ for sanitizers in address,undefined thread; do
       avx512) options=$avx512 ;;
       avx512_bf16) options="$avx512 -mavx512bf16" ;;
     esac
-    $compiler $common $options -c "$sources/cpu/$set.cpp" -o "$build/$set.o"
+    $compiler $common $options -I "$sources" -c "$sources/cpu/$set.cpp" -o "$build/$set.o"
     objects="$objects $build/$set.o"
   done
-  $compiler $common "$here/sanitize.cpp" $objects -o "$build/sanitize"
+  $compiler $common -I "$sources" "$here/sanitize.cpp" $objects -o "$build/sanitize"
   echo "with -fsanitize=$sanitizers:"
   "$build/sanitize"
 done

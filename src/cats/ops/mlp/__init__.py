@@ -82,14 +82,13 @@ def call(arguments: GatedMLPArguments, backend: str) -> Tensor:
     """
     # the C++ kernel that may stand behind the first loses the errors of a named backend
     operator = _OPERATOR if backend == "auto" else _PYTHON_OPERATOR
-    x, gate, up, down = arguments[:4]
-    if torch.is_grad_enabled() and (
-        x.requires_grad or gate.requires_grad or up.requires_grad or down.requires_grad
-    ):
-        recorded: Any = _NoGradient
-        out: Tensor = recorded.apply(operator, *arguments, backend)
-    else:
-        out = operator(*arguments, backend)
+    if torch.is_grad_enabled():
+        x, gate, up, down = arguments[:4]
+        if x.requires_grad or gate.requires_grad or up.requires_grad or down.requires_grad:
+            recorded: Any = _NoGradient
+            refused: Tensor = recorded.apply(operator, *arguments, backend)
+            return refused
+    out: Tensor = operator(*arguments, backend)
     return out
 
 

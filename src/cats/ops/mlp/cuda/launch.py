@@ -42,11 +42,16 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return gated_mlp(arguments)
-    router, router_bias, other, other_bias = arguments.by_role()
-    thresholds = arguments.thresholds
+    (
+        _, router, other, down, thresholds, activation, branch,
+        router_bias, other_bias, down_bias, product_thresholds,
+    ) = arguments  # fmt: skip
+    gate_is_router = branch == "gate"
+    if not gate_is_router:
+        router, router_bias, other, other_bias = other, other_bias, router, router_bias
     batch, hidden = x.shape
     neurons = router.shape[0]
-    kernel = _kernel(device, hidden, x.dtype, batch, arguments.activation)
+    kernel = _kernel(device, hidden, x.dtype, batch, activation)
     stream = torch._C._cuda_getCurrentRawStream(device)  # as Triton does; 2 us less
     capture, after_own = 0, False
     if torch.cuda.is_current_stream_capturing():
@@ -59,35 +64,35 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
 
     out = torch.empty_like(x)
     shares = shares_of(kernel.variant, neurons, kernel.blocks, in_order)
-    partials = None
-    if in_order:
-        partials = torch.empty(shares.blocks * batch * hidden, dtype=torch.float32, device=x.device)
-    kernel.function.launch(
-        MLPArguments(
-            x=x.data_ptr(),
-            router=router.data_ptr(),
-            other=other.data_ptr(),
-            down=arguments.down.data_ptr(),
-            thresholds=thresholds.data_ptr(),
-            product_thresholds=_address(arguments.product_thresholds),
-            router_bias=_address(router_bias),
-            other_bias=_address(other_bias),
-            down_bias=_address(arguments.down_bias),
-            out=out.data_ptr(),
-            sums=memory + 4 * COUNTERS,
-            partials=_address(partials),
-            counters=memory,
-            neurons=neurons,
-            fixed_runs=shares.fixed_runs,
-            long_tickets=shares.long_tickets,
-            short_rows=shares.short_rows,
-            gate_is_router=arguments.router == "gate",
-            request_early=early,
-        ),
-        blocks=shares.blocks,
-        stream=stream,
-        dependent=early,
+    struct = MLPArguments(
+        x=x.data_ptr(),
+        router=router.data_ptr(),
+        other=other.data_ptr(),
+        down=down.data_ptr(),
+        thresholds=thresholds.data_ptr(),
+        out=out.data_ptr(),
+        sums=memory + 4 * COUNTERS,
+        counters=memory,
+        neurons=neurons,
+        fixed_runs=shares.fixed_runs,
+        long_tickets=shares.long_tickets,
+        short_rows=shares.short_rows,
+        gate_is_router=gate_is_router,
+        request_early=early,
     )
+    if product_thresholds is not None:
+        struct.product_thresholds = product_thresholds.data_ptr()
+    if router_bias is not None:
+        struct.router_bias = router_bias.data_ptr()
+    if other_bias is not None:
+        struct.other_bias = other_bias.data_ptr()
+    if down_bias is not None:
+        struct.down_bias = down_bias.data_ptr()
+    if in_order:
+        count = shares.blocks * batch * hidden
+        partials = torch.empty(count, dtype=torch.float32, device=x.device)
+        struct.partials = partials.data_ptr()
+    kernel.function.launch(struct, blocks=shares.blocks, stream=stream, dependent=early)
     if capture:
         _outputs[owner] = _span(out)
     return out
@@ -128,10 +133,6 @@ def _written(owner: tuple[int, int, int], tensors: Iterable[Tensor | None]) -> b
     start, stop = _outputs[owner]
     spans = [_span(tensor) for tensor in tensors if tensor is not None]
     return any(begin < stop and start < end for begin, end in spans)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class _Kernel:
