@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 import cats
 from cats.errors import BackendError, ShapeError, UnsupportedModelError
+from cats.functional import cats_activation
 from cats.fusion import FusedGatedMLP, fused_mlps
 from cats.model import CatsActivation
 from cats.ops import backend_for, is_dense_batch, tracing_for_compiler
@@ -585,3 +586,60 @@ def test_other_activation_inside_of_the_thresholded_one_is_an_error():
     cats.fuse_(model).model.layers[0].mlp.act_fn.act = nn.ReLU()
     with pytest.raises(BackendError, match="another activation"):
         logits(model, ids)
+
+
+class TwoStageMLP(models.MLP):
+    """Its own forward compares what its activation cannot see: up, and the product."""
+
+    ignores_products = False
+
+    def forward(self, x):
+        a, u = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        if self.act_fn.router == "up":
+            u = cats_activation(u, self.act_fn.threshold)
+            a = torch.where(u == 0, 0, a)
+        h = a * u
+        if self.act_fn.product_threshold is not None and not self.ignores_products:
+            h = cats_activation(h, self.act_fn.product_threshold)
+        return self.down_proj(h)
+
+
+def two_stage(router, product_threshold):
+    mlp = TwoStageMLP()
+    size = mlp.gate_proj.out_features
+    mlp.act_fn = CatsActivation(
+        nn.SiLU(), torch.rand(size) / 2, router=router,
+        product_threshold=product_threshold * (1 + torch.rand(size)),
+    )  # fmt: skip
+    return nn.Sequential(mlp)
+
+
+@pytest.mark.parametrize("router", ["gate", "up"])
+def test_router_and_product_thresholds_of_a_method_reach_the_operator(router):
+    model = two_stage(router, 0.05)
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        expected = model(x)
+        _, mlp = next(fused_mlps(cats.fuse_(model)))
+        assert (mlp.router, mlp.backend) == (router, "auto")
+        torch.testing.assert_close(model(x), expected)
+        # both thresholds are read at each call
+        mlp.original.act_fn.product_threshold.fill_(torch.inf)
+        assert not model(x).any()
+        mlp.original.act_fn.product_threshold.zero_()
+        mlp.original.act_fn.threshold.fill_(torch.inf)
+        assert not model(x).any()
+        assert not mlp.kept(x).any()
+
+
+def test_mlp_that_does_not_compare_its_products_is_refused():
+    model = two_stage("gate", 0.5)
+    model[0].ignores_products = True
+    with pytest.raises(UnsupportedModelError, match="does not compute"):
+        cats.fuse_(model)
+
+
+def test_product_thresholds_keep_their_dtype():
+    act = two_stage("gate", 0.05)[0].act_fn
+    before = act.product_threshold.clone()
+    assert torch.equal(act.half().product_threshold, before)

@@ -49,6 +49,7 @@ class FusedGatedMLP(Replacement):
         self.backend = backend
         self.activation_name = mlp.activation_name
         self.activation = mlp.operands().activation
+        self.router: str = mlp.act.router  # type: ignore[assignment]
         self.intermediate_size = mlp.intermediate_size
         self._argument = next(iter(inspect.signature(mlp.module.forward).parameters), "x")
         self._has_dropout = any(isinstance(m, _DropoutNd) and m.p for m in mlp.module.children())
@@ -94,10 +95,11 @@ class FusedGatedMLP(Replacement):
         thresholds = act._buffers.get("threshold")
         if thresholds is None or thresholds.ndim != 1:
             thresholds = self.thresholds
+        product_thresholds = act._buffers["product_threshold"]
         rows = x.reshape(-1, x.shape[-1])
         arguments = GatedMLPArguments(
-            rows, gate, up, down, thresholds, self.activation, "gate",
-            gate_bias, up_bias, down_bias,
+            rows, gate, up, down, thresholds, self.activation, self.router,
+            gate_bias, up_bias, down_bias, product_thresholds,
         )  # fmt: skip
         opens = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
         if opens and is_dense_batch(rows):
@@ -114,6 +116,7 @@ class FusedGatedMLP(Replacement):
         key = (
             rows.shape, rows.dtype, gate.shape, gate.dtype, gate.data_ptr(), up.data_ptr(),
             down.data_ptr(), down.stride(0), thresholds.data_ptr(), rows.data_ptr() % 16,
+            product_thresholds is None or product_thresholds.data_ptr(),
         )  # fmt: skip
         if key != self._checked:
             self._function = checked(arguments, self.backend)
@@ -121,11 +124,12 @@ class FusedGatedMLP(Replacement):
         return self._function(arguments).view(x.shape)
 
     def kept(self, x: Tensor) -> Tensor:
-        """Which neurons a kernel keeps, ``[..., F]``: it compares the gate before rounding it."""
-        weight, _, _, bias, _, _ = self.operands()
-        g = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        a = ACTIVATIONS[self.activation](g)
-        return keep_mask(a, self.thresholds) & (a != 0)
+        """Neurons of which a kernel reads both rows, ``[..., F]``: it compares before rounding."""
+        gate, up, _, gate_bias, up_bias, _ = self.operands()
+        weight, bias = (gate, gate_bias) if self.router == "gate" else (up, up_bias)
+        y = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        routed = ACTIVATIONS[self.activation](y) if self.router == "gate" else y
+        return keep_mask(routed, self.thresholds) & (routed != 0)
 
     def operands(
         self,

@@ -62,6 +62,19 @@ def test_layer_of_another_form_is_named():
         read_spec(model)
 
 
+def test_thresholds_on_up_or_on_products_are_refused():
+    model = make_model()
+    cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=0.5))
+    read_spec(model)
+    act = model.model.layers[1].mlp.act_fn
+    act.router = "up"
+    with pytest.raises(UnsupportedModelError, match="on up or on products"):
+        read_spec(model)
+    act.router, act.product_threshold = "gate", torch.zeros(1)
+    with pytest.raises(UnsupportedModelError, match="on up or on products"):
+        read_spec(model)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_engine_is_an_error_without_a_gpu():
     with pytest.raises(BackendError, match="stream"):

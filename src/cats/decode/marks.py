@@ -137,7 +137,7 @@ def _structure(module: nn.Module, known: dict[Any, Hashable]) -> dict[str, Hasha
         found[name] = _address(tensor)
     if isinstance(module, CatsActivation):
         # kernels may hold a copy of it
-        found["threshold written"] = _version(module.threshold)
+        found["thresholds written"] = tuple(_version(t) for _, t in _tensors(module))
     # called for every module before each generation: nothing is built for what does not count
     for name, value in vars(module).items():
         if value is None or type(value) in (bool, int, float, str):

@@ -47,13 +47,34 @@ class Method(ABC):
     def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
         """Make the MLP sparse in place with the stored tensors; no stored weight changes."""
 
-    def _threshold_on(self, mlp: GatedMLP, act: nn.Module, threshold: Tensor) -> None:
+    def _threshold_on(
+        self,
+        mlp: GatedMLP,
+        act: nn.Module,
+        threshold: Tensor,
+        product_threshold: Tensor | None = None,
+    ) -> None:
+        """Put the thresholded activation into the MLP.
+
+        A method with another router than the gate, or with thresholds on products, gives the MLP
+        a forward of its own that compares them. ``fuse_`` then passes both to the operator, and
+        takes the MLP only if a probe shows that the operator computes the same.
+        """
         if act is not mlp.dense_act and is_hooked(mlp.dense_act):
             raise UnsupportedModelError(
                 f"{mlp.name}.{mlp.activation_name} has a hook, and method {self.name!r} puts "
                 "another activation there: remove the hook first"
             )
-        sparse = CatsActivation(act, threshold.to(input_device(mlp.module)), dense=mlp.dense_act)
+        device = input_device(mlp.module)
+        if product_threshold is not None:
+            product_threshold = product_threshold.to(device)
+        sparse = CatsActivation(
+            act,
+            threshold.to(device),
+            dense=mlp.dense_act,
+            router=self.router,
+            product_threshold=product_threshold,
+        )
         if isinstance(mlp.act, CatsActivation):
             share_hooks(mlp.act, sparse)
         for module in (sparse,) if act is mlp.dense_act else (sparse, act):

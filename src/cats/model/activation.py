@@ -19,16 +19,34 @@ class CatsActivation(nn.Module):
     Attributes:
         act: The activation that is thresholded.
         threshold: One number or ``[F]``, always float32, whatever the dtype of the model.
+        router: The branch that is compared with it. This module compares the gate; where it is
+            ``"up"``, the MLP's own forward does that.
+        product_threshold: ``[F]``, float32, or None: what the MLP's own forward compares the
+            product of both branches with. Like ``router``, it tells ``fuse_`` what to pass to the
+            operator.
     """
 
     threshold: Tensor
+    product_threshold: Tensor | None
 
-    def __init__(self, act: nn.Module, threshold: Tensor, *, dense: nn.Module | None = None):
+    def __init__(
+        self,
+        act: nn.Module,
+        threshold: Tensor,
+        *,
+        dense: nn.Module | None = None,
+        router: str = "gate",
+        product_threshold: Tensor | None = None,
+    ):
         super().__init__()
+        self.router = router
         self.act = act
         self._replaced = dense if dense is not act else None
         self._number: torch.Size | None = None  # the shape that widen_ found
         self.register_buffer("threshold", threshold.detach().clone().float())
+        if product_threshold is not None:
+            product_threshold = product_threshold.detach().clone().float()
+        self.register_buffer("product_threshold", product_threshold)
 
     @property
     def dense(self) -> nn.Module:
@@ -37,7 +55,8 @@ class CatsActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        return cats_activation(self.act(wide), self.threshold).to(x.dtype)
+        a = self.act(wide)
+        return (cats_activation(a, self.threshold) if self.router == "gate" else a).to(x.dtype)
 
     def widen_(self, size: int) -> Tensor:
         """The threshold as ``[F]``, in place: what is written into it later is seen by its readers.
@@ -64,14 +83,15 @@ class CatsActivation(nn.Module):
         self._number = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsActivation:
-        exact = self.threshold
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # it only moves: .half() would round it, and a rounded threshold drops other neurons;
-        # to_empty() would leave anything
-        if not exact.is_meta:
-            self.threshold = exact.to(self.threshold.device)
-        elif self.threshold.dtype != torch.float32:
-            self.threshold = self.threshold.float()
+        for name, exact in before.items():
+            moved = self._buffers[name]
+            if exact is None or moved is None:
+                continue
+            # it only moves: .half() would round it, and a rounded threshold drops other neurons;
+            # to_empty() would leave anything
+            self._buffers[name] = moved.float() if exact.is_meta else exact.to(moved.device)
         return self
 
     def _load_from_state_dict(

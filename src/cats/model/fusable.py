@@ -99,7 +99,8 @@ def _computes(mlp: GatedMLP) -> bool:
             expected = mlp.module.forward(x).flatten(0, 1)
             arguments = GatedMLPArguments(
                 x.flatten(0, 1), gate.weight, up.weight, down.weight, parts.thresholds,
-                parts.activation, "gate", gate.bias, up.bias, down.bias,
+                parts.activation, parts.router, gate.bias, up.bias, down.bias,
+                parts.product_thresholds,
             )  # fmt: skip
             actual = dense.gated_mlp(arguments)
         error = (actual - expected).float().norm()

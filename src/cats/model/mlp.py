@@ -28,6 +28,8 @@ class GatedOperands:
         thresholds: ``[F]``, float32, in the memory of the MLP's own where it has as many; zero
             for a dense MLP.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        router: The branch that is compared with the thresholds.
+        product_thresholds: ``[F]``, float32, of the product of both branches; None for none.
     """
 
     gate: Linear
@@ -35,6 +37,8 @@ class GatedOperands:
     down: Linear
     thresholds: Tensor
     activation: str
+    router: str = "gate"
+    product_thresholds: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +132,18 @@ class GatedMLP:
         Raises:
             UnsupportedModelError: If the MLP has another form, or no kernel knows its activation.
         """
-        act = self.act.act if isinstance(self.act, CatsActivation) else self.act
+        sparse = self.act if isinstance(self.act, CatsActivation) else None
+        act = self.act if sparse is None else sparse.act
         kind = activation_kind(act)
         if kind not in ACTIVATIONS:
             raise UnsupportedModelError(f"{self.name}: no kernel computes its activation {kind}")
         gate, up, down = self.gate, self.up, self.down
-        threshold = self.act.threshold if isinstance(self.act, CatsActivation) else torch.zeros(())
+        threshold = torch.zeros(()) if sparse is None else sparse.threshold
         thresholds = threshold.to(down.matrix.device).expand(self.intermediate_size).contiguous()
-        return GatedOperands(gate, up, down, thresholds, kind)
+        if sparse is None:
+            return GatedOperands(gate, up, down, thresholds, kind)
+        products = sparse.product_threshold
+        return GatedOperands(gate, up, down, thresholds, kind, sparse.router, products)
 
     def fingerprint(self) -> Tensor:
         """Some of the MLP's weights, ``[8]``, float32: the same in every dtype up to rounding.

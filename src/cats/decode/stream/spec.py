@@ -53,6 +53,10 @@ def read_spec(model: nn.Module) -> ModelSpec:
         for name, matrix in (matrices | {"gate": layer.mlp.gate, "up": layer.mlp.up}).items():
             _check_rows(matrix, f"{name} of layer {index}")
         _check_dense(layer.mlp.down, f"down of layer {index}")
+        if layer.mlp.router != "gate" or layer.mlp.product_thresholds is not None:
+            raise UnsupportedModelError(
+                f"thresholds of layer {index} are on up or on products, expected them on the gate"
+            )
         if layer.mlp.down.bias is not None:
             raise UnsupportedModelError(f"down of layer {index} has a bias")
     _check_rows(found.head, "the head")
