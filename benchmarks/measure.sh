@@ -32,7 +32,7 @@ tests() {
     step tests.log 600 $python -m pytest -q ${PYTEST:-} -k "not sanitizer and not past_2_31" \
         tests/ops tests/test_fusion.py tests/decode tests/benchmarks/test_timeline.py
     # takes most of a GPU's memory for itself
-    step tests-large.log 200 $python -m pytest -q -k past_2_31 tests/ops/test_gated_mlp.py
+    step tests-large.log 200 $python -m pytest -q -k past_2_31 tests/ops/mlp/test_gated_mlp.py
 }
 
 sanitize() {

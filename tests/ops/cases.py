@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import re
 
 import pytest
@@ -219,3 +220,8 @@ def reference_in_double(inputs: Inputs) -> Tensor:
 needs_cpu_kernels = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"the CPU kernels are not there: {cpu.unavailable()}"
 )
+
+_HAS_NVRTC = all(
+    importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings", "cuda.bindings.nvrtc")
+) if importlib.util.find_spec("cuda") else False  # fmt: skip
+needs_nvrtc = pytest.mark.skipif(not _HAS_NVRTC, reason="cuda-bindings is not installed")

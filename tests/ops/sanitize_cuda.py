@@ -13,9 +13,9 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 
 import cats
-from cats.decode.stream import chain
 from cats.decode.stream.engine import StreamEngine
 from cats.ops.cuda import function
+from cats.ops.linear import cuda as linear
 from tests.models import make_ids, make_model
 from tests.ops.cases import TOLERANCE, make_inputs, reference_in_double
 
@@ -63,7 +63,7 @@ def calls(every_lane: bool) -> None:
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)  # racecheck reports hazards inside it
     # as few early requests as for long rows
-    chain._EARLY_BYTES = 128
+    linear._EARLY_BYTES = 128
     for config in (LlamaConfig, Gemma3TextConfig):
         for dtype in (torch.float32, torch.bfloat16):
             model = make_model(config).to("cuda", dtype)

@@ -1,0 +1,16 @@
+"""Errors of the CUDA driver."""
+
+import pytest
+
+from cats.errors import BackendError
+from tests.ops.cases import skip_unavailable
+
+
+def test_errors_of_the_driver_are_backend_errors():
+    skip_unavailable("cuda")
+    from cuda.bindings import driver
+
+    from cats.ops.cuda.status import check
+
+    with pytest.raises(BackendError, match="CUDA_ERROR_INVALID_VALUE"):
+        check(driver.cuMemAlloc(0))
