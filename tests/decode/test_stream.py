@@ -250,7 +250,7 @@ def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
         chain = Chain(read_spec(model), state)
         for number, kind in enumerate(CHOICES):
             logits, wanted = choice(kind, vocabulary)
-            chain._logits.copy_(logits)
+            chain.buffers.logits.copy_(logits)
             chain._launch([chain._choice(0)])
             assert int(state.tokens) == int(state.chosen[state.slot]) == wanted
             assert int(state.slot) == int(state.positions) == number + 1

@@ -145,7 +145,7 @@ def test_greedy_choice_is_the_first_of_the_largest(chain_module, vocabulary):
         chain = chain_module.Chain(read_spec(model), state)
         for number, kind in enumerate(CHOICES):
             row, wanted = choice(kind, vocabulary)
-            chain._logits.copy_(row)
+            chain.buffers.logits.copy_(row)
             chain._launch([chain._choice(7)])
             assert int(state.tokens) == int(state.chosen[state.slot]) == wanted
             assert int(state.slot) == int(state.positions) == number + 1
@@ -165,7 +165,7 @@ def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
         chain = chain_module.Chain(spec, state, traced=True)
         chain.run_greedily(8, 0)
         assert state.chosen[6] == wanted.argmax()
-    assert torch.equal(chain._logits, wanted)
+    assert torch.equal(chain.buffers.logits, wanted)
     check_moments(moments(chain.stamps))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cats.decode.state import State
+from cats.decode.stream.buffers import Buffers
 from cats.decode.stream.rotary import RotaryTables
 from cats.decode.stream.spec import LayerSpec, Matrix, ModelSpec
 from cats.ops.attention import cuda as attention
@@ -24,11 +25,15 @@ from cats.ops.mlp.cuda import residual as feed_forward
 
 # What the kernels note where they note times (trace.cuh): events of so many warps.
 _TRACED_WARPS, _EVENTS = 32, 4
-_TICKET_STRIDE = 32  # a cache line
 
 
 class Chain:
-    """All launches of a token at one capacity of the cache, over buffers of its own."""
+    """All launches of a token at one capacity of the cache.
+
+    Attributes:
+        buffers: What the launches leave to each other.
+        stamps: ``[launches, blocks, warps, events]``, or None where it is not traced.
+    """
 
     def __init__(
         self,
@@ -49,7 +54,7 @@ class Chain:
         Raises:
             UnsupportedModelError: If a shape does not fit the kernels.
         """
-        device, D = state.device, spec.hidden_size
+        device = state.device
         # graphs read these very weights: they stay alive even if the model gets others
         spec = spec.detached()
         # the conversation keeps this: a cycle would leave both to the garbage collector
@@ -57,25 +62,10 @@ class Chain:
         self._multiprocessors = multiprocessors(int(device.index or 0))
         self._options: Any = {"multiprocessors": self._multiprocessors, "traced": traced}
 
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
-
-        query_size = spec.heads * spec.head_size
-        self._residual, self._middle = floats(D), floats(D)
-        self._branch, self._sums = floats(D), floats(D)
-        self._qkv = floats(query_size + 2 * spec.key_heads * spec.head_size)
-        self._attended = torch.zeros(query_size, dtype=spec.dtype, device=device)
-        self._logits = floats(len(spec.head.weight))
         self._columns = attention.columns_of(spec.heads, spec.key_heads)
         splits = attention.splits_of(state.capacity, self._columns, self._multiprocessors)
-        self._partials = floats(splits, spec.heads, spec.head_size + 2)
-        self._counters = torch.zeros(self._columns, dtype=torch.int32, device=device)
-        self._tickets = torch.zeros(
-            len(spec.layers), _TICKET_STRIDE, dtype=torch.int32, device=device
-        )
-        self._best = floats(2, choice.BLOCKS)
+        self.buffers = Buffers.of(spec, device, splits=splits, columns=self._columns)
         self.stamps = self._empty_stamps() if traced else None
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
         self._rotary = RotaryTables(spec, state.capacity)
 
     def use_frequencies_of(self, length: int) -> None:
@@ -102,8 +92,8 @@ class Chain:
         """
         self._launch(self._token(window))
         if softcap := self._spec.logit_softcap:
-            return softcap * (self._logits / softcap).tanh()
-        return self._logits
+            return softcap * (self.buffers.logits / softcap).tanh()
+        return self.buffers.logits
 
     def run_greedily(self, window: int, padding: int) -> None:
         """Launch it all, take the likeliest token and move on.
@@ -116,15 +106,15 @@ class Chain:
 
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
         """One layer alone, ``[D]``, float32, to float32."""
-        self._tickets.zero_()
-        self._residual.copy_(x)
+        self.buffers.tickets.zero_()
+        self.buffers.residual.copy_(x)
         layer = self._spec.layers[index]
         self._launch(self._layer(index, window, alone=True))
         if layer.mlp_post_norm is None:
-            return self._residual.clone()
-        sums = self._sums
+            return self.buffers.residual.clone()
+        sums = self.buffers.sums
         norm = sums * torch.rsqrt(sums.square().mean() + layer.epsilon)
-        return self._middle + norm * (layer.mlp_post_norm.float() + layer.weight_offset)
+        return self.buffers.middle + norm * (layer.mlp_post_norm.float() + layer.weight_offset)
 
     def _launch(self, launches: Sequence[Launch]) -> None:
         stream = torch.cuda.current_stream(self._state.device).cuda_stream
@@ -152,8 +142,8 @@ class Chain:
         return embedding.launch(
             table=self._spec.embedding,
             token=self._state.tokens,
-            residual=self._residual,
-            counters=self._tickets,
+            residual=self.buffers.residual,
+            counters=self.buffers.tickets,
             scale=self._scale,
             traced=self.stamps is not None,
         )
@@ -162,49 +152,40 @@ class Chain:
         layers = self._spec.layers
         layer = layers[index]
         before = None if index == 0 or alone else layers[index - 1]
+        b = self.buffers
         if layer.attention_post_norm is None:
             project = self._linear(
-                layer.o, x=self._attended, add=self._residual, out=self._middle, copy=self._residual
+                layer.o, x=b.attended, add=b.residual, out=b.middle, copy=b.residual
             )
-            mlp_input = self._normed(layer, layer.mlp_norm, self._middle)
-            mlp_output = self._residual
+            mlp_input, mlp_output = self._normed(layer, layer.mlp_norm, b.middle), b.residual
         else:
-            project = self._linear(layer.o, x=self._attended, out=self._branch, copy=self._sums)
+            project = self._linear(layer.o, x=b.attended, out=b.branch, copy=b.sums)
             mlp_input = self._normed(
-                layer,
-                layer.mlp_norm,
-                self._residual,
-                delta=self._branch,
-                delta_weight=layer.attention_post_norm,
-                total=self._middle,
-            )
-            mlp_output = self._sums
+                layer, layer.mlp_norm, b.residual,
+                delta=b.branch, delta_weight=layer.attention_post_norm, total=b.middle,
+            )  # fmt: skip
+            mlp_output = b.sums
+        attention_input = self._after(before, layer, layer.attention_norm)
+        # in a layer alone, behind kernels of which nothing is known
+        early = not alone
         return [
-            self._linear(
-                layer.q,
-                layer.k,
-                layer.v,
-                x=self._after(before, layer, layer.attention_norm),
-                out=self._qkv,
-                # behind kernels of which nothing is known
-                early=not alone,
-            ),
+            self._linear(layer.q, layer.k, layer.v, x=attention_input, out=b.qkv, early=early),
             self._attention(index, layer, window),
             project,
             self._mlp(index, layer, mlp_input, mlp_output),
         ]
 
     def _head(self) -> Launch:
-        spec = self._spec
-        last = spec.layers[-1]
-        return self._linear(spec.head, x=self._after(last, last, spec.norm), out=self._logits)
+        last = self._spec.layers[-1]
+        x = self._after(last, last, self._spec.norm)
+        return self._linear(self._spec.head, x=x, out=self.buffers.logits)
 
     def _choice(self, padding: int) -> Launch:
         state = self._state
         return choice.launch(
-            logits=self._logits,
-            best=self._best,
-            arrived=self._arrived,
+            logits=self.buffers.logits,
+            best=self.buffers.best,
+            arrived=self.buffers.arrived,
             token=state.tokens,
             position=state.positions,
             slot=state.slot,
@@ -218,11 +199,12 @@ class Chain:
 
     def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> Residual:
         """The residual stream behind a layer, normed."""
+        b = self.buffers
         if before is None or before.mlp_post_norm is None:
-            return self._normed(layer, weight, self._residual)
+            return self._normed(layer, weight, b.residual)
         return self._normed(
-            layer, weight, self._middle,
-            delta=self._sums, delta_weight=before.mlp_post_norm, total=self._residual,
+            layer, weight, b.middle,
+            delta=b.sums, delta_weight=before.mlp_post_norm, total=b.residual,
         )  # fmt: skip
 
     def _normed(
@@ -259,18 +241,18 @@ class Chain:
         cosines, sines = self._rotary[layer.rotary]
         keys, values = state.cache.buffers()[2 * index : 2 * index + 2]
         return attention.launch(
-            qkv=self._qkv,
+            qkv=self.buffers.qkv,
             cosines=cosines,
             sines=sines,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             keys=keys,
             values=values,
-            out=self._attended,
+            out=self.buffers.attended,
             slot=state.slot,
             position=state.positions,
-            partials=self._partials,
-            counters=self._counters,
+            partials=self.buffers.partials,
+            counters=self.buffers.counters,
             heads=self._spec.heads,
             window=layer.window,
             slots=window,
@@ -293,7 +275,7 @@ class Chain:
             gate_bias=mlp.gate.bias,
             up_bias=mlp.up.bias,
             sums=sums,
-            counters=self._tickets[index],
+            counters=self.buffers.tickets[index],
             **self._options,
         )
 

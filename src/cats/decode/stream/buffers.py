@@ -1,0 +1,72 @@
+"""What the launches of a token leave to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cats.decode.stream.spec import ModelSpec
+from cats.ops.choice import cuda as choice
+
+_TICKET_STRIDE = 32  # a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Memory of one chain, float32 where nothing else is said. Graphs hold its addresses.
+
+    Attributes:
+        residual: ``[D]``, the residual stream at the start of a layer.
+        middle: ``[D]``, the residual stream between attention and MLP.
+        branch: ``[D]``, the output of attention where it goes through a norm of its own.
+        sums: ``[D]``, the output of the MLP where it goes through a norm of its own.
+        qkv: ``[heads + 2 * key heads, head size]``, flat: queries, keys and values.
+        attended: ``[heads * head size]``, in the dtype of the model.
+        logits: ``[V]``.
+        partials: ``[splits, heads, head size + 2]``, of attention.
+        counters: int32 zeros of attention, one for each column of its grid.
+        tickets: ``[layers, stride]``, int32, of the MLPs; the first launch makes them zero.
+        best: ``[2, blocks]``, of the choice.
+        arrived: One int32 zero, of the choice.
+    """
+
+    residual: Tensor
+    middle: Tensor
+    branch: Tensor
+    sums: Tensor
+    qkv: Tensor
+    attended: Tensor
+    logits: Tensor
+    partials: Tensor
+    counters: Tensor
+    tickets: Tensor
+    best: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def of(cls, spec: ModelSpec, device: torch.device, *, splits: int, columns: int) -> Buffers:
+        """Those of a model whose attention has a grid of at most ``[splits, columns]`` blocks."""
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        D, query_size = spec.hidden_size, spec.heads * spec.head_size
+        return cls(
+            residual=floats(D),
+            middle=floats(D),
+            branch=floats(D),
+            sums=floats(D),
+            qkv=floats(query_size + 2 * spec.key_heads * spec.head_size),
+            attended=torch.zeros(query_size, dtype=spec.dtype, device=device),
+            logits=floats(len(spec.head.weight)),
+            partials=floats(splits, spec.heads, spec.head_size + 2),
+            counters=integers(columns),
+            tickets=integers(len(spec.layers), _TICKET_STRIDE),
+            best=floats(2, choice.BLOCKS),
+            arrived=integers(1),
+        )
