@@ -74,7 +74,7 @@ def probe(module: nn.Module, activation_name: str) -> Found | str:
     if not candidates:
         return "no linear layer gives back the size that another one takes"
     hidden_size = candidates[0]
-    layouts = []
+    layouts, is_gated = [], False
     for x in inputs(module, hidden_size):
         try:
             zero = _run(module, activation_name, x, 0.0)
@@ -90,11 +90,14 @@ def probe(module: nn.Module, activation_name: str) -> Found | str:
         spread_of_zero, spread_of_one = map(_spread, (zero.output, one.output))
         if spread_of_zero > 1e-3 * max(spread_of_one, one.output.abs().max()):
             return "its output depends on the input even where its activation is zero"
-        if spread_of_one <= 1e-6 * one.output.abs().max():
-            return UNGATED
+        # a threshold on up or on products may drop all that comes of small inputs
+        is_gated |= bool(spread_of_one > 1e-6 * one.output.abs().max())
         layouts.append(one.layout())
-    # the smallest inputs, where a clamp has no effect
-    return Found(hidden_size, int(one.gate.shape[-1]), layouts[0])
+    if not is_gated:
+        return UNGATED
+    # the smallest inputs that tell: a clamp has no effect there
+    layout = next((layout for layout in layouts if layout is not None), None)
+    return Found(hidden_size, int(one.gate.shape[-1]), layout)
 
 
 def inputs(module: nn.Module, hidden_size: int) -> Iterator[Tensor]:
@@ -137,15 +140,15 @@ class _Run:
         product = self.layers[down][0]
         others = {name: y for name, (_, y) in self.layers.items() if name != down}
         gate = next((n for n, y in others.items() if _same(y, self.gate)), None)
-        up = next((n for n, y in others.items() if n != gate and _same(y, product)), None)
+        up = next((n for n, y in others.items() if n != gate and _kept_of(y, product)), None)
         if gate is not None and up is not None:
             return Layout(gate, up, down)
         for name, y in others.items():
             if y.shape[-1] == 2 * self.gate.shape[-1]:
                 first, second = y.chunk(2, -1)
-                if _same(first, self.gate) and _same(second, product):
+                if _same(first, self.gate) and _kept_of(second, product):
                     return Layout(name, name, down)
-                if _same(second, self.gate) and _same(first, product):
+                if _same(second, self.gate) and _kept_of(first, product):
                     return Layout(name, name, down, gate_first=False)
         return None
 
@@ -181,6 +184,12 @@ def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> _Ru
 def _same(a: Tensor, b: Tensor) -> bool:
     a, b = (t.flatten(0, -2) for t in (a, b))
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
+
+
+def _kept_of(up: Tensor, product: Tensor) -> bool:
+    """Whether it is up, or what thresholds keep of it."""
+    kept = product != 0
+    return up.shape == product.shape and bool(kept.any()) and _same(up.where(kept, 0), product)
 
 
 def _spread(output: Tensor) -> Tensor:
