@@ -1,6 +1,7 @@
 """Errors of the CUDA driver."""
 
 import pytest
+import torch
 
 from cats.errors import BackendError
 from tests.ops.cases import skip_unavailable
@@ -8,6 +9,7 @@ from tests.ops.cases import skip_unavailable
 
 def test_errors_of_the_driver_are_backend_errors():
     skip_unavailable("cuda")
+    torch.zeros(1, device="cuda")  # makes the context that the driver asks for
     from cuda.bindings import driver
 
     from cats.ops.cuda.status import check
