@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from cats.apply import sparsify_
 from cats.benchmarks.decode_runs import Run, run_loop, run_transformers
@@ -20,6 +21,7 @@ from cats.benchmarks.timing import Timing, read_bandwidth
 from cats.calibration import collect
 from cats.config import label_of
 from cats.decode import Decoder
+from cats.decode.forward import cache_argument
 from cats.errors import BackendError, ConfigError
 from cats.fusion import fuse_, fused_mlps
 from cats.metrics import realized_sparsity
@@ -182,12 +184,10 @@ class _Check:
         with torch.inference_mode():
             exact = model(input_ids=text, use_cache=False).logits[:, prompt_length:]
             exact = exact.float().log_softmax(-1)
-            output = model(input_ids=text[:, :prompt_length], use_cache=True)
-            logits = []
-            for token in text[:, prompt_length:].split(1, dim=1):
-                cache = output.past_key_values
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
-                logits.append(output.logits)
+            cached = {cache_argument(model): DynamicCache(config=model.config), "use_cache": True}
+            model(input_ids=text[:, :prompt_length], **cached)
+            tokens = text[:, prompt_length:].split(1, dim=1)
+            logits = [model(input_ids=token, **cached).logits for token in tokens]
         rounding = _divergence(exact, torch.cat(logits, dim=1))
         return cls(exact, rounding, _dropped(model, text))
 
