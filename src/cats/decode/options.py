@@ -263,7 +263,7 @@ def _processors(
     settings |= chosen | {"max_length": prompt_length + count, "num_beams": 1}
     return Processors(
         model, settings, eos_token_ids=eos, logits_processor=processors,
-        prefix_allowed_tokens_fn=allowed,
+        prefix_allowed_tokens_fn=allowed, sequences=value("num_return_sequences") or 1,
     )  # fmt: skip
 
 

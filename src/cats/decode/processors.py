@@ -49,6 +49,7 @@ class Processors:
         eos_token_ids: tuple[int, ...],
         logits_processor: Any = None,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        sequences: int = 1,
     ) -> None:
         """
         Args:
@@ -57,6 +58,7 @@ class Processors:
             eos_token_ids: Tokens that end a row.
             logits_processor: Processors of the user, which run behind those of the settings.
             prefix_allowed_tokens_fn: As in ``model.generate``.
+            sequences: Continuations of each prompt, which are rows beside each other.
 
         Raises:
             ConfigError: If transformers does not take the settings, or the model cannot generate.
@@ -69,6 +71,8 @@ class Processors:
             self._config = GenerationConfig(**settings)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"transformers does not take these options: {error}") from error
+        # it would be refused there for greedy decoding; processors count rows of a prompt by it
+        self._config.num_return_sequences = sequences
         self._model: Any = model
         self._eos = eos_token_ids
         self._given = list(logits_processor or ())
