@@ -105,3 +105,13 @@ def test_file_with_a_damaged_block_is_a_format_error(tmp_path):
         CatsConfig.load(_write(tmp_path / "t.safetensors", realized_sparsity=3))
     with pytest.raises(FormatError):
         CatsConfig.load(_write(tmp_path / "t.safetensors", target_sparsity="half"))
+
+
+def test_configs_are_equal_where_their_tensors_are():
+    def config(threshold):
+        tensors = {"mlp": {"threshold": torch.full((3,), threshold)}}
+        return CatsConfig(method="cats", target_sparsity=0.5, tensors=tensors)
+
+    assert config(0.25) == config(0.25)
+    assert config(0.25) != config(0.5)
+    assert config(0.25) != "cats"

@@ -581,10 +581,41 @@ def test_model_that_is_fused_or_decoded_in_inference_mode_can_be_trained():
     model(input_ids=ids, labels=ids).loss.backward()
 
 
-def test_other_activation_inside_of_the_thresholded_one_is_an_error():
+def other_kind(mlp):
+    mlp.act_fn.act = nn.ReLU()
+
+
+def other_setting(mlp):
+    mlp.act_fn.act.approximate = "tanh"
+
+
+def hook_inside(mlp):
+    mlp.act_fn.act.register_forward_hook(lambda m, args, out: 0 * out)
+
+
+def forward_of_a_layer(mlp):
+    mlp.up_proj.forward = lambda x: 0 * x
+
+
+def forward_of_the_activation(mlp):
+    mlp.act_fn.forward = lambda x: 0 * x
+
+
+def other_router(mlp):
+    mlp.act_fn.router = "up"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_kind, other_setting, hook_inside, forward_of_a_layer, forward_of_the_activation,
+        other_router,
+    ],
+)  # fmt: skip
+def test_change_inside_a_fused_mlp_is_an_error(change):
     model, ids = make_sparse()
-    cats.fuse_(model).model.layers[0].mlp.act_fn.act = nn.ReLU()
-    with pytest.raises(BackendError, match="another activation"):
+    change(cats.fuse_(model).model.layers[0].mlp)
+    with pytest.raises(BackendError, match="unfuse_"):
         logits(model, ids)
 
 

@@ -6,7 +6,7 @@ from cats.lazy import exports
 from cats.version import __version__
 
 if TYPE_CHECKING:
-    from cats import functional, metrics, ops, recipes
+    from cats import data, errors, functional, metrics, ops, recipes
     from cats.apply import densify_, sparsify_
     from cats.calibration import Statistics, calibrate, collect
     from cats.checkpoint import from_pretrained
@@ -23,7 +23,9 @@ __all__ = [
     "__version__",
     "calibrate",
     "collect",
+    "data",
     "densify_",
+    "errors",
     "from_pretrained",
     "functional",
     "fuse_",
@@ -46,7 +48,9 @@ __getattr__, __dir__ = exports(
         "Statistics": "cats.calibration",
         "calibrate": "cats.calibration",
         "collect": "cats.calibration",
+        "data": "cats.data",
         "densify_": "cats.apply",
+        "errors": "cats.errors",
         "from_pretrained": "cats.checkpoint",
         "functional": "cats.functional",
         "fuse_": "cats.fusion",

@@ -152,7 +152,10 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **hub_options)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot load the tokenizer of {path}: {first_line(error)}") from error
+        raise StorageError(
+            f"cannot load the tokenizer of {path}: {first_line(error).rstrip(': ')}. If there is "
+            "none, save it beside the model: tokenizer.save_pretrained(FOLDER)"
+        ) from error
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cats.storage import FORMAT_VERSION, check_version, load_tensors, save_tenso
 _FINGERPRINT = "fingerprint"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CatsConfig:
     """Thresholds of a sparse model and their origin.
 
@@ -57,6 +57,16 @@ class CatsConfig:
                     )
             if not (tensors["threshold"] >= 0).all():
                 raise ConfigError(f"{mlp}: a threshold is negative or NaN")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CatsConfig):
+            return NotImplemented
+        same = self.to_dict() == other.to_dict() and self.tensors.keys() == other.tensors.keys()
+        return same and all(
+            tensors.keys() == other.tensors[mlp].keys()
+            and all(torch.equal(t, other.tensors[mlp][name]) for name, t in tensors.items())
+            for mlp, tensors in self.tensors.items()
+        )
 
     @property
     def thresholds(self) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class FusedGatedMLP(Replacement):
         down = getattr(mlp.module, layout.down).weight
         self._shape, self._stride = down.shape, down.stride()
         act: Any = mlp.act
-        self._inner = type(act.act)
+        self._inner = type(act.act), getattr(act.act, "approximate", None)
         self._checked: Hashable = None
         self._function: Callable[[GatedMLPArguments], Tensor] = dense.gated_mlp
         self._original = [mlp.module]  # in a list, so that its weights are not registered twice
@@ -160,12 +160,14 @@ class FusedGatedMLP(Replacement):
     def _linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         modules, layout = self._modules, self.layout
         gate, up, down = modules[layout.gate], modules[layout.up], modules[layout.down]
-        act = modules[self.activation_name]
+        act: Any = modules[self.activation_name]
+        inner: Any = act._modules.get("act")
         # an adapter that was added later, or another activation, would be ignored in silence
         if not (
             type(gate) is type(up) is type(down) is nn.Linear
             and type(act) is CatsActivation
-            and type(act._modules["act"]) is self._inner
+            and (type(inner), getattr(inner, "approximate", None)) == self._inner
+            and act.router == self.router
         ):
             raise BackendError(
                 "a layer of this fused MLP was replaced after fuse_ (by an adapter, quantisation "
@@ -176,12 +178,21 @@ class FusedGatedMLP(Replacement):
             or up._forward_hooks or up._forward_pre_hooks
             or down._forward_hooks or down._forward_pre_hooks
             or act._forward_hooks or act._forward_pre_hooks
-        ):  # fmt: skip
+            or inner._forward_hooks or inner._forward_pre_hooks
+            or "forward" in gate.__dict__ or "forward" in up.__dict__
+            or "forward" in down.__dict__ or "forward" in act.__dict__
+        ) and any(map(_runs_otherwise, (gate, up, down, act, inner))):  # fmt: skip
             raise BackendError(
-                "a layer of this fused MLP got a hook after fuse_, which the operator would not "
-                "run: call cats.unfuse_(model) first, or hook the MLP itself"
+                "a layer of this fused MLP got a hook or another forward after fuse_, which the "
+                "operator would not run: call cats.unfuse_(model) first, or hook the MLP itself"
             )
         return gate, up, down
+
+
+def _runs_otherwise(module: nn.Module) -> bool:
+    # what accelerate replaces only loads and moves weights, which are checked apart
+    patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    return bool(module._forward_hooks or module._forward_pre_hooks or patched)
 
 
 def fuse_(model: M, *, backend: str = "auto") -> M:

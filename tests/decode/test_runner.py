@@ -5,10 +5,12 @@ import threading
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BartConfig,
     GPT2Config,
@@ -480,3 +482,99 @@ def test_decoder_of_an_encoder_decoder_counts_its_own_layers():
 def test_option_of_a_wrong_kind_is_an_error(options):
     with pytest.raises(ConfigError):
         cats.generate(make_model(), make_ids(1, 4), **options)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_step_of_an_optimiser_drops_the_prefix(kind, fused):
+    model, ids = make_model(), make_ids(1, 12)
+    decoder = cats.Decoder(model)
+    before = decoder.generate(ids, max_new_tokens=12, **GREEDY)
+    kept, _ = runner_of(model, "auto")
+    optimiser = kind(model.parameters(), lr=0.3, fused=fused)
+    model(input_ids=ids, labels=ids.flip(1)).loss.backward()
+    optimiser.step()
+    after = decoder.generate(ids, max_new_tokens=12, **GREEDY)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, wanted(model, ids, 12))
+    assert runner_of(model, "auto")[0] is kept  # nothing is traced anew
+
+
+STRENGTH = 1.0
+SETTINGS = {"strength": 1.0}
+
+
+class Hidden(nn.Module):
+    """Reads what no module holds."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        box = [1.0]
+        self.box, self.function = box, lambda x: x * box[0]
+        self.array = np.ones(1)
+
+    def extra(self, x):
+        return x
+
+    def forward(self, x):
+        scale = STRENGTH * SETTINGS["strength"] * float(self.array[0])
+        return self.extra(self.function(self.inner(x))) * scale
+
+
+def global_number(mlp, patch):
+    patch.setattr("tests.decode.test_runner.STRENGTH", -2.0)
+
+
+def global_dictionary(mlp, patch):
+    patch.setitem(SETTINGS, "strength", -2.0)
+
+
+def closure(mlp, patch):
+    mlp.box[0] = -2.0
+    del mlp.box
+
+
+def array(mlp, patch):
+    mlp.array[0] = -2.0
+
+
+def method(mlp, patch):
+    patch.setattr(Hidden, "extra", lambda self, x: -2 * x)
+
+
+@pytest.mark.parametrize("change", [global_number, global_dictionary, closure, array, method])
+def test_what_a_forward_pass_reads_elsewhere_is_seen(change, monkeypatch):
+    model, ids = make_model(), make_ids(1, 12)
+    mlp = model.model.layers[0].mlp = Hidden(model.model.layers[0].mlp)
+    before = cats.generate(model, ids, max_new_tokens=12, **GREEDY)
+    change(mlp, monkeypatch)
+    after = cats.generate(model, ids, max_new_tokens=12, **GREEDY)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, wanted(model, ids, 12))
+
+
+def test_attention_that_is_registered_later_is_seen():
+    model, ids = make_model(), make_ids(1, 12)
+    functions = AttentionInterface()
+    old = functions["sdpa"]
+    cats.generate(model, ids, max_new_tokens=12, **GREEDY)
+
+    def other(module, query, *args, **kwargs):
+        return old(module, -query, *args, **kwargs)
+
+    AttentionInterface.register("sdpa", other)
+    try:
+        actual = cats.generate(model, ids, max_new_tokens=12, **GREEDY)
+        assert torch.equal(actual, wanted(model, ids, 12))
+    finally:
+        AttentionInterface.register("sdpa", old)
+
+
+def test_released_model_makes_its_decoders_forget():
+    model, ids = make_model(), make_ids(1, 12)
+    decoder = cats.Decoder(model)
+    decoder.generate(ids, max_new_tokens=12, **GREEDY)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(-1)  # which torch does not count
+    cats.release(model)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=12, **GREEDY), wanted(model, ids, 12))

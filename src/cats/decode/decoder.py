@@ -89,7 +89,9 @@ class Decoder:
                 other modules, hooks and settings, and weights that are replaced or written to,
                 are seen. Two ways to write are not, since torch keeps no account of them:
                 in place through ``weight.data``, and through memory shared with NumPy. Call
-                :meth:`reset` after those; the next prompt then runs whole.
+                :meth:`reset` after those; the next prompt then runs whole. After changes that
+                are none of the model, such as a function of torch that was replaced, call
+                :func:`cats.release`.
             engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         """
         # what torch.compile(model) wraps

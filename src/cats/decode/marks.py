@@ -9,16 +9,20 @@ only what was computed with the old numbers is forgotten: the keys and values of
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import ref
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
-from transformers import PreTrainedConfig
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cats.model import CatsActivation
 
@@ -29,6 +33,18 @@ Place = tuple[int, str]
 # Attributes of attributes are looked at to this depth.
 _DEEPEST = 3
 _MOST_FUNCTIONS = 200
+_READ_GLOBALS = (bool, int, float, str, dict, list, tuple, set, Tensor, np.ndarray, SimpleNamespace)
+# Arrays of NumPy up to this size are compared by their content.
+_MOST_BYTES = 2**20
+# A fused optimiser writes into weights without counting it, so its steps are counted here.
+_optimizer_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _optimizer_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,7 @@ class Marks:
             content.append(_content(module))
             names.append(name)
         structure.append({"": _of_all_models()})
+        content.append({"": _optimizer_steps[0]})
         return cls(structure, content, names)
 
     def changed(self, later: Marks) -> dict[Place, str]:
@@ -128,7 +145,7 @@ class _Uncounted:
 def _structure(module: nn.Module, known: dict[Any, Hashable]) -> dict[str, Hashable]:
     kind = type(module)
     if kind not in known:
-        known[kind] = _code(kind)
+        known[kind] = _code(kind, known)
     found: dict[str, Hashable] = {"": (ref(module), known[kind])}
     # hooks have numbers that no later hook gets
     if module._forward_hooks or module._forward_pre_hooks:
@@ -157,17 +174,30 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _code(kind: Any) -> Hashable:
-    """What all modules of a class share: its forward pass, what that calls, and plain settings."""
+def _code(kind: Any, known: dict[Any, Hashable]) -> Hashable:
+    """What all modules of a class share: methods, settings, what its forward calls and reads."""
     functions: dict[FunctionType, None] = {}
-    _add_functions(inspect.unwrap(kind.forward), functions)
-    settings = [
-        (name, value if type(value) in (bool, int, float, str) else repr(value))
+    forward = inspect.unwrap(kind.forward)
+    _add_functions(forward, functions)
+    own = [
+        base
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
-        for name, value in vars(base).items()
-        if not name.startswith("__") and value is not None and _is_plain(value)
+        if base is not PreTrainedModel
     ]
-    return (*map(ref, functions), *settings)
+    shared = [
+        (name, _setting(value, known))
+        for base in own
+        for name, value in vars(base).items()
+        if not name.startswith("__") and value is not None
+    ]
+    read = []
+    if isinstance(forward, FunctionType):
+        for name in forward.__code__.co_names:
+            value = forward.__globals__.get(name)
+            # of other objects, such as loggers, only few are settings
+            if isinstance(value, _READ_GLOBALS):
+                read.append((name, _setting(value, known)))
+    return (*map(ref, functions), *shared, *read)
 
 
 def _add_functions(function: Any, found: dict[FunctionType, None]) -> None:
@@ -193,17 +223,30 @@ def _setting(value: Any, known: dict[Any, Hashable], depth: int = 0) -> Hashable
         return known[id(value)]
     if _is_plain(value):
         return repr(value)
-    if depth < _DEEPEST and not isinstance(value, nn.Module | type | ModuleType | FunctionType):
+    if isinstance(value, np.ndarray):
+        return value.shape, hash(value.tobytes()) if value.nbytes <= _MOST_BYTES else id(value)
+    if isinstance(value, GenerationConfig | logging.Logger):
+        return None  # read by no forward pass
+    if depth < _DEEPEST and not isinstance(value, nn.Module | type | ModuleType):
         # what is nested is read by forward passes all the same
-        if isinstance(value, dict):
-            inner: Iterable[tuple[Any, Any]] = value.items()
-        elif isinstance(value, list | tuple | set | deque):
-            inner = enumerate(value)
-        else:
-            inner = getattr(value, "__dict__", {}).items()
-        parts = tuple((str(k), _setting(v, known, depth + 1)) for k, v in inner)
+        parts = tuple((str(k), _setting(v, known, depth + 1)) for k, v in _inside(value))
         return _identity(value), parts
     return _identity(value)
+
+
+def _inside(value: Any) -> list[tuple[Any, Any]]:
+    """What an object holds: entries, attributes, what a function closes over."""
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, list | tuple | set | deque):
+        return list(enumerate(value))
+    if isinstance(value, property):
+        return [("get", value.fget)]
+    cells = getattr(value, "__closure__", None) or ()
+    inside = [(i, c.cell_contents) for i, c in enumerate(cells) if c != CellType()]
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    inside += [(name, getattr(value, name)) for name in slots if hasattr(value, name)]
+    return [*inside, *getattr(value, "__dict__", {}).items()]
 
 
 def _is_plain(value: object) -> bool:
@@ -233,4 +276,6 @@ def _version(tensor: Tensor) -> Hashable:
 
 
 def _of_all_models() -> Hashable:
-    return (*_torch_module._global_forward_hooks, *_torch_module._global_forward_pre_hooks)
+    attention = tuple((name, id(function)) for name, function in ALL_ATTENTION_FUNCTIONS.items())
+    hooks = (*_torch_module._global_forward_hooks, *_torch_module._global_forward_pre_hooks)
+    return hooks, attention

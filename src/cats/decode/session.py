@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Session:
         self._model, self._config, self._engine = model, config, engine
         self._state: State | None = None
         self._marks: Marks | None = None
+        self._runner: ref[Runner] | None = None
         self._stored: tuple[Tensor, Tensor] | None = None
         self._cancelled = threading.Event()
 
@@ -185,10 +187,12 @@ class Session:
         ids, mask = request.ids, request.mask
         state, stored, known = self._state, self._stored, self._marks
         capacity = window_of(request.length + request.options.max_new_tokens)
-        same_structure = known is not None and known.structure == marks.structure
+        # a released model, or one of another structure, has another runner
+        same_runner = self._runner is not None and self._runner() is runner
+        self._runner = ref(runner)
         same_weights = known is not None and known.content == marks.content
         self._marks = marks
-        if state is None or not same_structure or state.batch != len(ids):
+        if state is None or not same_runner or state.batch != len(ids):
             with torch.inference_mode():
                 self._state = State(self._model, self._config, len(ids), capacity)
             return self._state, 0
