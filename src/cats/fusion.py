@@ -18,6 +18,8 @@ from cats.model import (
     Layout,
     Replacement,
     find_gated_mlps,
+    has_other_forward,
+    is_hooked,
     share_hooks,
 )
 from cats.model.fusable import check_fusable, check_memory
@@ -190,9 +192,8 @@ class FusedGatedMLP(Replacement):
 
 
 def _runs_otherwise(module: nn.Module) -> bool:
-    # what accelerate replaces only loads and moves weights, which are checked apart
-    patched = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    return bool(module._forward_hooks or module._forward_pre_hooks or patched)
+    # weights that a hook of accelerate loads are checked apart
+    return is_hooked(module) or has_other_forward(module)
 
 
 def fuse_(model: M, *, backend: str = "auto") -> M:

@@ -24,14 +24,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cats.model import CatsActivation
+from cats.model import CatsActivation, has_other_forward
 
 # What every module has, but for its mode.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 # Index of a module, name of one of its attributes.
 Place = tuple[int, str]
 # Attributes of attributes are looked at to this depth.
-_DEEPEST = 3
+DEEPEST = 3
 _MOST_FUNCTIONS = 200
 _READ_GLOBALS = (bool, int, float, str, dict, list, tuple, set, Tensor, np.ndarray, SimpleNamespace)
 # Arrays of NumPy up to this size are compared by their content.
@@ -104,12 +104,9 @@ class Marks:
 
 def hides_settings(model: nn.Module) -> bool:
     """Whether hooks or replaced ``forward`` methods may decide by something that has no mark."""
-    return any(
-        has_own_hooks(m)
-        # that of accelerate only loads weights
-        or ("forward" in vars(m) and not hasattr(m, "_hf_hook"))
-        for m in model.modules()
-    ) or bool(_torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks)
+    return bool(_global_hooks()) or any(
+        has_own_hooks(m) or has_other_forward(m) for m in model.modules()
+    )
 
 
 def has_own_hooks(module: nn.Module) -> bool:
@@ -130,9 +127,14 @@ def runs_own_code(model: nn.Module) -> bool:
 
     Other libraries add both (adapters, offloading, steering). A trace would run them once.
     """
-    return any(has_own_hooks(m) or "forward" in vars(m) for m in model.modules()) or bool(
-        _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks
+    return bool(_global_hooks()) or any(
+        has_own_hooks(m) or "forward" in vars(m) for m in model.modules()
     )
+
+
+def _global_hooks() -> tuple[int, ...]:
+    """Numbers of the hooks that run for every module."""
+    return (*_torch_module._global_forward_hooks, *_torch_module._global_forward_pre_hooks)
 
 
 class _Uncounted:
@@ -159,7 +161,7 @@ def _structure(module: nn.Module, known: dict[Any, Hashable]) -> dict[str, Hasha
     for name, value in vars(module).items():
         if value is None or type(value) in (bool, int, float, str):
             found[name] = value
-        elif name not in _OF_EVERY_MODULE:
+        elif name not in OF_EVERY_MODULE:
             found[name] = _setting(value, known)
     return found
 
@@ -227,14 +229,14 @@ def _setting(value: Any, known: dict[Any, Hashable], depth: int = 0) -> Hashable
         return value.shape, hash(value.tobytes()) if value.nbytes <= _MOST_BYTES else id(value)
     if isinstance(value, GenerationConfig | logging.Logger):
         return None  # read by no forward pass
-    if depth < _DEEPEST and not isinstance(value, nn.Module | type | ModuleType):
+    if depth < DEEPEST and not isinstance(value, nn.Module | type | ModuleType):
         # what is nested is read by forward passes all the same
-        parts = tuple((str(k), _setting(v, known, depth + 1)) for k, v in _inside(value))
+        parts = tuple((str(k), _setting(v, known, depth + 1)) for k, v in inside(value))
         return _identity(value), parts
     return _identity(value)
 
 
-def _inside(value: Any) -> list[tuple[Any, Any]]:
+def inside(value: Any) -> list[tuple[Any, Any]]:
     """What an object holds: entries, attributes, what a function closes over."""
     if isinstance(value, dict):
         return list(value.items())
@@ -277,5 +279,4 @@ def _version(tensor: Tensor) -> Hashable:
 
 def _of_all_models() -> Hashable:
     attention = tuple((name, id(function)) for name, function in ALL_ATTENTION_FUNCTIONS.items())
-    hooks = (*_torch_module._global_forward_hooks, *_torch_module._global_forward_pre_hooks)
-    return hooks, attention
+    return _global_hooks(), attention

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cats.decode.marks import Place, is_recorder
+from cats.decode.marks import DEEPEST, OF_EVERY_MODULE, Place, inside, is_recorder
 from cats.decode.rotary import is_adaptive
 from cats.fusion import FusedGatedMLP
 from cats.model import CatsActivation
@@ -32,8 +33,6 @@ _TOLERANCE = {
 _TRIES = 3
 # Counters, frequencies and thresholds are smaller; quantised weights are larger.
 _COPIED_BYTES = 2**20
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_DEEPEST = 5
 
 
 class _Exclusion:
@@ -115,10 +114,11 @@ def shadow_of(model: nn.Module, *, copied_bytes: int = 0) -> nn.Module:
     for module in model.modules():
         for parameter in module._parameters.values():
             memo[id(parameter)] = parameter
-        attributes = [v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE]
-        for tensor in _tensors_in([*module._buffers.values(), attributes]):
-            if tensor.nbytes > copied_bytes:
-                memo[id(tensor)] = tensor
+        attributes = (v for k, v in vars(module).items() if k not in OF_EVERY_MODULE)
+        for value in (*module._buffers.values(), *attributes):
+            for tensor in _tensors_in(value):
+                if tensor.nbytes > copied_bytes:
+                    memo[id(tensor)] = tensor
     # what is copied counts its writes, as the original does
     with torch.inference_mode(False):
         return copy.deepcopy(model, memo)
@@ -128,13 +128,8 @@ def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
     """The tensors in a value, in its entries and attributes."""
     if isinstance(value, Tensor):
         yield value
-    elif depth < _DEEPEST and not isinstance(value, nn.Module | type):
-        inner: Iterable[Any] = getattr(value, "__dict__", {}).values()
-        if isinstance(value, dict):
-            inner = value.values()
-        elif isinstance(value, list | tuple | set):
-            inner = value
-        for item in inner:
+    elif depth < DEEPEST and not isinstance(value, nn.Module | type | ModuleType):
+        for _, item in inside(value):
             yield from _tensors_in(item, depth + 1)
 
 

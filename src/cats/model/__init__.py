@@ -5,7 +5,7 @@ from cats.model.decoder import Decoder, DecoderLayer, describe_decoder
 from cats.model.find import check_patterns, find_gated_mlps
 from cats.model.linear import Linear
 from cats.model.mlp import GatedMLP, GatedOperands
-from cats.model.modules import Replacement, evaluating, is_hooked, share_hooks
+from cats.model.modules import Replacement, evaluating, has_other_forward, is_hooked, share_hooks
 from cats.model.probe import Layout
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "describe_decoder",
     "evaluating",
     "find_gated_mlps",
+    "has_other_forward",
     "is_hooked",
     "is_sparse",
     "share_hooks",

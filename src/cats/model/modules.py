@@ -18,6 +18,14 @@ class Replacement(nn.Module):
         """The module that it stands for."""
 
 
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether the module's own ``forward`` was replaced, but for loading its weights.
+
+    What accelerate replaces only loads and moves weights.
+    """
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook")
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a forward pass of the module itself runs hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
