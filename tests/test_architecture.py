@@ -16,7 +16,7 @@ LAYERS = {
     4: "methods fusion mlp",
     3: "model fingerprint",
     2: "ops data results history smollm2 weights",
-    1: "functional config errors storage version undo lazy",
+    1: "functional config errors storage version undo lazy protocols",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # config is the content of files: within layer 1, errors and storage lie below it

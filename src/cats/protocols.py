@@ -1,0 +1,84 @@
+"""What cats uses of the models and tokenizers of other libraries, as types.
+
+They say what is expected of an argument; nothing is checked when a program runs. Models stay
+``nn.Module`` where only modules and tensors are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelConfig(Protocol):
+    """The configuration of a Hugging Face model. What only some families have is read by getattr."""
+
+    model_type: str
+    vocab_size: int
+
+    def get_text_config(self, *, decoder: bool = ...) -> ModelConfig:
+        """The part that describes the language model; the configuration itself where it is all."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class CausalOutput(Protocol):
+    """What a forward pass gives: ``logits`` is ``[B, T, V]``."""
+
+    logits: Tensor
+    loss: Tensor | None
+
+
+class CausalModel(Protocol):
+    """A Hugging Face causal language model, or a wrapper with the same interface (PEFT)."""
+
+    config: ModelConfig
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CausalOutput: ...
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+    def get_output_embeddings(self) -> nn.Module | None: ...
+
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def train(self, mode: bool = ...) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+
+class Tokenizer(Protocol):
+    """A Hugging Face tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    is_fast: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str: ...
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+    def save_pretrained(self, save_directory: str) -> Any: ...
