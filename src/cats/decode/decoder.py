@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import finalize
 
 import torch
@@ -17,13 +17,19 @@ from cats.decode.session import Session
 from cats.decode.text import Detokenizer
 from cats.decode.turns import Turns
 from cats.errors import BackendError, ConfigError, DataError, UnsupportedModelError
+from cats.protocols import ModelConfig, Tokenizer
 
 Piece = TypeVar("Piece")
 
-# The likeliest token, whatever the model's own settings are; no end before the last token.
-_PLAIN: dict[str, Any] = {
-    "do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None, "stop_strings": None,
-}  # fmt: skip
+
+class Streamer(Protocol):
+    """One of transformers, such as ``TextStreamer``."""
+
+    def put(self, value: Tensor) -> object:
+        """Take the prompt, ``[B, T]``, and then the tokens of each step, ``[B]``."""
+
+    def end(self) -> object:
+        """No more tokens follow."""
 
 
 def generate(
@@ -32,12 +38,12 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     engine: str = "auto",
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     callback: Callable[[Tensor], object] | None = None,
-    streamer: Any = None,
+    streamer: Streamer | None = None,
     **options: Any,
 ) -> Tensor:
-    """Continue prompts, as ``model.generate`` does, with less overhead a token.
+    """Continue prompts, as ``model.generate`` does, with less overhead per token.
 
     Args:
         model: A Hugging Face causal model, sparse or dense.
@@ -49,30 +55,35 @@ def generate(
         tokenizer: Needed for ``stop_strings`` and for texts.
         callback: Called with each step's tokens, ``[B]``, int64 on the CPU.
         streamer: One of transformers, given the prompt and each step's tokens.
-        **options: As in transformers' ``GenerationConfig``, with the same defaults, or a whole
+        **options: As in transformers' ``GenerationConfig``, with the same defaults, or a complete
             ``generation_config``; ``logits_processor``, ``stopping_criteria`` and
-            ``prefix_allowed_tokens_fn``; and ``seed``. Those that change the scores in other ways
-            than do_sample, temperature, top_k, top_p, min_p and repetition_penalty run on each step
-            as transformers' own processors, which costs time on a GPU. Other kinds of generation,
-            such as beams, are refused. Stop strings are looked for in the new text only.
+            ``prefix_allowed_tokens_fn``; and ``seed``. The common options that change the scores
+            are do_sample, temperature, top_k, top_p, min_p and repetition_penalty. The others run
+            on each step as transformers' own processors, which costs time on a GPU. Other kinds
+            of generation, such as beams, are refused. Stop strings are looked for in the new text
+            only.
 
     Returns:
         Prompts and new tokens, ``[B, T + N]``, int64, on the device of ``inputs``; rows that ended
-        early are filled up with ``pad_token_id``. ``B`` counts ``num_return_sequences`` rows for
-        each prompt.
+        early are filled up with ``pad_token_id``. ``B`` counts ``num_return_sequences`` rows per
+        prompt.
 
     Raises:
-        ConfigError: If an option cannot be right, or the prompt and its continuation are longer
-            than the model's context.
-        DataError: If the prompts cannot be right.
+        ConfigError: If an option is unknown or out of range, or the prompt and its continuation
+            are longer than the model's context.
+        DataError: If the prompts are no token ids of the model, or the mask does not fit them.
         UnsupportedModelError: If the model does not cache plain keys and values.
         BackendError: If the engine that was asked for cannot run.
         LogitsError: If a token is to be drawn, and the logits are NaN or infinite.
     """
     return Decoder(model, engine=engine).generate(
-        inputs, attention_mask=attention_mask, tokenizer=tokenizer, callback=callback,
-        streamer=streamer, **options,
-    )  # fmt: skip
+        inputs,
+        attention_mask=attention_mask,
+        tokenizer=tokenizer,
+        callback=callback,
+        streamer=streamer,
+        **options,
+    )
 
 
 class Decoder:
@@ -80,30 +91,36 @@ class Decoder:
 
     Several decoders of one model share what was traced or compiled. Threads that use one decoder
     wait for each other.
+
+    Example:
+        >>> decoder = cats.Decoder(model)
+        >>> ids = decoder.generate("A cat is", tokenizer=tokenizer, max_new_tokens=20)
+        >>> decoder.reasons
+        ['length']
     """
 
     def __init__(self, model: nn.Module, *, engine: str = "auto") -> None:
         """
         Args:
-            model: A Hugging Face causal model, sparse or dense. It may be changed between calls:
-                other modules, hooks and settings, and weights that are replaced or written to,
-                are seen. Two ways to write are not, since torch keeps no account of them:
+            model: A Hugging Face causal model, sparse or dense. It may be changed between calls.
+                Other modules, hooks and settings are seen, and so are weights that are replaced
+                or written to. Two kinds of write are not seen, because torch does not count them:
                 in place through ``weight.data``, and through memory shared with NumPy. Call
-                :meth:`reset` after those; the next prompt then runs whole. After changes that
-                are none of the model, such as a function of torch that was replaced, call
-                :func:`cats.release`.
+                :meth:`reset` after those; the next prompt is then computed from its first token.
+                After changes outside of the model, such as a function of torch that was
+                replaced, call :func:`cats.release`.
             engine: ``"auto"``, ``"eager"``, ``"compiled"`` or ``"stream"``.
         """
-        # what torch.compile(model) wraps
+        # torch.compile(model) keeps the model in this attribute
         model = getattr(model, "_orig_mod", model)
-        config: Any = getattr(model, "config", None)
-        if not hasattr(config, "get_text_config"):
+        config: ModelConfig | None = getattr(model, "config", None)
+        if config is None or not hasattr(config, "get_text_config"):
             raise UnsupportedModelError(
                 f"expected a Hugging Face causal model, got {type(model).__name__}"
             )
         check_engine(engine)
         self.model = model
-        self._config: Any = config.get_text_config(decoder=True)
+        self._config = config.get_text_config(decoder=True)
         self._engine_name = engine
         self._turns = Turns()
         self._session = Session(model, self._config, engine)
@@ -114,7 +131,10 @@ class Decoder:
         return self.engine_for(1)
 
     def engine_for(self, batch: int) -> str:
-        """Name of the engine that runs so many rows without padding; a forced one's, always."""
+        """Name of the engine that runs ``batch`` rows without padding.
+
+        If the decoder was made for one engine, it is always that one.
+        """
         return runner_of(self.model, self._engine_name)[0].name_for(batch)
 
     def reset(self) -> None:
@@ -136,40 +156,44 @@ class Decoder:
         inputs: Prompts,
         *,
         attention_mask: Tensor | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         callback: Callable[[Tensor], object] | None = None,
-        streamer: Any = None,
+        streamer: Streamer | None = None,
         **options: Any,
     ) -> Tensor:
-        """See :func:`cats.generate`; what the prompt shares with the last call is not run again."""
+        """See :func:`cats.generate`.
+
+        The tokens that the prompt shares with the last call are not computed again.
+        """
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback: expected a function, got {type(callback).__name__}")
-        shows = [s for s in (callback, getattr(streamer, "put", None)) if s is not None]
         with self._turns.take() as turn:
             request = self._request(inputs, attention_mask, options, tokenizer)
-            ids, columns = request.ids, []
+            ids, steps = request.ids, []
             if streamer is not None:
                 streamer.put(ids.cpu())
             for tokens in self._session.answer(request, turn):
-                columns.append(tokens)
-                for show in shows:
-                    show(tokens)
+                steps.append(tokens)
+                if callback is not None:
+                    callback(tokens)
+                if streamer is not None:
+                    streamer.put(tokens)
         if streamer is not None:
             streamer.end()
-        return torch.cat([ids, torch.stack(columns, dim=1).to(ids.device)], dim=1)
+        return torch.cat([ids, torch.stack(steps, dim=1).to(ids.device)], dim=1)
 
     def stream(
         self,
         inputs: Prompts,
         *,
         attention_mask: Tensor | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         **options: Any,
     ) -> Iterator[Tensor]:
         """The tokens of each step, ``[B]``, int64 on the CPU, as they come.
 
-        The iterator may be dropped at any time. Another call on this decoder ends it: its next
-        token is an error.
+        The iterator may be dropped at any time. Another call on this decoder ends it, and asking
+        for its next token is then a ``ConfigError``.
         """
 
         def tokens() -> Generator[Tensor]:
@@ -183,18 +207,18 @@ class Decoder:
         self,
         inputs: Prompts,
         *,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         attention_mask: Tensor | None = None,
         skip_special_tokens: bool = True,
         **options: Any,
     ) -> Iterator[str]:
-        """The new text of one row, in pieces, as soon as later tokens cannot change it.
+        """The new text of one row, in pieces. A piece comes once later tokens cannot change it.
 
-        The pieces join to ``tokenizer.decode`` of all new tokens; a stop string is part of it, as
-        in transformers. The iterator behaves as that of :meth:`stream`.
+        Together the pieces are ``tokenizer.decode`` of all new tokens; a stop string is part of
+        it, as in transformers. The iterator ends as that of :meth:`stream` does.
 
         Raises:
-            DataError: At its first piece, if there is more than one row.
+            DataError: At the first piece, if there is more than one row.
         """
 
         def pieces() -> Generator[str]:
@@ -203,7 +227,7 @@ class Decoder:
                 if len(request.ids) > 1:
                     raise DataError(
                         f"stream_text continues one prompt, got {len(request.ids)} rows: use "
-                        "stream, or a decoder for each"
+                        "stream, or one decoder per prompt"
                     )
                 text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
                 for tokens in self._session.answer(request, turn):
@@ -215,20 +239,20 @@ class Decoder:
         return _Stream(pieces())
 
     def logits(self, ids: Tensor, *, prompt_length: int) -> Tensor:
-        """What this engine's steps make of given tokens, whatever they would choose themselves.
+        """Logits of a text, computed step by step by this decoder's engine.
 
-        The conversation is left as it is; buffers and a captured step of its own are used.
+        The conversation does not change: the call has its own buffers and its own captured step.
 
         Args:
             ids: Token ids ``[B, T]``, without padding.
-            prompt_length: How many of them are the prompt; a step runs each of the others.
+            prompt_length: How many of them are the prompt. Each of the others is one step.
 
         Returns:
-            Logits behind each token after the prompt, ``[B, T - prompt_length, V]``, float32, on
-            the model's device.
+            The logits that follow each token after the prompt, ``[B, T - prompt_length, V]``,
+            float32, on the model's device.
 
         Raises:
-            ConfigError: If there is no token after the prompt, or one too many for the context.
+            ConfigError: If there is no token after the prompt, or the context is too short.
             BackendError: If the engine cannot run, or does not show its logits.
         """
         ids = torch.as_tensor(ids)
@@ -239,29 +263,36 @@ class Decoder:
             raise ConfigError(
                 f"expected a prompt shorter than the {length} tokens, got {prompt_length}"
             )
-        given = {**_PLAIN, "max_new_tokens": length - prompt_length + 1}
+        # each option is set, so that the model's own settings do not count
+        options = {
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "eos_token_id": None,
+            "stop_strings": None,
+            "max_new_tokens": length - prompt_length + 1,
+        }
         mask = torch.ones_like(ids[:, :prompt_length])
         with self._turns.take(), torch.inference_mode():
-            request = self._request(ids[:, :prompt_length], mask, given)
-            found, name = self._session.logits(ids, request)
-        if found.isnan().all():
+            request = self._request(ids[:, :prompt_length], mask, options)
+            logits, name = self._session.logits(ids, request)
+        if logits.isnan().all():
             raise BackendError(f"the engine {name} does not show its logits")
-        return found
+        return logits
 
     def _request(
         self,
         inputs: Prompts,
         attention_mask: Tensor | None,
         options: Mapping[str, Any],
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Request:
         return Request.of(self.model, self._config, inputs, attention_mask, options, tokenizer)
 
 
 class _Stream(Iterator[Piece]):
-    """What a generator yields; it is closed when this is dropped, and before the interpreter ends.
+    """What a generator yields. The generator is closed when this object is dropped, or at exit.
 
-    Python would leave a generator that is half read at exit to the end of torch itself.
+    Python itself would close a generator that is half read at exit only after torch has ended.
     """
 
     def __init__(self, tokens: Generator[Piece]) -> None:

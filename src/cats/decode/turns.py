@@ -12,7 +12,7 @@ from cats.errors import ConfigError
 class Turns:
     """Lets one generation run; other threads wait for it.
 
-    A thread that begins another one before its iterator has ended takes the turn away: the old
+    If the same thread begins another generation first, that one takes the turn: the older
     iterator raises at its next token.
     """
 
@@ -40,7 +40,7 @@ class Turns:
 
 
 class Turn:
-    """The right to run, of one thread."""
+    """The right of one thread to run."""
 
     def __init__(self, turns: Turns) -> None:
         self.thread = threading.get_ident()
@@ -57,6 +57,6 @@ class Turn:
         """
         if not self.is_valid():
             raise ConfigError(
-                "this stream was ended by a later call on the same decoder: use one decoder a "
+                "this stream was ended by a later call on the same decoder: use one decoder per "
                 "conversation"
             )
