@@ -24,19 +24,33 @@ from transformers import (
 import cats
 
 FAMILIES = [
-    LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
-    GemmaConfig, Gemma2Config, Gemma3TextConfig, Phi3Config,
-]  # fmt: skip
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    GemmaConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Phi3Config,
+]
 # Some of what transformers does changed in this version; the tests say what.
 OLDER_TRANSFORMERS = version.parse(transformers.__version__) < version.parse("5.23")
 VOCABULARY = 257  # the bytes, and the end of text
 BOS = 257  # of tokenizers that begin a text with it
 F = 40
 SIZES = dict(
-    hidden_size=16, intermediate_size=F, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, vocab_size=VOCABULARY, max_position_embeddings=512,
-    pad_token_id=256, bos_token_id=256, eos_token_id=256,
-)  # fmt: skip
+    hidden_size=16,
+    intermediate_size=F,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=512,
+    pad_token_id=256,
+    bos_token_id=256,
+    eos_token_id=256,
+)
 
 
 def make_model(config=LlamaConfig, **changes):

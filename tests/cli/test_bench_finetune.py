@@ -1,3 +1,5 @@
+from shlex import split
+
 import pytest
 
 from tests.cli.test_finetune import SMALL
@@ -7,11 +9,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, text, tmp_path):
     folder = tmp_path / "sweep"
-    common = (
-        "bench", "finetune", checkpoint, "-o", folder, "--text", text,
-        "--eval-text", f"same={text}", *SMALL, "--method", "dense", "--method", "cats-50",
-        "--distillation", 0, "--distillation", 0.5,
-    )  # fmt: skip
+    common = split(
+        f"bench finetune {checkpoint} -o {folder} --text {text} --eval-text same={text} "
+        "--method dense --method cats-50 --distillation 0 --distillation 0.5"
+    )
+    common += SMALL
     names = {"dense-lr0.01", "cats-50-lr0.01", "cats-50-lr0.01-distill0.5"}
     assert command_json(*common).keys() == names
     assert {path.stem for path in folder.iterdir()} == names
@@ -29,19 +31,17 @@ def test_sweep_compares_and_curves_are_drawn(command, command_json, checkpoint, 
 
 
 def test_sweep_says_which_methods_go_without_an_option(command, checkpoint, text, tmp_path):
-    code, _, err = command(
-        "bench", "finetune", checkpoint, "-o", tmp_path / "sweep", "--text", text, *SMALL,
-        "--method", "dense", "--method", "cats-50", "--distillation", 0.5, "--recalibrate", 1,
-    )  # fmt: skip
+    methods = split("--method dense --method cats-50 --distillation 0.5 --recalibrate 1")
+    run = ("bench", "finetune", checkpoint, "-o", tmp_path / "sweep", "--text", text, *SMALL)
+    code, _, err = command(*run, *methods)
     assert code == 0, err
     said = [line for line in err.splitlines() if "without" in line]
     assert said == [
         "dense: without --distillation, a dense model would be its own teacher",
         "dense: without --recalibrate, only cats has a target sparsity to calibrate for",
     ]
-    assert {path.stem for path in (tmp_path / "sweep").iterdir()} == {
-        "dense-lr0.01", "cats-50-lr0.01-distill0.5-recalibrate1",
-    }  # fmt: skip
+    names = {"dense-lr0.01", "cats-50-lr0.01-distill0.5-recalibrate1"}
+    assert {path.stem for path in (tmp_path / "sweep").iterdir()} == names
 
 
 EARLY = {

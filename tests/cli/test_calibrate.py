@@ -119,7 +119,7 @@ BAD = {
     "info": ("info", "absent.safetensors"),
     "empty prompt": ("generate", "MODEL", ""),
     "top-p of a greedy token": ("generate", "MODEL", "a", "--top-p", "2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("arguments", BAD.values(), ids=BAD)
@@ -162,11 +162,13 @@ def test_option_that_would_be_misread_is_refused_before_the_model_is_loaded(
 WORDS = {
     "percent": (("--sparsity", 50), "a share inside (0, 1), such as 0.5 for 50 %; got 50"),
     "text": (("--text", "none.txt"), "error: none.txt: no such file"),
-    "pattern": (("--exclude", "foo.*"), "matches no MLP of this model, which are named like "
-                "'model.layers.0.mlp'"),
+    "pattern": (
+        ("--exclude", "foo.*"),
+        "matches no MLP of this model, which are named like 'model.layers.0.mlp'",
+    ),
     "pattern of no MLP": (("--exclude", "lm_head"), "matches no MLP"),
     "all": (("--exclude", "*.0.*", "--exclude", "*.1.*"), "*.0.* *.1.* leaves no MLP"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("arguments", "message"), WORDS.values(), ids=WORDS)

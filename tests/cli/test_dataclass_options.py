@@ -46,9 +46,12 @@ def invoke():
     @app.command()
     @options_of("more", More, {None: ("size",)})
     @options_of(
-        "options", Options, {"Own": ("steps", "names"), None: ("fast", "half")},
-        names={"names": "--name,-n"}, defaults={"steps": 5},
-    )  # fmt: skip
+        "options",
+        Options,
+        {"Own": ("steps", "names"), None: ("fast", "half")},
+        names={"names": "--name,-n"},
+        defaults={"steps": 5},
+    )
     def command(model: str, *, options: Chosen, more: Chosen, last: bool = False) -> None:
         got.update(model=model, options=options, more=more, last=last)
 
@@ -93,9 +96,8 @@ def test_every_field_has_its_words(cls):
 
 
 def test_an_option_is_called_by_its_first_name():
-    assert [option_name(f, NAMES) for f in ("learning_rate", "bfloat16", "save_every")] == [
-        "--learning-rate", "--bf16", "--save-every",
-    ]  # fmt: skip
+    names = [option_name(field, NAMES) for field in ("learning_rate", "bfloat16", "save_every")]
+    assert names == ["--learning-rate", "--bf16", "--save-every"]
 
 
 def test_every_field_of_a_fine_tuning_has_an_option():

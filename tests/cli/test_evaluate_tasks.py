@@ -1,4 +1,6 @@
 import json
+from itertools import product
+from shlex import split
 
 import pytest
 
@@ -16,23 +18,24 @@ pytestmark = [
 @pytest.fixture
 def thresholds(command, checkpoint, text, tmp_path):
     path = tmp_path / "cats90.safetensors"
-    code, _, err = command("calibrate", checkpoint, "--text", text, "--block", 64,
-                           "--sparsity", 0.9, "-o", path)  # fmt: skip
+    code, _, err = command(
+        "calibrate", checkpoint, "--text", text, "--block", 64, "--sparsity", 0.9, "-o", path
+    )
     assert code == 0, err
     return path
 
 
 def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tmp_path):
     data, folder = models_data(tmp_path / "data"), tmp_path / "run"
-    arguments = ("evaluate", checkpoint, "--thresholds", thresholds, "--tasks", "piqa,sciq",
-                 "--data-dir", data, "-o", folder)  # fmt: skip
+    arguments = split(
+        f"evaluate {checkpoint} --thresholds {thresholds} --tasks piqa,sciq "
+        f"--data-dir {data} -o {folder}"
+    )
     code, out, err = command(*arguments, "--json")
     assert code == 0, err
     rows = json.loads(out)
-    assert [(r["variant"], r["task"]) for r in rows if r["metric"] == "acc"] == [
-        ("dense", "piqa"), ("dense", "sciq"), ("dense", "mean"),
-        ("cats-90", "piqa"), ("cats-90", "sciq"), ("cats-90", "mean"),
-    ]  # fmt: skip
+    names = [(row["variant"], row["task"]) for row in rows if row["metric"] == "acc"]
+    assert names == list(product(["dense", "cats-90"], ["piqa", "sciq", "mean"]))
     dense, sparse = (
         next(r for r in rows if (r["variant"], r["task"], r["metric"]) == (v, "piqa", "acc_norm"))
         for v in ("dense", "cats-90")
@@ -42,9 +45,11 @@ def test_dense_and_sparse_stand_side_by_side(command, checkpoint, thresholds, tm
     assert (folder / "answers" / "cats-90" / "sciq.jsonl").exists()
     lines = [line for line in err.splitlines() if line.startswith("cats-90: ")]
     assert lines == [
-        "cats-90: asking piqa ...", "cats-90: piqa done",
-        "cats-90: asking sciq ...", "cats-90: sciq done",
-    ]  # fmt: skip
+        "cats-90: asking piqa ...",
+        "cats-90: piqa done",
+        "cats-90: asking sciq ...",
+        "cats-90: sciq done",
+    ]
     assert len((folder / "results.jsonl").read_text().splitlines()) == len(rows)
 
     code, out, err = command(*arguments)
@@ -70,10 +75,9 @@ def test_stopped_evaluation_says_where_it_goes_on_if_it_does(
         return real(model, tokenizer, task, **options)
 
     monkeypatch.setattr(runs, "evaluate_task", stop_at_sciq)
-    code, _, err = command(
-        "evaluate", checkpoint, "--tasks", "piqa,sciq", "--data-dir",
-        models_data(tmp_path / "data"), *(("-o", folder) if output else ()),
-    )  # fmt: skip
+    data = models_data(tmp_path / "data")
+    arguments = ("evaluate", checkpoint, "--tasks", "piqa,sciq", "--data-dir", data)
+    code, _, err = command(*arguments, *(("-o", folder) if output else ()))
     assert code == 130
     assert (f"stopped; the same command goes on from {folder}\n" in err) == output
     assert ("stopped" in err) == output

@@ -1,4 +1,5 @@
 import json
+from shlex import split
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from tests import models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = (
-    "--block", 32, "--eval-tokens", 128, "--calibration-tokens", 256, "--batch-size", 4,
-    "--steps", 2, "--eval-every", 1, "--lr", 1e-2,
-)  # fmt: skip
+SMALL = split(
+    "--block 32 --eval-tokens 128 --calibration-tokens 256 --batch-size 4 --steps 2 "
+    "--eval-every 1 --lr 1e-2"
+)
 
 
 @pytest.fixture
@@ -27,10 +28,9 @@ def pairs(tmp_path):
 
 def test_text_is_learnt_and_the_adapter_loads(command_json, checkpoint, text, tmp_path):
     output = tmp_path / "run"
-    report = command_json(
-        "finetune", checkpoint, "-o", output, "--text", f"{text}[:50%]",
-        "--eval-text", f"rest={text}", *SMALL, "--merge", "--rank", 4,
-    )  # fmt: skip
+    data = ("--text", f"{text}[:50%]", "--eval-text", f"rest={text}")
+    run = ("finetune", checkpoint, "-o", output, *data, *SMALL)
+    report = command_json(*run, "--merge", "--rank", 4)
     assert report["complete"]
     assert report["points"][-1]["losses"]["rest"] < report["points"][0]["losses"]["rest"]
     assert report["settings"]["method"] == "cats"
@@ -42,10 +42,9 @@ def test_text_is_learnt_and_the_adapter_loads(command_json, checkpoint, text, tm
 
 
 def test_table_and_bar(command, checkpoint, text, tmp_path):
-    code, out, err = command(
-        "finetune", checkpoint, "-o", tmp_path / "run", "--text", text,
-        "--eval-text", f"same={text}", *SMALL, "--method", "relu",
-    )  # fmt: skip
+    data = ("--text", text, "--eval-text", f"same={text}")
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", *data, *SMALL)
+    code, out, err = command(*run, "--method", "relu")
     assert code == 0, err
     assert "relu" in out
     assert "step 2" in err
@@ -99,8 +98,8 @@ def test_stopped_run_says_where_it_goes_on_if_it_does(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(StepBar, "show", stop_at_step_2)
-    code, _, err = command("finetune", checkpoint, "-o", tmp_path / "run", "--text", text, *SMALL,
-                           "--steps", 3, "--save-every", save_every)  # fmt: skip
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", "--text", text, *SMALL)
+    code, _, err = command(*run, "--steps", 3, "--save-every", save_every)
     assert code == 130
     assert (f"stopped; the same command goes on from {tmp_path / 'run'}\n" in err) == said
 
@@ -120,20 +119,18 @@ def test_thresholds_file_and_sparse_checkpoint_are_taken(
 
 
 def test_pairs_are_learnt_and_answers_counted(command_json, checkpoint, pairs, tmp_path):
-    report = command_json(
-        "finetune", checkpoint, "-o", tmp_path / "run", "--pairs", pairs,
-        "--eval-pairs", f"sums={pairs}", "--accuracy", "--max-new-tokens", 4, *SMALL,
-        "--epochs", 1, "--eval-every", 5,
-    )  # fmt: skip
+    data = ("--pairs", pairs, "--eval-pairs", f"sums={pairs}")
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", *data, *SMALL)
+    answers = ("--accuracy", "--max-new-tokens", 4)
+    report = command_json(*run, *answers, "--epochs", 1, "--eval-every", 5)
     assert [point["step"] for point in report["points"]] == [0, 5]
     assert 0 <= report["points"][-1]["accuracy"]["sums"] <= 1
 
 
 def test_default_number_of_tokens_is_never_refused(command, checkpoint, text, tmp_path):
-    code, _, err = command(
-        "finetune", checkpoint, "-o", tmp_path / "run", "--text", text,
-        "--eval-text", f"same={text}", "--block", 200_000,
-    )  # fmt: skip
+    data = ("--text", text, "--eval-text", f"same={text}")
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", *data)
+    code, _, err = command(*run, "--block", 200_000)
     assert code == 1
     assert "too few for one block of 200000" in err
 
@@ -163,10 +160,9 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(command, checkpoint, text, pairs, tmp_path, arguments, message):
     data = ("--pairs", pairs) if arguments[0] in ("--prompt", "--block") else ("--text", text)
-    code, _, err = command(
-        "finetune", checkpoint, "-o", tmp_path / "run", *data, *SMALL,
-        *(str(a).replace("TEXT", str(text)).replace("PAIRS", str(pairs)) for a in arguments),
-    )  # fmt: skip
+    files = (str(a).replace("TEXT", str(text)).replace("PAIRS", str(pairs)) for a in arguments)
+    run = ("finetune", checkpoint, "-o", tmp_path / "run", *data, *SMALL)
+    code, _, err = command(*run, *files)
     assert code == 1
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
@@ -21,9 +22,15 @@ def test_model_shows_the_engine_that_would_decode_it_and_why_not_another(command
     report = command_json("info", checkpoint)
     assert {"thresholds": "none: a dense model"} in report.values()
     assert report["architecture"] == {
-        "model": "LlamaForCausalLM", "layers": 2, "hidden_size": 16, "parameters": 13_680,
-        "dtype": "float32", "gated_mlps": 2, "intermediate_size": 40, "activation": "silu",
-    }  # fmt: skip
+        "model": "LlamaForCausalLM",
+        "layers": 2,
+        "hidden_size": 16,
+        "parameters": 13_680,
+        "dtype": "float32",
+        "gated_mlps": 2,
+        "intermediate_size": 40,
+        "activation": "silu",
+    }
     engines = report["engines of cats.generate"]
     assert engines.keys() == set(ENGINES)
     assert list(engines.values()).count("is taken") == 1
@@ -41,10 +48,8 @@ def test_model_that_the_loop_cannot_decode_says_why(command_json, tmp_path):
 
 def test_thresholds_and_statistics_are_described_in_words(command, checkpoint, text, tmp_path):
     thresholds, statistics = tmp_path / "t.safetensors", tmp_path / "counts"
-    command(
-        "calibrate", checkpoint, "--text", text, *SMALL, "-o", thresholds,
-        "--statistics", statistics,
-    )  # fmt: skip
+    files = ("-o", thresholds, "--statistics", statistics)
+    command("calibrate", checkpoint, "--text", text, *SMALL, *files)
     for file, words in ((thresholds, "dropped in calibration"), (statistics, "40 neurons, silu")):
         code, out, err = command("info", file)
         assert code == 0, err
@@ -93,13 +98,13 @@ def test_file_of_something_else_is_no_model(command, text):
 
 
 @pytest.mark.parametrize("method", ["cats", "dense"])
-def test_what_finetuning_wrote_is_described(command, command_json, checkpoint, text, tmp_path,
-                                            method):  # fmt: skip
+def test_what_finetuning_wrote_is_described(
+    command, command_json, checkpoint, text, tmp_path, method
+):
     run = tmp_path / "run"
-    code, _, err = command(
-        "finetune", checkpoint, "-o", run, "--text", text, "--eval-text", f"same={text}",
-        "--block", 32, "--calibration-tokens", 256, "--steps", 1, "--rank", 4, "--method", method,
-    )  # fmt: skip
+    data = ("--text", text, "--eval-text", f"same={text}")
+    small = split("--block 32 --calibration-tokens 256 --steps 1 --rank 4")
+    code, _, err = command("finetune", checkpoint, "-o", run, *data, *small, "--method", method)
     assert code == 0, err
     adapter = command_json("info", run / "adapter")
     assert adapter["adapter"]["rank"] == 4

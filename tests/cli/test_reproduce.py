@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from shlex import split
 
 import pytest
 
@@ -27,11 +28,11 @@ def reproduce(command, checkpoint, text, tmp_path):
     data = models_data(tmp_path / "data")
 
     def run(*options):
-        return command(
-            "reproduce", "--model", checkpoint, "-o", tmp_path / "run", "--text", text,
-            "--samples", 8, "--length", 64, "--sparsity", 0.5, "--tasks", "piqa,sciq",
-            "--data-dir", data, "--limit", 4, *options,
-        )  # fmt: skip
+        common = split(
+            f"reproduce --model {checkpoint} -o {tmp_path / 'run'} --text {text} --samples 8 "
+            f"--length 64 --sparsity 0.5 --tasks piqa,sciq --data-dir {data} --limit 4"
+        )
+        return command(*common, *options)
 
     return run
 

@@ -32,10 +32,18 @@ def four_free(monkeypatch):
 @pytest.mark.parametrize(
     ("wanted", "available", "taken", "expected"),
     [
-        (4, 4, 0.0, 4), (4, 4, 0.4, 4), (4, 4, 0.6, 3), (4, 4, 3.9, 1), (4, 4, 9.0, 1),
-        (2, 4, 1.0, 2), (4, 1.5, 0.0, 2), (4, 0.5, 0.0, 1), (4, 4, None, 4), (1, 4, 0.0, 1),
+        (4, 4, 0.0, 4),
+        (4, 4, 0.4, 4),
+        (4, 4, 0.6, 3),
+        (4, 4, 3.9, 1),
+        (4, 4, 9.0, 1),
+        (2, 4, 1.0, 2),
+        (4, 1.5, 0.0, 2),
+        (4, 0.5, 0.0, 1),
+        (4, 4, None, 4),
+        (1, 4, 0.0, 1),
     ],
-)  # fmt: skip
+)
 def test_threads_are_as_many_as_there_are_free_processors(wanted, available, taken, expected):
     assert limited(wanted, available, taken) == expected
 
@@ -86,9 +94,7 @@ def stat(path, **seconds):
 def test_load_is_what_the_others_did_meanwhile(tmp_path, monkeypatch):
     path, processors = tmp_path / "stat", os.cpu_count()
     own = iter([0.0, 3.0])
-    monkeypatch.setattr(
-        os, "times", lambda: os.times_result((next(own), 0.0, 0.0, 0.0, 0.0))
-    )  # fmt: skip
+    monkeypatch.setattr(os, "times", lambda: os.times_result((next(own), 0.0, 0.0, 0.0, 0.0)))
     stat(path, user=1000, idle=5000)
     load = OtherLoad(path)
     # ten seconds on all processors; three of the busy ones are ours

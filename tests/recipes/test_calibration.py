@@ -24,8 +24,10 @@ def test_thresholds_are_those_of_calibrate_and_their_cost_is_measured(model, pro
         cats.metrics.perplexity(cats.densify_(model), [HELD_OUT])
     )
     assert progress.tracked == [
-        ("calibrating", 2), ("dense perplexity", 1), ("sparse perplexity", 1),
-    ]  # fmt: skip
+        ("calibrating", 2),
+        ("dense perplexity", 1),
+        ("sparse perplexity", 1),
+    ]
 
 
 def test_loss_is_kept(model):

@@ -8,15 +8,8 @@ SMALL = {"tokens": 1024, "held_out_tokens": 512, "max_new_tokens": 3}
 
 
 def test_demo_measures_both_and_leaves_the_model_dense(model, tokenizer, text, progress, device):
-    found = demonstrate(
-        model.to(device),
-        tokenizer,
-        text,
-        **SMALL,
-        prompt="abc",
-        model_name="tiny",
-        progress=progress,
-    )
+    names = {"prompt": "abc", "model_name": "tiny"}
+    found = demonstrate(model.to(device), tokenizer, text, **SMALL, **names, progress=progress)
     assert not is_sparse(model)
     assert found.cats.mlp_share < found.dense.mlp_share == 1
     assert found.cats.token_bytes < found.dense.token_bytes

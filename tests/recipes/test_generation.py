@@ -8,10 +8,8 @@ from cats.recipes.generation import tokens_per_second
 
 def test_answer_is_that_of_generate_and_its_pieces_join(model, tokenizer):
     pieces, ticks = [], []
-    found = answer(
-        model, tokenizer, "abc", max_new_tokens=9, on_text=pieces.append,
-        on_token=lambda: ticks.append(1),
-    )  # fmt: skip
+    callbacks = {"on_text": pieces.append, "on_token": lambda: ticks.append(1)}
+    found = answer(model, tokenizer, "abc", max_new_tokens=9, **callbacks)
     ids = tokenizer("abc", return_tensors="pt")["input_ids"]
     output = cats.generate(model, ids, max_new_tokens=9, tokenizer=tokenizer)
     assert found.text == tokenizer.decode(output[0, 3:], skip_special_tokens=True)
@@ -23,10 +21,8 @@ def test_answer_is_that_of_generate_and_its_pieces_join(model, tokenizer):
 @pytest.mark.parametrize("seed", range(4))
 def test_pieces_join_where_the_end_is_half_a_character(model, tokenizer, seed):
     pieces = []
-    found = answer(
-        model, tokenizer, "abc", max_new_tokens=9, do_sample=True, temperature=2.0, seed=seed,
-        on_text=pieces.append,
-    )  # fmt: skip
+    sampling = {"do_sample": True, "temperature": 2.0, "seed": seed}
+    found = answer(model, tokenizer, "abc", max_new_tokens=9, on_text=pieces.append, **sampling)
     assert "".join(pieces) == found.text
 
 

@@ -85,5 +85,7 @@ def test_the_search_says_first_how_long_it_takes_and_then_what_it_does(
     (line,) = progress.said
     assert line.startswith("One perplexity takes about 1 s on a part of the held-out text and 1 s")
     assert progress.tracked[:3] == [
-        ("at 0 %, a part", 1), ("at 0 %, the rest", 1), ("at 50 %, a part", 1),
-    ]  # fmt: skip
+        ("at 0 %, a part", 1),
+        ("at 0 %, the rest", 1),
+        ("at 50 %, a part", 1),
+    ]

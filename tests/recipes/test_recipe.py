@@ -5,13 +5,14 @@ from cats.evaluation import Dense
 from cats.recipes import Progress, Recipe, reproduce
 from tests import models
 
+SMALL = {"name": "tiny", "targets": [0.5], "samples": 2, "length": 8, "source": "text"}
+
 
 @pytest.mark.parametrize(("bos", "begins"), [(None, True), (True, True), (False, None)])
 def test_blocks_begin_as_the_option_says_and_every_number_tells(tmp_path, model, bos, begins):
-    recipe = Recipe(
-        model=model, tokenizer=models.make_tokenizer(begins=True), folder=tmp_path, name="tiny",
-        targets=[0.5], samples=2, length=8, bos=bos, source="text",
-    )  # fmt: skip
+    tokenizer = models.make_tokenizer(begins=True)
+    common = {"model": model, "tokenizer": tokenizer, "folder": tmp_path}
+    recipe = Recipe(**common, **SMALL, bos=bos)
     blocks = [*recipe.split("abc" * 40), *recipe.eval_blocks({"other": "xy" * 40}, None).values()]
     assert all((b[:, 0] == models.BOS).all() == bool(begins) for b in blocks)
     assert recipe.settings["bos"] is begins
@@ -42,10 +43,8 @@ def test_a_bar_moves_while_a_perplexity_is_measured(tmp_path, model, tokenizer):
                 assert len(taken) == done
             return 1.0, 1.0
 
-    recipe = Recipe(
-        model=model, tokenizer=tokenizer, folder=tmp_path, name="tiny", targets=[0.5], samples=2,
-        length=8, source="text", progress=Bar(),
-    )  # fmt: skip
+    common = {"model": model, "tokenizer": tokenizer, "folder": tmp_path}
+    recipe = Recipe(**common, **SMALL, progress=Bar())
     recipe.perplexity(Watched(), "text", models.make_ids(rows=12, length=8))
     assert taken == [0, 1, 2]
     recipe.perplexity(Watched(), "text", models.make_ids(rows=12, length=8))

@@ -45,9 +45,14 @@ def test_what_differs_from_the_run_in_a_folder_is_named(model, tokenizer, data, 
     assert changed_options(run, OPTIONS) == {}
     ready = prepare_(model, tokenizer, data, OPTIONS)
     finetune(
-        model, ready.train, tokenizer=tokenizer, output=run, options=ready.options,
-        evaluations=ready.evaluations, calibration=ready.calibration,
-    )  # fmt: skip
+        model,
+        ready.train,
+        tokenizer=tokenizer,
+        output=run,
+        options=ready.options,
+        evaluations=ready.evaluations,
+        calibration=ready.calibration,
+    )
     assert changed_options(run, OPTIONS) == {}
     other = FinetuneOptions(steps=3, batch_size=2, evaluate_every=2, save_every=0, rank=2)
     assert changed_options(run, other) == {"steps": (2, 3), "batch_size": (4, 2)}

@@ -51,15 +51,21 @@ def mlp(
     device = str(options.torch_device(device))
     cases = [
         Case(
-            hidden_size=sizes[0], intermediate_size=sizes[1], dtype=bench_options.dtype_of(name),
-            batch=bench_options.positive(tokens, "--batch"), device=device, rounds=rounds,
+            hidden_size=sizes[0],
+            intermediate_size=sizes[1],
+            dtype=bench_options.dtype_of(name),
+            batch=bench_options.positive(tokens, "--batch"),
+            device=device,
+            rounds=rounds,
             sparsities=tuple(bench_options.share_of(part) for part in sparsity.split(",")),
-            backends=tuple(backend or ()), size=read_mib * 2**20, compiled=compiled,
+            backends=tuple(backend or ()),
+            size=read_mib * 2**20,
+            compiled=compiled,
         )
         for sizes, name, tokens in product(
             map(bench_options.shape_of, shape), dtype.split(","), batch.split(",")
         )
-    ]  # fmt: skip
+    ]
     for case in cases:
         with stage() as show:
             show(
@@ -101,11 +107,16 @@ def model(
     options.quiet()
     options.check_output(output)
     case = Case(
-        shape=shape, layers=layers, sparsity=sparsity,
-        dtype=bench_options.dtype_of(dtype), prefill=prefill, new_tokens=new_tokens,
-        caches=tuple(cache.split(",")), rounds=rounds,
+        shape=shape,
+        layers=layers,
+        sparsity=sparsity,
+        dtype=bench_options.dtype_of(dtype),
+        prefill=prefill,
+        new_tokens=new_tokens,
+        caches=tuple(cache.split(",")),
+        rounds=rounds,
         device=str(options.torch_device(device)),
-    )  # fmt: skip
+    )
     with stage() as show:
         show(f"timing {shape}, dense and {label_of('cats', sparsity)}")
         results = list(measure(case))
@@ -173,12 +184,19 @@ def decode(
     options.check_output(output)
     torch.manual_seed(0)
     case = Case(
-        model=model, sparsities=tuple(bench_options.share_of(part) for part in sparsity.split(",")),
-        engines=tuple(engine or ("auto",)), batch=batch, prompt_length=prompt_length,
-        new_tokens=new_tokens, rounds=rounds, generate_rounds=generate_rounds,
-        read_bytes=read_mib * 2**20, generate=generate, generate_compiled=static,
+        model=model,
+        sparsities=tuple(bench_options.share_of(part) for part in sparsity.split(",")),
+        engines=tuple(engine or ("auto",)),
+        batch=batch,
+        prompt_length=prompt_length,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        generate_rounds=generate_rounds,
+        read_bytes=read_mib * 2**20,
+        generate=generate,
+        generate_compiled=static,
         launches=launches,
-    )  # fmt: skip
+    )
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
     hub = options.hub(revision, subfolder, trust_remote_code)

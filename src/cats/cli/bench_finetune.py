@@ -86,9 +86,11 @@ def finetune(
     from cats.recipes.training_data import TrainingData
 
     runs = grid(
-        method or ["dense", "cats-50", "cats-70", "relu"], learning_rate or [1e-5],
-        distillation or [0.0], recalibrate or [0],
-    )  # fmt: skip
+        method or ["dense", "cats-50", "cats-70", "relu"],
+        learning_rate or [1e-5],
+        distillation or [0.0],
+        recalibrate or [0],
+    )
     _check_grid(runs, distillation, recalibrate)
     rows = TrainingData(**data.values, seed=seed, bos=bos)
     shared.check_answers(tuning, accuracy, rows)
@@ -108,12 +110,20 @@ def finetune(
             bar.show(point)
 
         for run, result in sweep(
-            loaded, ready.train, runs=runs, tokenizer=tokenizer, folder=output,
-            options=ready.options, calibration=ready.calibration, evaluations=ready.evaluations,
+            loaded,
+            ready.train,
+            runs=runs,
+            tokenizer=tokenizer,
+            folder=output,
+            options=ready.options,
+            calibration=ready.calibration,
+            evaluations=ready.evaluations,
             answers=ready.pairs if accuracy else {},
-            about={"model": model, "revision": revision, **rows.about()}, commit=commit,
-            on_point=on_point, on_step=lambda run, step: bar.step(step),
-        ):  # fmt: skip
+            about={"model": model, "revision": revision, **rows.about()},
+            commit=commit,
+            on_point=on_point,
+            on_step=lambda run, step: bar.step(step),
+        ):
             if isinstance(result, TrainingError):
                 options.err.print(f"{run.name}: {result}", style="red", markup=False)
             else:
@@ -176,8 +186,11 @@ def _table(title: str, found: dict[str, History]) -> Table:
             before, after = (cell(p.losses.get(name), ".4f") for p in (first, last))
             losses.append(f"{before} > {after}" + ("" if share is None else f" ({share:.0%})"))
         table.add_row(
-            escape(run), *losses, *(cell(last.accuracy.get(task), ".1%") for task in tasks),
-            cell(last.sparsity, ".1%"), cell(last.seconds_per_step, ".3f"),
-        )  # fmt: skip
+            escape(run),
+            *losses,
+            *(cell(last.accuracy.get(task), ".1%") for task in tasks),
+            cell(last.sparsity, ".1%"),
+            cell(last.seconds_per_step, ".3f"),
+        )
     table.caption = "log-perplexity before > after (recovered share of the loss against dense)"
     return table

@@ -97,10 +97,13 @@ def calibrate(
     options.check_output(statistics)
     rank, _ = join_processes()
     loaded, tokenizer = options.load(
-        model, dtype=dtype, device=options.process_device(device), dense=True,
+        model,
+        dtype=dtype,
+        device=options.process_device(device),
+        dense=True,
         threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
-    )  # fmt: skip
+    )
     from cats.data import read_text, text_start
     from cats.model import check_patterns
     from cats.recipes.text import split
@@ -108,16 +111,28 @@ def calibrate(
     check_patterns(loaded, exclude or [])
     with options.err.status("reading the text ..."):
         blocks, held_out = split(
-            tokenizer, options.texts_or_sample(text), block=block, tokens=tokens,
-            held_out_tokens=eval_tokens, seed=seed, bos=bos,
+            tokenizer,
+            options.texts_or_sample(text),
+            block=block,
+            tokens=tokens,
+            held_out_tokens=eval_tokens,
+            seed=seed,
+            bos=bos,
             held_out_text=None if eval_text is None else read_text(eval_text),
-        )  # fmt: skip
+        )
     with resumable(statistics if rank == 0 else None):
         found = calibration.calibrate(
-            loaded, blocks, held_out, target_sparsity=sparsity, max_loss=limit, method=method,
-            exclude=exclude or [], batch_size=batch_size, statistics=statistics,
+            loaded,
+            blocks,
+            held_out,
+            target_sparsity=sparsity,
+            max_loss=limit,
+            method=method,
+            exclude=exclude or [],
+            batch_size=batch_size,
+            statistics=statistics,
             progress=Terminal(),
-        )  # fmt: skip
+        )
     if found is None:
         return
     report = _report(found) | {

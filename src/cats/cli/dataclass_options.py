@@ -54,11 +54,16 @@ def options_of(
     fields = {name: panel for panel, members in panels.items() for name in members}
     options = [
         _parameter(
-            cls, name, kinds[name], panel=panel, names=(names or {}).get(name),
-            default=(defaults or {}).get(name, _UNSET), shown=(shown or {}).get(name),
+            cls,
+            name,
+            kinds[name],
+            panel=panel,
+            names=(names or {}).get(name),
+            default=(defaults or {}).get(name, _UNSET),
+            shown=(shown or {}).get(name),
         )
         for name, panel in fields.items()
-    ]  # fmt: skip
+    ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         before = inspect.signature(command, eval_str=True).parameters
@@ -125,9 +130,11 @@ def _parameter(
     option = typer.Option(*given, help=escape(words), rich_help_panel=panel, **more)
     default = field.default if default is _UNSET else default
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option],
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[kind, option],
         default=None if default == () else default,
-    )  # fmt: skip
+    )
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

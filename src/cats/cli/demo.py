@@ -60,11 +60,21 @@ def demo(
         model, dtype=dtype, device=device, dense=True, hub=hub, threads=threads
     )
     found = demonstrate(
-        loaded, tokenizer, options.texts_or_sample(text), prompt=prompt, target_sparsity=sparsity,
-        tokens=tokens, held_out_tokens=eval_tokens, max_new_tokens=max_new_tokens, seed=seed,
-        bos=bos, profiled=output is not None, model_name=model,
-        text_name=options.describe_texts(text), progress=Terminal(),
-    )  # fmt: skip
+        loaded,
+        tokenizer,
+        options.texts_or_sample(text),
+        prompt=prompt,
+        target_sparsity=sparsity,
+        tokens=tokens,
+        held_out_tokens=eval_tokens,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        bos=bos,
+        profiled=output is not None,
+        model_name=model,
+        text_name=options.describe_texts(text),
+        progress=Terminal(),
+    )
     page = None if output is None else found.save(output)
     if as_json:
         options.print_json(found.to_dict())

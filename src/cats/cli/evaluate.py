@@ -97,10 +97,18 @@ def evaluate(
         settings = {"model": model, **identity(loaded, tokenizer), "revision": revision}
         with resumable(output, _has_answers):
             results = ask_tasks(
-                loaded, tokenizer, variants, names, folder=output and output / "answers",
-                settings=settings, limit=limit, seed=seed, batch_size=batch, data_dir=data_dir,
+                loaded,
+                tokenizer,
+                variants,
+                names,
+                folder=output and output / "answers",
+                settings=settings,
+                limit=limit,
+                seed=seed,
+                batch_size=batch,
+                data_dir=data_dir,
                 progress=Terminal(),
-            )  # fmt: skip
+            )
         if output is not None:
             write_results(output / "results.jsonl", results)
         _print_tasks(model, results, as_json)
@@ -196,12 +204,14 @@ def _print(report: dict[str, Any]) -> None:
     rows = [{"model": "dense", "perplexity": f"{dense:.3f}"}]
     if "perplexity_sparse" in report:
         realized, sparse = report["realized_sparsity"].values(), report["perplexity_sparse"]
-        rows.append({
-            "model": label_of(report["method"], report["target_sparsity"]),
-            "realised sparsity": f"{sum(realized) / len(realized):.1%}",
-            "perplexity": f"{sparse:.3f}",
-            "change": loss(dense, sparse),
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": label_of(report["method"], report["target_sparsity"]),
+                "realised sparsity": f"{sum(realized) / len(realized):.1%}",
+                "perplexity": f"{sparse:.3f}",
+                "change": loss(dense, sparse),
+            }
+        )
     # those of the last row: a dense model alone has fewer
     for column in rows[-1]:
         table.add_column(column, justify="left" if column == "model" else "right")

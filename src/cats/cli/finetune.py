@@ -29,13 +29,13 @@ _ADAPTERS = ("rank", "alpha", "dropout", "targets")
     {
         "Evaluation": shared.EVALUATION,
         "Training": (
-            "steps", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup_steps",
-            "distillation", "recalibrate", "gradient_checkpointing",
+            *("steps", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup_steps"),
+            *("distillation", "recalibrate", "gradient_checkpointing"),
         ),
         "Adapters": (*_ADAPTERS, "full"),
         None: ("bfloat16", "save_every", "keep", "report_to"),
     },
-)  # fmt: skip
+)
 def finetune(
     model: options.Model,
     output: Annotated[
@@ -97,25 +97,42 @@ def finetune(
     shared.check_continued(output, chosen, epochs)
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=options.process_device(device),
-        dense=method is not None, hub=hub,
-    )  # fmt: skip
+        model,
+        thresholds=thresholds,
+        dtype=dtype,
+        device=options.process_device(device),
+        dense=method is not None,
+        hub=hub,
+    )
     check_targets(loaded, chosen.targets)
     if hasattr(loaded.config, "cats") and sparsity is not None and thresholds is None:
         raise ConfigError(f"{model} has thresholds: calibrate it anew with --method cats")
     ready = prepare_(
-        loaded, tokenizer, rows, chosen, method=method, target_sparsity=sparsity, epochs=epochs,
+        loaded,
+        tokenizer,
+        rows,
+        chosen,
+        method=method,
+        target_sparsity=sparsity,
+        epochs=epochs,
         progress=Terminal() if first_process() else None,
-    )  # fmt: skip
+    )
     kept = output if first_process() else None
     with resumable(kept, _has_checkpoint), StepBar(ready.options.steps) as bar:
         tuned = run(
-            loaded, ready.train, tokenizer=tokenizer, output=output, options=ready.options,
-            evaluations=ready.evaluations, answers=ready.pairs if accuracy else {},
-            calibration=ready.calibration, merge=merge,
+            loaded,
+            ready.train,
+            tokenizer=tokenizer,
+            output=output,
+            options=ready.options,
+            evaluations=ready.evaluations,
+            answers=ready.pairs if accuracy else {},
+            calibration=ready.calibration,
+            merge=merge,
             about={"model": model, "revision": revision, **rows.about()},
-            on_point=bar.show, on_step=bar.step,
-        )  # fmt: skip
+            on_point=bar.show,
+            on_step=bar.step,
+        )
     if not first_process():
         return
     if as_json:

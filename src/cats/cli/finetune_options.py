@@ -36,8 +36,8 @@ data_options = options_of(
     TrainingData,
     {
         "Data": (
-            "text", "pairs", "prompt", "answer", "labels", "calibration_text",
-            "calibration_tokens", "block",
+            *("text", "pairs", "prompt", "answer", "labels"),
+            *("calibration_text", "calibration_tokens", "block"),
         ),
         "Evaluation": ("eval_text", "eval_pairs", "eval_tokens"),
     },
@@ -46,7 +46,7 @@ data_options = options_of(
         "calibration_tokens": "100000",
         "eval_tokens": "100000",
     },
-)  # fmt: skip
+)
 tuning_options = partial(options_of, "tuning", FinetuneOptions, names=NAMES)
 
 training_option = partial(typer.Option, rich_help_panel="Training")

@@ -75,9 +75,13 @@ def generate(
     Example: [b]cats generate smollm2 "Why is the sky blue?" --thresholds cats50.safetensors[/b]
     """
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=device, threads=threads,
+        model,
+        thresholds=thresholds,
+        dtype=dtype,
+        device=device,
+        threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
-    )  # fmt: skip
+    )
     from cats.fusion import fuse_
     from cats.model import is_sparse
     from cats.recipes.generation import answer
@@ -85,15 +89,25 @@ def generate(
     if fuse and is_sparse(loaded):
         fuse_(loaded)
     given: dict[str, Any] = {
-        "do_sample": temperature > 0, "temperature": temperature or None, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "do_sample": temperature > 0,
+        "temperature": temperature or None,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
         "stop_strings": stop or None,
-    }  # fmt: skip
+    }
     found = answer(
-        loaded, tokenizer, prompt, chat=chat, engine=engine, max_new_tokens=max_new_tokens,
-        on_text=None if as_json else partial(print, end="", flush=True), seed=seed,
+        loaded,
+        tokenizer,
+        prompt,
+        chat=chat,
+        engine=engine,
+        max_new_tokens=max_new_tokens,
+        on_text=None if as_json else partial(print, end="", flush=True),
+        seed=seed,
         **{name: value for name, value in given.items() if value is not None},
-    )  # fmt: skip
+    )
     if as_json:
         options.print_json({"model": model, "prompt": prompt, **asdict(found)})
     else:

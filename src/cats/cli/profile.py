@@ -60,9 +60,13 @@ def profile(
     options.check_output(output)
     tokens = options.tokens_or_default(tokens, 20_000, block)
     loaded, tokenizer = options.load(
-        model, thresholds=thresholds, dtype=dtype, device=device, threads=threads,
+        model,
+        thresholds=thresholds,
+        dtype=dtype,
+        device=device,
+        threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
-    )  # fmt: skip
+    )
     texts = options.texts_or_sample([text] if text else None)
     blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block, bos=bos)
     batches = options.progress(blocks.split(_BATCH), "profiling")

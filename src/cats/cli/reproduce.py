@@ -89,16 +89,32 @@ def reproduce(
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     recipe = Recipe(
-        model=loaded, tokenizer=tokenizer, folder=output, name=model, targets=targets,
-        samples=samples, length=length, seed=seed, bos=bos,
-        source=REFINED_WEB if text is None else text.name, revision=revision, progress=Terminal(),
-    )  # fmt: skip
+        model=loaded,
+        tokenizer=tokenizer,
+        folder=output,
+        name=model,
+        targets=targets,
+        samples=samples,
+        length=length,
+        seed=seed,
+        bos=bos,
+        source=REFINED_WEB if text is None else text.name,
+        revision=revision,
+        progress=Terminal(),
+    )
     with resumable(output, has_results):
         page = run(
-            recipe, text=calibration, eval_texts=evaluation, eval_tokens=eval_tokens,
-            methods=chosen, tasks=names, limit=limit, batch_size=batch, data_dir=data_dir,
+            recipe,
+            text=calibration,
+            eval_texts=evaluation,
+            eval_tokens=eval_tokens,
+            methods=chosen,
+            tasks=names,
+            limit=limit,
+            batch_size=batch,
+            data_dir=data_dir,
             speed=speed,
-        )  # fmt: skip
+        )
     options.out.print(f"wrote {page}", markup=False)
 
 

@@ -78,9 +78,14 @@ def calibrate(
     progress = progress or Progress()
     target = check_goal(method, target_sparsity, max_loss)
     counted = count(
-        model, blocks, batch_size=batch_size, method=method, exclude=exclude,
-        statistics=statistics, progress=progress,
-    )  # fmt: skip
+        model,
+        blocks,
+        batch_size=batch_size,
+        method=method,
+        exclude=exclude,
+        statistics=statistics,
+        progress=progress,
+    )
     if rank_and_number()[0] != 0:
         return None
     batches = held_out.split(batch_size)

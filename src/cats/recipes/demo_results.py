@@ -146,18 +146,27 @@ class Demonstration:
         def quartiles(values: list[float]) -> dict[str, Any]:
             low, _, high = quantiles(values, n=4, method="inclusive") if values[1:] else values * 3
             return {
-                "value": median(values), "low": low, "high": high, "samples": len(values),
-                "environment": where, **common,
-            }  # fmt: skip
+                "value": median(values),
+                "low": low,
+                "high": high,
+                "samples": len(values),
+                "environment": where,
+                **common,
+            }
 
         quality = Perplexity(
             **quartiles([side.perplexity]),
-            variant=label_of(name, target), method=name, target_sparsity=target,
+            variant=label_of(name, target),
+            method=name,
+            target_sparsity=target,
             realized_sparsity=None if target is None else dropped,
-            text=f"{self.text}, held out", tokens=self.held_out_tokens, block=self.block,
-            mlp_share=side.mlp_share, token_bytes=side.token_bytes,
+            text=f"{self.text}, held out",
+            tokens=self.held_out_tokens,
+            block=self.block,
+            mlp_share=side.mlp_share,
+            token_bytes=side.token_bytes,
             calibration_hash=self.calibration_hash,
-        )  # fmt: skip
+        )
         speeds = {
             f"cats.generate, {side.answer.engine}": side.rounds,
             "model.generate": side.transformers_rounds,
@@ -165,11 +174,13 @@ class Demonstration:
         # an answer of one token has no step to time
         times = [
             DemoTime(
-                **quartiles([1e3 / speed for speed in rounds]), variant=loop,
-                sparsity=target or 0.0, realized_sparsity=0.0 if target is None else dropped,
+                **quartiles([1e3 / speed for speed in rounds]),
+                variant=loop,
+                sparsity=target or 0.0,
+                realized_sparsity=0.0 if target is None else dropped,
                 prompt=self.prompt,
             )
             for loop, rounds in speeds.items()
             if min(rounds) > 0
-        ]  # fmt: skip
+        ]
         return [quality, *times]

@@ -73,9 +73,14 @@ def demonstrate(
     progress = progress or Progress()
     check_target(target_sparsity)
     calibration, held = split(
-        tokenizer, texts, block=BLOCK, tokens=tokens, held_out_tokens=held_out_tokens, seed=seed,
+        tokenizer,
+        texts,
+        block=BLOCK,
+        tokens=tokens,
+        held_out_tokens=held_out_tokens,
+        seed=seed,
         bos=bos,
-    )  # fmt: skip
+    )
     blocks, held_out = calibration.split(_BATCH), held.split(_BATCH)
     seen = [held[: _PROFILED[0], : _PROFILED[1]]] if profiled else []
     # calibration once; perplexity and activations once dense and once sparse
@@ -101,8 +106,11 @@ def demonstrate(
         profiles["cats"] = profile(sparse, progress.track(seen, "activations"))
     dense_speeds, sparse_speeds = _answers_in_turns(
         [(model, model), (sparse, fuse_(copy_for_fusion(sparse)))],
-        tokenizer, prompt, max_new_tokens, progress,
-    )  # fmt: skip
+        tokenizer,
+        prompt,
+        max_new_tokens,
+        progress,
+    )
     return Demonstration(
         model=model_name,
         text=text_name,
@@ -121,11 +129,13 @@ def demonstrate(
             perplexity=dense, mlp_share=1.0, token_bytes=token_bytes(model, 1.0), **dense_speeds
         ),
         cats=Side(
-            perplexity=cats, mlp_share=share, token_bytes=token_bytes(sparse, share),
+            perplexity=cats,
+            mlp_share=share,
+            token_bytes=token_bytes(sparse, share),
             **sparse_speeds,
         ),
         profiles=profiles,
-    )  # fmt: skip
+    )
 
 
 def _seconds_of_a_token(model: Any, blocks: Tensor) -> tuple[float, float]:
@@ -163,10 +173,14 @@ def _answers_in_turns(
                 plain[i].append(_plain_speed(unfused, tokenizer, prompt, max_new_tokens))
                 answers[i].append(
                     answer(
-                        served, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False,
+                        served,
+                        tokenizer,
+                        prompt,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
                         on_token=advance,
                     )
-                )  # fmt: skip
+                )
     return [
         {
             "answer": found[0],

@@ -98,10 +98,18 @@ def ask_tasks(
     for variant in variants:
         answers = []
         for answer in answer_tasks(
-            model, tokenizer, variant, tasks, folder=folder, settings=settings, limit=limit,
-            seed=seed, batch_size=batch_size, data_dir=data_dir,
+            model,
+            tokenizer,
+            variant,
+            tasks,
+            folder=folder,
+            settings=settings,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            data_dir=data_dir,
             on_task=partial(_say_asking, progress, variant.label),
-        ):  # fmt: skip
+        ):
             answers.append(answer)
             progress.say(f"{variant.label}: {answer.task} done")
         first = first or answers

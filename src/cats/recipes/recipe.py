@@ -161,12 +161,20 @@ class Recipe:
         file = f"perplexity/{variant.label}-{text.replace('/', '-').replace(', ', '-')}.jsonl"
         batches = blocks.split(_BATCH)
         wanted = self.settings | variant.settings | evaluation_run.text_settings(batches)
-        self._kept.keep(file.replace(" ", "-"), lambda: [
-            evaluation_run.measure_perplexity(
-                self.model, variant, batches, text=text, settings=self.settings,
-                track=lambda batches: self.progress.track(batches, variant.label),
-            )
-        ], wanted)  # fmt: skip
+        self._kept.keep(
+            file.replace(" ", "-"),
+            lambda: [
+                evaluation_run.measure_perplexity(
+                    self.model,
+                    variant,
+                    batches,
+                    text=text,
+                    settings=self.settings,
+                    track=lambda batches: self.progress.track(batches, variant.label),
+                )
+            ],
+            wanted,
+        )
 
     def profiles(self, variants: Sequence[Variant], blocks: Tensor) -> None:
         """Activations of the dense model and of the sparse one of the first target."""
@@ -194,10 +202,18 @@ class Recipe:
     ) -> None:
         """Zero-shot tasks of every variant, resumed task by task."""
         found = ask_tasks(
-            self.model, self.tokenizer, variants, names, folder=self.folder / "answers",
-            settings=self.settings, limit=limit, seed=self.seed, batch_size=batch_size,
-            data_dir=data_dir, progress=self.progress,
-        )  # fmt: skip
+            self.model,
+            self.tokenizer,
+            variants,
+            names,
+            folder=self.folder / "answers",
+            settings=self.settings,
+            limit=limit,
+            seed=self.seed,
+            batch_size=batch_size,
+            data_dir=data_dir,
+            progress=self.progress,
+        )
         self._kept.add_variants("tasks.jsonl", found, {*self.settings, *_ASKED})
 
     def mlp_times(self) -> None:
@@ -210,11 +226,16 @@ class Recipe:
             file = f"mlp-{name}.jsonl"
             targets = self._kept.targets_in(file, self.targets)
             case = mlp_benchmark.Case(
-                hidden_size=mlp.hidden_size, intermediate_size=mlp.intermediate_size, dtype=dtype,
-                device=str(device), sparsities=tuple(targets),
+                hidden_size=mlp.hidden_size,
+                intermediate_size=mlp.intermediate_size,
+                dtype=dtype,
+                device=str(device),
+                sparsities=tuple(targets),
                 # a CPU reads slower, and its compiler takes minutes
-                rounds=5 if on_cpu else 50, size=2**28 if on_cpu else 2**32, compiled=not on_cpu,
-            )  # fmt: skip
+                rounds=5 if on_cpu else 50,
+                size=2**28 if on_cpu else 2**32,
+                compiled=not on_cpu,
+            )
             with self.progress.stage() as show:
                 show(f"timing one MLP in {name}")
                 self._kept.keep(file, partial(mlp_benchmark.measure, case), sparsities=targets)
@@ -224,15 +245,21 @@ class Recipe:
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         targets = self._kept.targets_in("tokens.jsonl", self.targets)
         case = decode_benchmark.Case(
-            model=self.name, sparsities=(0.0, *targets), prompt_length=self.length // 2,
-            new_tokens=min(64, self.length // 2), rounds=2 if on_cpu else 5,
+            model=self.name,
+            sparsities=(0.0, *targets),
+            prompt_length=self.length // 2,
+            new_tokens=min(64, self.length // 2),
+            rounds=2 if on_cpu else 5,
             read_bytes=2**28 if on_cpu else 2**32,
-        )  # fmt: skip
+        )
         with self.progress.stage() as show:
             measure = partial(
-                decode_benchmark.measure, self.model, blocks, case,
+                decode_benchmark.measure,
+                self.model,
+                blocks,
+                case,
                 on_stage=lambda text: show(f"timing tokens: {text}"),
-            )  # fmt: skip
+            )
             self._kept.keep("tokens.jsonl", measure, sparsities=targets)
 
     def report(self) -> Path:

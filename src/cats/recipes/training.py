@@ -108,9 +108,13 @@ def prepare_(
     progress = progress or Progress()
     sparsify = not hasattr(model.config, "cats") and method != "dense"
     ready = read(
-        tokenizer, data, options, epochs=epochs, progress=progress,
+        tokenizer,
+        data,
+        options,
+        epochs=epochs,
+        progress=progress,
         calibrated=sparsify or options.recalibrate > 0,
-    )  # fmt: skip
+    )
     if sparsify:
         assert ready.calibration is not None
         method = method or "cats"
