@@ -97,7 +97,7 @@ def test_fused_model_compiles_as_one_graph(tokens, device):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 def test_batches_for_dense_gemms_are_compiled_in_the_open(tokens, compiles, device, monkeypatch):
     if device.type == "cpu":  # where the kernel takes every batch
-        monkeypatch.setattr("cats.fusion.is_dense_batch", lambda x: len(x) > 2)
+        monkeypatch.setattr("cats.fusion.mlp.is_dense_batch", lambda x: len(x) > 2)
     model, _ = make_sparse(device=device)
     mlp = cats.fuse_(model).model.layers[0].mlp
     x = torch.randn(tokens, 1, mlp.original.hidden_size, device=device)

@@ -1,0 +1,129 @@
+"""Fuse and unfuse all sparse MLPs of a model, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from cats.errors import BackendError, UnsupportedModelError
+from cats.fusion.mlp import FusedGatedMLP
+from cats.model import CatsActivation, find_gated_mlps, share_hooks
+from cats.model.fusable import check_fusable, check_memory
+from cats.ops import BACKENDS
+from cats.undo import lay_out_, unchanged_on_error
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse_(model: M, *, backend: str = "auto") -> M:
+    """Run the sparse MLPs of a model as one operator each, in place, for fast decoding.
+
+    An MLP is taken if a probe shows that it computes ``down(act(gate(x)) * up(x))``. The weight of
+    ``down`` is laid out column by column, in place: same shape, same name, no second copy.
+
+    Args:
+        model: A sparse model; see :func:`cats.sparsify_`. Already fused MLPs stay.
+        backend: ``"auto"``, or one of :data:`cats.ops.BACKENDS`, which must then run every call.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: If the model is dense, or an MLP computes another formula, has layers
+            other than ``nn.Linear`` with ordinary weights, or hooks on its layers. Hooks on the MLP
+            itself go along.
+        BackendError: If there is no such backend.
+
+    A call that fails leaves the model as it was.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
+    sparse = {
+        name.rpartition(".")[0]
+        for name, module in model.named_modules()
+        if isinstance(module, CatsActivation)
+    }
+    fused = dict(fused_mlps(model))
+    if not sparse:
+        raise UnsupportedModelError(
+            "the model is dense: apply thresholds with cats.sparsify_ first"
+        )
+    if sparse == fused.keys():
+        return model
+    if "" in sparse:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is itself the MLP, and the fused MLP needs a parent module: "
+            "put it into one, such as nn.Sequential"
+        )
+    mlps = find_gated_mlps(model, names=sparse - fused.keys())
+    for mlp in mlps:
+        check_fusable(mlp)
+    replacements = [FusedGatedMLP(mlp, backend) for mlp in mlps]
+    strides = {id(module.down_weight): module.down_stride for module in fused.values()}
+    check_memory(model, [replacement.down_weight for replacement in replacements])
+    with unchanged_on_error(model):
+        for replacement in replacements:
+            weight = replacement.down_weight
+            # a weight that two MLPs share is laid out already
+            replacement.down_stride = strides.setdefault(id(weight), replacement.down_stride)
+            # each neuron's column becomes contiguous; the parameter stays the same object
+            lay_out_(weight, (1, len(weight)))
+            # kernels read one threshold per neuron
+            replacement.widen_thresholds_()
+        _replace(model, {replacement.original: replacement for replacement in replacements})
+    return model
+
+
+def unfuse_(model: M) -> M:
+    """Undo :func:`fuse_`, in place: the same modules and memory layout as before.
+
+    A call that fails leaves the model fused.
+    """
+    fused = [module for _, module in fused_mlps(model)]
+    if not fused:
+        return model
+    with unchanged_on_error(model):
+        take_out_(model)
+        restore_layout_(fused)
+    return model
+
+
+def take_out_(model: nn.Module) -> list[FusedGatedMLP]:
+    """Put the original MLPs back, and return the fused ones; no weight is moved."""
+    fused = [module for _, module in fused_mlps(model)]
+    for module in fused:
+        # hooks and mode may have changed since fuse_; children are the same dictionary
+        share_hooks(module, module.original)
+        module.original.training = module.training
+    _replace(model, {module: module.original for module in fused})
+    return fused
+
+
+def restore_layout_(fused: Iterable[FusedGatedMLP]) -> None:
+    """Give the weights of MLPs that were taken out the memory layout that they had before."""
+    for module in fused:
+        down = module._modules[module.layout.down]
+        weight = getattr(down, "weight", None)
+        # not a weight that was replaced since, by quantisation or another size
+        if type(weight) is nn.Parameter and weight.shape == module.down_shape:
+            lay_out_(weight, module.down_stride)
+        act = module._modules[module.activation_name]
+        if isinstance(act, CatsActivation):
+            act.narrow_()
+
+
+def fused_mlps(model: nn.Module) -> Iterator[tuple[str, FusedGatedMLP]]:
+    """Name and module of each fused MLP, in the order of the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, FusedGatedMLP):
+            yield name, module
+
+
+def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules wherever a parent holds them."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
