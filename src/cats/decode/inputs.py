@@ -1,4 +1,4 @@
-"""Prompts in every form that users have them, as one batch padded on the left."""
+"""Prompts as users write them, to one batch padded on the left."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cats.errors import DataError
+from cats.protocols import Tokenizer
 
 Prompts = (
     Tensor
@@ -24,27 +25,28 @@ Prompts = (
 
 def batch_of(
     inputs: Prompts,
-    attention_mask: Any,
+    attention_mask: object,
     *,
     pad_token_id: int,
     vocabulary: int,
     infer_mask: bool = False,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids and mask of prompts, ``[B, T]`` each, int64 and bool, on the inputs' device.
 
     Args:
         inputs: Ids ``[B, T]`` of torch or numpy, what a tokenizer returns, one list of ids, or
-            several of any lengths, which are then padded; texts where there is a tokenizer.
-        attention_mask: ``[B, T]``, 0 where a row is padded on its left, or holds a token that is
-            left out; None where it does not.
+            several lists, which are padded to one length. With a tokenizer also texts.
+        attention_mask: ``[B, T]``, 0 where a row is padded on its left, or where a token is left
+            out. None if there is no such position.
         pad_token_id: Fills up rows of different lengths.
-        vocabulary: Ids must be below.
+        vocabulary: Number of ids that the model knows.
         infer_mask: Whether ``pad_token_id`` in a tensor without a mask is padding.
         tokenizer: Makes ids of texts.
 
     Raises:
-        DataError: If there are no tokens, or they or the mask cannot be right.
+        DataError: If there are no tokens, an id is not of the vocabulary, or the mask does not
+            fit.
     """
     rows: Any = _ids_of_texts(inputs, tokenizer)
     if isinstance(inputs, Mapping):
@@ -55,19 +57,18 @@ def batch_of(
     if isinstance(rows, np.ndarray) and rows.dtype != object:
         rows = torch.tensor(rows)
     if not isinstance(rows, Tensor):
-        rows, padded = _padded(rows, pad_token_id)
-        attention_mask = _mask_of_lists(attention_mask, padded)
+        rows, is_token = _padded(rows, pad_token_id)
+        attention_mask = _mask_of_lists(attention_mask, is_token)
         infer_mask = False
     ids: Tensor = rows[None] if rows.ndim == 1 else rows
     if ids.ndim != 2 or ids.numel() == 0:
         raise DataError(f"expected token ids [B, T] with at least one, got {list(ids.shape)}")
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    ids = ids.long() if whole else ids
-    if not whole or ids.min() < 0 or ids.max() >= vocabulary:
-        raise DataError(
-            f"expected token ids from 0 to {vocabulary - 1}, the model's vocabulary, got "
-            + (f"{int(ids.min())} to {int(ids.max())}" if whole else f"{ids.dtype}")
-        )
+    expected = f"expected token ids from 0 to {vocabulary - 1}, the model's vocabulary"
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise DataError(f"{expected}, got {ids.dtype}")
+    ids = ids.long()
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise DataError(f"{expected}, got {int(ids.min())} to {int(ids.max())}")
     if attention_mask is None:
         mask = ids != pad_token_id if infer_mask else torch.ones_like(ids, dtype=torch.bool)
         if not mask[:, -1].all():
@@ -90,8 +91,8 @@ def batch_of(
     return ids, mask.to(ids.device)
 
 
-def _ids_of_texts(inputs: Any, tokenizer: Any) -> Any:
-    """Lists of ids instead of texts; anything else as it is."""
+def _ids_of_texts(inputs: Prompts, tokenizer: Tokenizer | None) -> Any:
+    """Lists of ids instead of texts; anything else unchanged."""
     texts = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(texts, list | tuple) or not any(isinstance(t, str) for t in texts):
         return inputs
@@ -105,7 +106,8 @@ def _ids_of_texts(inputs: Any, tokenizer: Any) -> Any:
     return tokenizer(list(texts))["input_ids"]
 
 
-def _padded(rows: Any, pad_token_id: int) -> tuple[Tensor, Tensor]:
+def _padded(rows: object, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, ``[B, T]`` each, of one list of ids or of several."""
     rows = _lists(rows)
     if isinstance(rows, list) and rows and isinstance(rows[0], int):
         rows = [rows]
@@ -126,16 +128,21 @@ def _padded(rows: Any, pad_token_id: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(padded), torch.tensor(mask)
 
 
-def _mask_of_lists(given: Any, padded: Tensor) -> Tensor:
-    """The mask of lists that were padded here, or of those that a tokenizer has padded."""
-    if given is None:
-        return padded
-    rows = _lists(given)
+def _mask_of_lists(attention_mask: object, is_token: Tensor) -> Tensor:
+    """The mask ``[B, T]`` of lists that were padded here.
+
+    Args:
+        attention_mask: One number per token of the lists, where a tokenizer has padded them; or
+            None.
+        is_token: Whether a position holds a token of the lists, ``[B, T]``.
+    """
+    if attention_mask is None:
+        return is_token
+    rows = _lists(attention_mask)
     rows = [rows] if isinstance(rows, list) and rows and not isinstance(rows[0], list) else rows
-    lengths = padded.sum(1).tolist()
-    if not isinstance(rows, list) or list(map(len, rows)) != lengths:
+    if not isinstance(rows, list) or list(map(len, rows)) != is_token.sum(1).tolist():
         raise DataError("expected a mask with one number for each token of the lists")
-    longest = padded.shape[1]
+    longest = is_token.shape[1]
     return torch.tensor([[0] * (longest - len(row)) + row for row in rows])
 
 

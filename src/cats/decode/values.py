@@ -1,9 +1,9 @@
-"""Numbers and ids in every form that users have them: of Python, numpy or torch."""
+"""Numbers and ids as users write them: of Python, numpy or torch."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from torch import Tensor
@@ -11,22 +11,24 @@ from torch import Tensor
 from cats.errors import ConfigError
 
 
-def integer(name: str, value: Any) -> int:
-    """
+def integer(name: str, value: object) -> int:
+    """The value as an ``int``.
+
     Raises:
         ConfigError: If it is no whole number; a bool is none.
     """
     value = _item(value)
-    if not isinstance(value, bool):
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
         try:
             return operator.index(value)
-        except TypeError:
+        except TypeError:  # an array of several numbers
             pass
     raise ConfigError(f"expected a whole number as {name}, got {value!r}")
 
 
-def number(name: str, value: Any) -> float:
-    """
+def number(name: str, value: object) -> float:
+    """The value as a ``float``.
+
     Raises:
         ConfigError: If it is no number; a bool is none.
     """
@@ -36,8 +38,9 @@ def number(name: str, value: Any) -> float:
     raise ConfigError(f"expected a number as {name}, got {value!r}")
 
 
-def flag(name: str, value: Any) -> bool:
-    """
+def flag(name: str, value: object) -> bool:
+    """The value as a ``bool``; None is False.
+
     Raises:
         ConfigError: If it is neither true nor false.
     """
@@ -47,35 +50,34 @@ def flag(name: str, value: Any) -> bool:
     raise ConfigError(f"expected True or False as {name}, got {value!r}")
 
 
-def integers(name: str, value: Any) -> tuple[int, ...]:
-    """One whole number or several of them; none for None.
+def integers(name: str, value: object) -> tuple[int, ...]:
+    """One whole number or several, as a tuple; None gives an empty one.
 
     Raises:
-        ConfigError: If there is something else among them.
+        ConfigError: If something else is among them.
     """
     if value is None:
         return ()
     if isinstance(value, Tensor | np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple | set):
-        return tuple(integer(name, one) for one in value)
+        return tuple(integer(name, item) for item in value)
     return (integer(name, value),)
 
 
 def plain(value: Any) -> Any:
-    """The same in numbers, lists, tuples and dictionaries of Python."""
+    """The value with Python's numbers and lists instead of those of numpy and torch."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, list | tuple):
         return type(value)(map(plain, value))
     if isinstance(value, dict):
-        return {plain(key): plain(one) for key, one in value.items()}
+        return {plain(key): plain(item) for key, item in value.items()}
     return value
 
 
-def _item(value: Any) -> Any:
-    """A number of Python, where it is one number of numpy or torch."""
-    one = isinstance(value, np.generic) or (
-        isinstance(value, Tensor | np.ndarray) and not value.ndim
-    )
-    return value.item() if one else value
+def _item(value: object) -> object:
+    """Python's number instead of one number of numpy or torch; anything else unchanged."""
+    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        return value.item()
+    return value
