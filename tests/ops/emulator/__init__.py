@@ -14,12 +14,13 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+import cats.ops
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -89,11 +90,12 @@ class EmulatedFunction:
 
 @cache
 def _compile(source, defines):
-    ops = resources.files("cats.ops")
-    headers = [file for file in (ops / "cuda").iterdir() if file.name.endswith(".cuh")]
+    ops = Path(cats.ops.__file__).parent
+    kernel = ops / source
+    headers = [*(ops / "cuda").glob("*.cuh"), *kernel.parent.glob("*.cuh")]
     texts = {
         file.name: file.read_text().replace(_SHARED, "char* memory = dynamic_shared;")
-        for file in [ops / source, *headers]
+        for file in [kernel, *headers]
     }
     texts |= {file.name: file.read_text() for file in HERE.glob("*.*h")}
     name = Path(source).stem

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cuda.bindings import nvrtc
@@ -62,11 +62,14 @@ def compile_kernel(name: str, defines: Mapping[str, int], capability: tuple[int,
 
 @cache
 def _sources(name: str) -> tuple[bytes, dict[str, bytes]]:
-    """A source file, and the headers that it may include: those beside this module."""
-    folder = resources.files(__package__)
-    headers = sorted(file.name for file in folder.iterdir() if file.name.endswith(".cuh"))
-    source = resources.files("cats.ops") / name
-    return source.read_bytes(), {file: (folder / file).read_bytes() for file in headers}
+    """A source file, and the headers that it may include: those of its folder and of this one."""
+    ops = resources.files("cats.ops")
+    folders = (ops / "cuda", ops / str(PurePosixPath(name).parent))
+    headers = [
+        file for folder in folders for file in folder.iterdir() if file.name.endswith(".cuh")
+    ]
+    headers.sort(key=lambda file: file.name)
+    return (ops / name).read_bytes(), {file.name: file.read_bytes() for file in headers}
 
 
 def _compile(name: str, source: bytes, headers: dict[str, bytes], options: list[str]) -> bytes:
