@@ -73,10 +73,9 @@ def test_generate_gives_the_tokens_of_the_unfused_model(cache, device):
     model, ids = make_sparse(device=device)
 
     def generate():
-        return model.generate(
-            ids[:2, :8], max_new_tokens=24, do_sample=False, cache_implementation=cache,
-            attention_mask=torch.ones(2, 8, dtype=torch.long, device=device),
-        )  # fmt: skip
+        mask = torch.ones(2, 8, dtype=torch.long, device=device)
+        options = dict(max_new_tokens=24, do_sample=False, cache_implementation=cache)
+        return model.generate(ids[:2, :8], attention_mask=mask, **options)
 
     expected = generate()
     cats.fuse_(model)
@@ -608,10 +607,14 @@ def other_router(mlp):
 @pytest.mark.parametrize(
     "change",
     [
-        other_kind, other_setting, hook_inside, forward_of_a_layer, forward_of_the_activation,
+        other_kind,
+        other_setting,
+        hook_inside,
+        forward_of_a_layer,
+        forward_of_the_activation,
         other_router,
     ],
-)  # fmt: skip
+)
 def test_change_inside_a_fused_mlp_is_an_error(change):
     model, ids = make_sparse()
     change(cats.fuse_(model).model.layers[0].mlp)
@@ -638,10 +641,9 @@ class TwoStageMLP(models.MLP):
 def two_stage(router, product_threshold):
     mlp = TwoStageMLP()
     size = mlp.gate_proj.out_features
-    mlp.act_fn = CatsActivation(
-        nn.SiLU(), torch.rand(size) / 2, router=router,
-        product_threshold=product_threshold * (1 + torch.rand(size)),
-    )  # fmt: skip
+    threshold = torch.rand(size) / 2
+    products = product_threshold * (1 + torch.rand(size))
+    mlp.act_fn = CatsActivation(nn.SiLU(), threshold, router=router, product_threshold=products)
     return nn.Sequential(mlp)
 
 

@@ -10,31 +10,26 @@ TARGETS = [i / 100 for i in range(1, 100)]
 N = 50_000
 
 
-def _data(name):
-    x = torch.randn(N, generator=torch.Generator().manual_seed(1))
-    return {
-        "gaussian": x,
-        "small": x * 1e-3,
-        "large": x * 1e3,
-        "shifted up": x + 3,
-        "shifted down": x - 3,
-        "bfloat16": x.bfloat16(),
-        "float16": x.half(),
-        # silu has its minimum, -0.2785, at -1.2785: its magnitudes pile up there
-        "pile-up": -1.2785 + 0.1 * x,
-        "constant": torch.full((N,), 0.7),
-        "two values": torch.where(x > 0.3, 1.0, -0.5),
-    }[name]
+# each makes values of another distribution from normal ones
+DISTRIBUTIONS = {
+    "gaussian": lambda x: x,
+    "small": lambda x: x * 1e-3,
+    "large": lambda x: x * 1e3,
+    "shifted up": lambda x: x + 3,
+    "shifted down": lambda x: x - 3,
+    "bfloat16": lambda x: x.bfloat16(),
+    "float16": lambda x: x.half(),
+    # silu has its minimum, -0.2785, at -1.2785: its magnitudes pile up there
+    "pile-up": lambda x: -1.2785 + 0.1 * x,
+    "constant": lambda x: torch.full((N,), 0.7),
+    "two values": lambda x: torch.where(x > 0.3, 1.0, -0.5),
+}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(
-    "name",
-    ["gaussian", "small", "large", "shifted up", "shifted down", "bfloat16", "float16", "pile-up",
-     "constant", "two values"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_realised_sparsity_is_within_a_tenth_of_a_point_and_the_tied_mass(activation, name):
-    values = _data(name)
+    values = DISTRIBUTIONS[name](torch.randn(N, generator=torch.Generator().manual_seed(1)))
 
     def score(x):
         return ACTIVATIONS[activation](x.float()).abs()

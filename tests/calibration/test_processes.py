@@ -30,20 +30,17 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, output, tokens=4096):
-    return [
-        "calibrate", folder / "model", "--text", folder / "text.txt", "-o", output,
-        "--block", "64", "--batch-size", "2", "--tokens", str(tokens), "--eval-tokens", "64",
-    ]  # fmt: skip
+    sizes = f"--block 64 --batch-size 2 --tokens {tokens} --eval-tokens 64"
+    files = [folder / "model", "--text", folder / "text.txt", "-o", output]
+    return ["calibrate", *files, *sizes.split()]
 
 
 def test_two_processes_find_the_thresholds_of_one_bit_for_bit(folder, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     subprocess.run([*COMMAND, *arguments(folder, one)], env=ENVIRONMENT, check=True)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         folder / "run.py", *arguments(folder, two)],
-        env=ENVIRONMENT, check=True,
-    )  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [sys.executable, *launcher, folder / "run.py", *arguments(folder, two)]
+    subprocess.run(command, env=ENVIRONMENT, check=True)
     assert one.read_bytes() == two.read_bytes()
     config = cats.CatsConfig.load(two)
     assert config.calibration_tokens == 4096

@@ -23,24 +23,27 @@ def models_data(folder):
     datasets = pytest.importorskip("datasets", reason="needs the extra eval")
     words = ["red", "green", "blue", "black", "white", "grey", "brown", "pink"]
 
-    def save(task, split, rows):
+    def save(task, split, make_row):
+        rows = [make_row(i, word) for i, word in enumerate(words)]
         (folder / task).mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(rows).to_parquet(folder / task / f"{split}.parquet")
 
-    save("piqa", "validation", [
-        {"goal": f"paint it {word}", "sol1": f"use {word}", "sol2": f"use no {word} at all",
-         "label": i % 2}
-        for i, word in enumerate(words)
-    ])  # fmt: skip
-    save("sciq", "validation", [
-        {"question": f"what is {word}?", "support": f"{word} is a colour", "distractor1": "a",
-         "distractor2": "bb", "distractor3": "ccc", "correct_answer": "a colour"}
-        for word in words
-    ])  # fmt: skip
-    for split in ("test", "validation"):
-        save("arc_easy", split, [
-            {"id": f"{split}{i}", "question": f"which is {word}?", "answerKey": "AB"[i % 2],
-             "choices": {"text": [word, "none"], "label": ["A", "B"]}}
-            for i, word in enumerate(words)
-        ])  # fmt: skip
+    def piqa(i, word):
+        choices = {"sol1": f"use {word}", "sol2": f"use no {word} at all"}
+        return {"goal": f"paint it {word}", **choices, "label": i % 2}
+
+    def sciq(i, word):
+        wrong = {"distractor1": "a", "distractor2": "bb", "distractor3": "ccc"}
+        question = {"question": f"what is {word}?", "support": f"{word} is a colour"}
+        return {**question, **wrong, "correct_answer": "a colour"}
+
+    def arc_easy(i, word):
+        choices = {"text": [word, "none"], "label": ["A", "B"]}
+        question = {"id": str(i), "question": f"which is {word}?", "choices": choices}
+        return {**question, "answerKey": "AB"[i % 2]}
+
+    save("piqa", "validation", piqa)
+    save("sciq", "validation", sciq)
+    save("arc_easy", "test", arc_easy)
+    save("arc_easy", "validation", arc_easy)
     return folder

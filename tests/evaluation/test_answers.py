@@ -8,13 +8,20 @@ from cats.evaluation.answers import Answers, Question, paired_difference
 
 def answers(scores, task="piqa", hashes=None):
     return Answers(
-        task=task, split="test", settings={"limit": None}, environment={"device": "cpu"},
+        task=task,
+        split="test",
+        settings={"limit": None},
+        environment={"device": "cpu"},
         questions=[
-            Question(key=f"{task}/{i}", prompt_hash=hashes[i] if hashes else str(i),
-                     answer=[[-1.5, False]], scores={"acc": float(score)})
+            Question(
+                key=f"{task}/{i}",
+                prompt_hash=hashes[i] if hashes else str(i),
+                answer=[[-1.5, False]],
+                scores={"acc": float(score)},
+            )
             for i, score in enumerate(scores)
         ],
-    )  # fmt: skip
+    )
 
 
 def test_score_is_the_mean_with_its_standard_error():

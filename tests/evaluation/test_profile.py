@@ -75,15 +75,23 @@ def test_profile_of_two_batches_is_that_of_both(model, batch):
 SMALL = dict(vocab_size=models.VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
+GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SMALL)
+OPT = OPTConfig(
+    hidden_size=16,
+    ffn_dim=40,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    word_embed_proj_dim=16,
+    max_position_embeddings=64,
+    **SMALL,
+)
+
+
 @pytest.mark.parametrize(
     ("config", "kind", "zeros"),
-    [
-        (GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **SMALL), "gelu_tanh", 0),
-        (OPTConfig(hidden_size=16, ffn_dim=40, num_hidden_layers=2, num_attention_heads=2,
-                   word_embed_proj_dim=16, max_position_embeddings=64, **SMALL), "relu", 0.5),
-    ],
+    [(GPT2, "gelu_tanh", 0), (OPT, "relu", 0.5)],
     ids=["GPT-2", "OPT"],
-)  # fmt: skip
+)
 def test_ungated_mlps_are_profiled(config, kind, zeros, batch):
     found = profile(AutoModelForCausalLM.from_config(config).eval(), [batch])
     assert [layer.activation for layer in found.layers] == [kind, kind]

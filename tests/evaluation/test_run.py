@@ -21,12 +21,8 @@ pytestmark = [
 
 
 def ask(model, tokenizer, variant, data_dir, folder, tasks=("piqa", "sciq"), **options):
-    return list(
-        run.answer_tasks(
-            model, tokenizer, variant, tasks, data_dir=data_dir, folder=folder,
-            settings={"model": "tiny"}, **options,
-        )
-    )  # fmt: skip
+    options |= dict(data_dir=data_dir, folder=folder, settings={"model": "tiny"})
+    return list(run.answer_tasks(model, tokenizer, variant, tasks, **options))
 
 
 def test_finished_tasks_are_not_asked_again(model, tokenizer, data_dir, tmp_path, monkeypatch):
@@ -52,10 +48,8 @@ def test_results_stand_beside_the_dense_ones(model, tokenizer, data_dir):
     mine = ask(model, tokenizer, sparse, data_dir, None)
     found = run.results("cats-90", mine, dense)
     rows = {(r.settings["task"], r.quantity): r for r in found}
-    assert [*rows] == [
-        ("piqa", "acc"), ("piqa", "acc_norm"), ("sciq", "acc"), ("sciq", "acc_norm"),
-        ("mean", "acc"),
-    ]  # fmt: skip
+    of_tasks = [(task, metric) for task in ("piqa", "sciq") for metric in ("acc", "acc_norm")]
+    assert [*rows] == [*of_tasks, ("mean", "acc")]
     assert rows["sciq", "acc"].settings["split"] == "validation"
     mean = rows["mean", "acc"]
     assert mean.value == pytest.approx((rows["piqa", "acc"].value + rows["sciq", "acc"].value) / 2)

@@ -4,10 +4,10 @@ import cats
 from cats.errors import ConfigError, DataError, StorageError
 from cats.evaluation.tasks import (
     PAPER8,
-    _manager,
-    _questions,
     check_data,
     evaluate_task,
+    read_questions,
+    task_manager,
     task_names,
 )
 from tests import models
@@ -27,18 +27,16 @@ def plain(model, tokenizer, task, data_dir):
     from lm_eval.models.huggingface import HFLM
 
     files = {p.stem: str(p) for p in (data_dir / task).glob("*.parquet")}
-    absent = {f"{s.replace('train', 'training')}_split": None
-              for s in ("train", "validation", "test") if s not in files}  # fmt: skip
-    member = {
-        "task": task, "dataset_path": "parquet", "dataset_name": None,
-        "dataset_kwargs": {"data_files": files}, **absent,
-    }  # fmt: skip
-    found = lm_eval.simple_evaluate(
+    keys = {"train": "training_split", "validation": "validation_split", "test": "test_split"}
+    absent = {key: None for split, key in keys.items() if split not in files}
+    source = {"dataset_path": "parquet", "dataset_kwargs": {"data_files": files}}
+    member = {"task": task, "dataset_name": None, **source, **absent}
+    result = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
         tasks=[{"group": "plain", "task": [member]}],
-        task_manager=_manager(),
+        task_manager=task_manager(),
     )
-    return found["samples"][task], found["results"][task]
+    return result["samples"][task], result["results"][task]
 
 
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
@@ -114,23 +112,28 @@ def test_splits_that_cannot_be_asked_are_missed_before_any_is(tmp_path, task, fi
         check_data([task], tmp_path)
 
 
-def found(task, metrics, *samples):
+def harness_result(task, metrics, *samples):
     """What the harness returns, for samples of ``(number, filter, values of the metrics)``."""
-    rows = [
-        {"doc_id": i, "filter": name, "metrics": [*values], "prompt_hash": f"hash{i}",
-         "filtered_resps": ["42"], **values}
-        for i, name, values in samples
-    ]  # fmt: skip
+
+    def row(i, name, values):
+        question = {"doc_id": i, "prompt_hash": f"hash{i}"}
+        answer = {"filter": name, "filtered_resps": ["42"], "metrics": [*values], **values}
+        return question | answer
+
+    rows = [row(*sample) for sample in samples]
     return {"samples": {task: rows}, "results": {task: metrics}}
 
 
 def test_answers_that_are_read_in_two_ways_give_two_metrics():
-    both = found(
-        "gsm8k", {"exact_match,strict": 0.5, "exact_match,flexible": 1.0},
-        (1, "strict", {"exact_match": 1.0}), (1, "flexible", {"exact_match": 1.0}),
-        (0, "strict", {"exact_match": 0.0}), (0, "flexible", {"exact_match": 1.0}),
-    )  # fmt: skip
-    assert [(q.key, q.scores) for q in _questions("gsm8k", both)] == [
+    both = harness_result(
+        "gsm8k",
+        {"exact_match,strict": 0.5, "exact_match,flexible": 1.0},
+        (1, "strict", {"exact_match": 1.0}),
+        (1, "flexible", {"exact_match": 1.0}),
+        (0, "strict", {"exact_match": 0.0}),
+        (0, "flexible", {"exact_match": 1.0}),
+    )
+    assert [(q.key, q.scores) for q in read_questions("gsm8k", both)] == [
         ("gsm8k/0 (flexible)", {"exact_match (flexible)": 1.0}),
         ("gsm8k/1 (flexible)", {"exact_match (flexible)": 1.0}),
         ("gsm8k/0 (strict)", {"exact_match (strict)": 0.0}),
@@ -139,9 +142,9 @@ def test_answers_that_are_read_in_two_ways_give_two_metrics():
 
 
 def test_metrics_that_are_no_mean_over_questions_are_left_out():
-    values = {"acc": 1.0, "f1": (1, 1)}
-    questions = _questions("cb", found("cb", {"acc,none": 1.0, "f1,none": 0.3},
-                                       (0, "none", values)))  # fmt: skip
+    means = {"acc,none": 1.0, "f1,none": 0.3}
+    result = harness_result("cb", means, (0, "none", {"acc": 1.0, "f1": (1, 1)}))
+    questions = read_questions("cb", result)
     assert questions[0].scores == {"acc": 1.0}
     with pytest.raises(DataError, match="none of the metrics"):
-        _questions("cb", found("cb", {"acc,none": 0.3}, (0, "none", {"acc": 1.0})))
+        read_questions("cb", harness_result("cb", {"acc,none": 0.3}, (0, "none", {"acc": 1.0})))

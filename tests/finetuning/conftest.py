@@ -63,10 +63,13 @@ def tune(make, ids, tokenizer, tmp_path):
     def run(name="run", model=None, method="cats", train=None, options=None, **kwargs):
         from cats.finetuning import finetune
 
+        defaults = {"evaluations": {"held out": Blocks(ids[16:])}, "tokenizer": tokenizer}
         return finetune(
-            model or make(method), Blocks(ids[:16]) if train is None else train,
-            output=tmp_path / name, options=dataclasses.replace(OPTIONS, **(options or {})),
-            **{"evaluations": {"held out": Blocks(ids[16:])}, "tokenizer": tokenizer} | kwargs,
-        )  # fmt: skip
+            model or make(method),
+            Blocks(ids[:16]) if train is None else train,
+            output=tmp_path / name,
+            options=dataclasses.replace(OPTIONS, **(options or {})),
+            **defaults | kwargs,
+        )
 
     return run

@@ -248,9 +248,8 @@ def test_full_rows_need_no_mask():
 def test_stream_gives_the_blocks_of_the_texts(tokenizer):
     texts = ["abcdef", "ghij", "klmnopq"]
     stream = StreamedBlocks(tokenizer, lambda: iter(texts), length=4)
-    assert [text_of(tokenizer, row["input_ids"]) for row in stream] == [
-        "abcd", "ef<eos>g", "hij<eos>", "klmn", "opq<eos>",
-    ]  # fmt: skip
+    blocks = [text_of(tokenizer, row["input_ids"]) for row in stream]
+    assert blocks == ["abcd", "ef<eos>g", "hij<eos>", "klmn", "opq<eos>"]
     # a second pass starts from the beginning
     assert len([*stream]) == 5
 
@@ -261,14 +260,11 @@ def test_stream_begins_each_block_as_blocks_do():
     def stream(**kwargs):
         return StreamedBlocks(tokenizer, lambda: iter(["abcdef", "ghij"]), length=4, **kwargs)
 
-    assert [text_of(tokenizer, row["input_ids"]) for row in stream()] == [
-        "<bos>abc", "<bos>def", "<bos><eos>gh", "<bos>ij<eos>",
-    ]  # fmt: skip
-    assert [text_of(tokenizer, row["input_ids"]) for row in stream(bos=False)] == [
-        "abcd",
-        "ef<eos>g",
-        "hij<eos>",
-    ]
+    def texts(**kwargs):
+        return [text_of(tokenizer, row["input_ids"]) for row in stream(**kwargs)]
+
+    assert texts() == ["<bos>abc", "<bos>def", "<bos><eos>gh", "<bos>ij<eos>"]
+    assert texts(bos=False) == ["abcd", "ef<eos>g", "hij<eos>"]
     blocks = Blocks.of_texts(tokenizer, ["abcdef", "ghij"], length=4)
     assert blocks.ids.tolist() == [row["input_ids"].tolist() for row in stream()][:3]
     assert describe(stream()) != describe(stream(bos=False))
@@ -291,6 +287,5 @@ def test_packed_pairs_hold_prompts_and_answers(tokenizer):
 def test_packed_pairs_begin_each_block_once():
     tokenizer = models.make_tokenizer(begins=True)
     pairs = Pairs.of_texts(tokenizer, [("ab", "cd"), ("e", "f")])
-    assert [text_of(tokenizer, ids) for ids in pack(pairs, length=4)] == [
-        "<bos>ab\n", "<bos>cd<eos>", "<bos>e\nf",
-    ]  # fmt: skip
+    blocks = [text_of(tokenizer, ids) for ids in pack(pairs, length=4)]
+    assert blocks == ["<bos>ab\n", "<bos>cd<eos>", "<bos>e\nf"]

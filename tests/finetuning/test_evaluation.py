@@ -50,10 +50,12 @@ def test_nan_is_an_error(make, ids, accelerator):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("so 4 and 5\n#### 1,234", "1234"), ("#### 3\n#### -7.5.", "-7.5"), (" yes \n", "yes"),
+        ("so 4 and 5\n#### 1,234", "1234"),
+        ("#### 3\n#### -7.5.", "-7.5"),
+        (" yes \n", "yes"),
         ("#### none", "#### none"),
     ],
-)  # fmt: skip
+)
 def test_final_answer(text, answer):
     assert final_answer(text) == answer
 

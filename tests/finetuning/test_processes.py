@@ -62,16 +62,18 @@ def folder(tmp_path_factory):
 
 
 def run(folder, output, batch_size, *, processes=1, script="run.py", environment=None, more=()):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else ()), folder / script,
-         "finetune", folder / "model", "-o", output, "--text", folder / "text.txt",
-         "--eval-text", f"text={folder / 'text.txt'}", "--eval-tokens", "320", "--block", "32",
-         "--calibration-tokens", "512", "--steps", "4", "--eval-every", "2", "--save-every", "2",
-         "--eval-batch-size", "4", "--lr", "1e-2", "--rank", "4", "--dropout", "0",
-         "--batch-size", str(batch_size), "--distillation", "0.5", *more],
-        env=ENVIRONMENT | (environment or {}), check=True, capture_output=True,
-    )  # fmt: skip
+    launcher = f"-m torch.distributed.run --nproc-per-node {processes} --standalone".split()
+    text = folder / "text.txt"
+    files = [folder / "model", "-o", output, "--text", text, "--eval-text", f"text={text}"]
+    options = (
+        "--eval-tokens 320 --block 32 --calibration-tokens 512 --eval-batch-size 4 --steps 4 "
+        "--eval-every 2 --save-every 2 --lr 1e-2 --rank 4 --dropout 0 --distillation 0.5 "
+        f"--batch-size {batch_size}"
+    )
+    command = [sys.executable, *(launcher if processes > 1 else ()), folder / script, "finetune"]
+    command += [*files, *options.split(), *more]
+    environment = ENVIRONMENT | (environment or {})
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     return History.load(output / "history.jsonl")
 
 

@@ -387,9 +387,8 @@ def test_folder_with_other_files_is_refused(tune, tmp_path):
 
 def test_adapters_sit_on_queries_values_and_the_mlp(make):
     model = make()
-    assert cats.finetuning.adapters.target_layers(model) == [
-        "down_proj", "gate_proj", "q_proj", "up_proj", "v_proj",
-    ]  # fmt: skip
+    expected = ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
+    assert cats.finetuning.adapters.target_layers(model) == expected
     assert isinstance(model.model.layers[0].mlp.gate_proj, nn.Linear)
 
 

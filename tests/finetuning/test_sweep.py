@@ -33,10 +33,13 @@ def test_grid_leaves_out_what_has_no_meaning():
     runs = grid(["dense", "cats-50", "relu"], [0.1], [0.0, 0.5], [0, 2])
     assert [run.name for run in runs] == [
         "dense-lr0.1",
-        "cats-50-lr0.1", "cats-50-lr0.1-recalibrate2",
-        "cats-50-lr0.1-distill0.5", "cats-50-lr0.1-distill0.5-recalibrate2",
-        "relu-lr0.1", "relu-lr0.1-distill0.5",
-    ]  # fmt: skip
+        "cats-50-lr0.1",
+        "cats-50-lr0.1-recalibrate2",
+        "cats-50-lr0.1-distill0.5",
+        "cats-50-lr0.1-distill0.5-recalibrate2",
+        "relu-lr0.1",
+        "relu-lr0.1-distill0.5",
+    ]
 
 
 @pytest.mark.parametrize("method", ["cats", "cats-0", "cats-100", "teal-50"])

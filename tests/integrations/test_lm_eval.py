@@ -32,11 +32,12 @@ def config(tmp_path):
     return folder
 
 
-def run(monkeypatch, tmp_path, config, *model):
+def run(monkeypatch, tmp_path, config, model, model_args):
     output = tmp_path / "out"
-    arguments = ["--tasks", "colours", "--include_path", config, "--output_path", output,
-                 "--log_samples", "--batch_size", "4", "--device", "cpu"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["cats", "lm-eval", *map(str, [*model, *arguments])])
+    arguments = ["--model", model, "--model_args", model_args, "--tasks", "colours"]
+    arguments += ["--include_path", str(config), "--output_path", str(output)]
+    arguments += ["--log_samples", "--batch_size", "4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["cats", "lm-eval", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
     assert not caught.value.code
@@ -52,32 +53,30 @@ def test_the_type_cats_answers_with_the_thresholds(monkeypatch, tmp_path, config
     thresholds = tmp_path / "cats.safetensors"
     cats.calibrate(model, [models.make_ids()], target_sparsity=0.9).save(thresholds)
 
-    dense = run(monkeypatch, tmp_path / "1", config, "--model", "hf",
-                "--model_args", f"pretrained={folder}")  # fmt: skip
-    sparse = run(monkeypatch, tmp_path / "2", config, "--model", "cats",
-                 "--model_args", f"pretrained={folder},thresholds={thresholds}")  # fmt: skip
+    def answers(name, model, model_args):
+        return run(monkeypatch, tmp_path / name, config, model, model_args)
+
+    dense = answers("1", "hf", f"pretrained={folder}")
+    sparse = answers("2", "cats", f"pretrained={folder},thresholds={thresholds}")
     assert len(dense) == len(sparse) == 8
     assert all(a != b for a, b in zip(dense, sparse, strict=True))
 
     cats.from_pretrained(folder, thresholds=thresholds).save_pretrained(tmp_path / "sparse")
     models.make_tokenizer().save_pretrained(tmp_path / "sparse")
-    stored = run(monkeypatch, tmp_path / "3", config, "--model", "cats",
-                 "--model_args", f"pretrained={tmp_path / 'sparse'}")  # fmt: skip
+    stored = answers("3", "cats", f"pretrained={tmp_path / 'sparse'}")
     assert stored == sparse
 
     monkeypatch.setattr(smollm2, "checkpoint", lambda: folder)
-    built_in = run(monkeypatch, tmp_path / "4", config, "--model", "cats",
-                   "--model_args", f"pretrained=smollm2,thresholds={thresholds}")  # fmt: skip
+    built_in = answers("4", "cats", f"pretrained=smollm2,thresholds={thresholds}")
     assert built_in == sparse
 
 
 def test_a_dense_checkpoint_without_thresholds_is_an_error(tmp_path, monkeypatch, capsys, config):
     models.make_model().save_pretrained(tmp_path / "dense")
     models.make_tokenizer().save_pretrained(tmp_path / "dense")
-    monkeypatch.setattr(sys, "argv", [
-        "cats", "lm-eval", "--model", "cats", "--tasks", "colours", "--include_path", str(config),
-        "--model_args", f"pretrained={tmp_path / 'dense'}",
-    ])  # fmt: skip
+    arguments = ["--model", "cats", "--model_args", f"pretrained={tmp_path / 'dense'}"]
+    arguments += ["--tasks", "colours", "--include_path", str(config)]
+    monkeypatch.setattr(sys, "argv", ["cats", "lm-eval", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
@@ -112,9 +111,7 @@ def test_options_of_the_hub_reach_every_file(tmp_path):
     lm_eval.register()
     for revision, target in (("v2", 0.8), ("v3", 0.2)):
         models.fill_hub_cache(tmp_path, revision=revision, subfolder="sub", target=target)
-        found = get_model("cats")(
-            pretrained="org/model", revision=revision, subfolder="sub", cache_dir=str(tmp_path),
-            local_files_only=True, device="cpu",
-        )  # fmt: skip
-        assert found.model.config.cats["target_sparsity"] == target
-        assert found.tokenizer.eos_token == "<eos>"
+        hub = dict(subfolder="sub", cache_dir=str(tmp_path), local_files_only=True)
+        loaded = get_model("cats")(pretrained="org/model", revision=revision, device="cpu", **hub)
+        assert loaded.model.config.cats["target_sparsity"] == target
+        assert loaded.tokenizer.eos_token == "<eos>"

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTCon
 import cats
 from cats.errors import ConfigError, UnsupportedModelError
 from cats.fusion import fused_mlps
-from cats.model import find_gated_mlps
+from cats.model import Layout, find_gated_mlps
 from tests import models
 
 KINDS = {
@@ -71,17 +71,18 @@ def test_module_of_another_form_is_refused_with_its_name_and_the_reason(mlp, rea
     assert reason in message
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        OPTConfig(
-            hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
-            word_embed_proj_dim=16,
-        ),
-        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64),
-    ],
-    ids=["OPT", "GPT2"],
-)  # fmt: skip
+OPT = OPTConfig(
+    hidden_size=16,
+    ffn_dim=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    vocab_size=64,
+    word_embed_proj_dim=16,
+)
+GPT2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)
+
+
+@pytest.mark.parametrize("config", [OPT, GPT2], ids=["OPT", "GPT2"])
 def test_model_without_a_gate_is_refused(config):
     with pytest.raises(UnsupportedModelError, match="no gated MLP"):
         find_gated_mlps(AutoModelForCausalLM.from_config(config))
@@ -116,9 +117,11 @@ def test_one_pattern_may_be_given_without_a_list():
 
 @pytest.mark.parametrize(
     ("patterns", "message"),
-    [("*.0.mpl", r"'\*\.0\.mpl' matches no MLP .* like 'model.layers.0.mlp'"),
-     (["*.0.*", "*.1.*"], r"\*\.0\.\* \*\.1\.\* leaves no MLP")],
-)  # fmt: skip
+    [
+        ("*.0.mpl", r"'\*\.0\.mpl' matches no MLP .* like 'model.layers.0.mlp'"),
+        (["*.0.*", "*.1.*"], r"\*\.0\.\* \*\.1\.\* leaves no MLP"),
+    ],
+)
 def test_patterns_that_match_nothing_or_everything_are_refused(patterns, message):
     with pytest.raises(ConfigError, match=message):
         find_gated_mlps(models.make_model(), exclude=patterns)
@@ -186,8 +189,6 @@ def test_layers_that_keep_their_codes_in_buffers_are_found():
             if isinstance(child, nn.Linear):
                 setattr(layer.mlp, name, Packed(child))
     first, second = find_gated_mlps(model)
-    assert (first.layout.gate, first.layout.up, first.layout.down) == (
-        "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    assert first.layout == Layout("gate_proj", "up_proj", "down_proj")
     assert not torch.allclose(first.fingerprint(), second.fingerprint())
     assert first.bytes == 3 * (16 * models.F + 4)

@@ -18,9 +18,15 @@ from cats.weights.placement import input_device
 
 # The eight tasks of the paper, in its order.
 PAPER8 = (
-    "openbookqa", "arc_easy", "winogrande", "hellaswag",
-    "arc_challenge", "piqa", "boolq", "sciq",
-)  # fmt: skip
+    "openbookqa",
+    "arc_easy",
+    "winogrande",
+    "hellaswag",
+    "arc_challenge",
+    "piqa",
+    "boolq",
+    "sciq",
+)
 # On a CPU the harness's search for the largest batch takes longer than it saves.
 _CPU_BATCH = 16
 _SPLITS = ("training_split", "validation_split", "test_split")
@@ -38,7 +44,7 @@ def task_names(names: str) -> list[str]:
         for name in (part.strip() for part in names.split(","))
         for task in (PAPER8 if name == "paper8" else (name,))
     ]
-    known = set(_manager().all_tasks)
+    known = set(task_manager().all_tasks)
     if unknown := [name for name in expanded if name not in known]:
         raise ConfigError(f"no task {unknown[0]!r}; cats lm-eval ls tasks shows them all")
     for name in expanded:
@@ -109,14 +115,14 @@ def evaluate_task(
             batch_size = _CPU_BATCH
         harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # not simple_evaluate, which spends seconds on a description of the machine
-        found = lm_eval.evaluate(
+        result = lm_eval.evaluate(
             harness_model,
             {"tasks": tasks},
             samples=None if limit is None else _draw(tasks, limit, seed),
             # standard errors are computed from the answers
             bootstrap_iters=0,
         )
-    questions = [question for name in tasks for question in _questions(name, found)]
+    questions = [question for name in tasks for question in read_questions(name, result)]
     splits = {t.config.test_split or t.config.validation_split for t in tasks.values()}
     return Answers(
         task=task,
@@ -146,7 +152,7 @@ def _harness() -> Any:
 
 
 @cache
-def _manager() -> Any:
+def task_manager() -> Any:
     """The index of all tasks; reading their definitions takes seconds."""
     _harness()
     from lm_eval.tasks import TaskManager
@@ -156,7 +162,7 @@ def _manager() -> Any:
 
 def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
     """Each task behind a name to the harness's object for it."""
-    manager = _manager()
+    manager = task_manager()
     spec = name if data_dir is None else _offline(name, data_dir)
     try:
         tasks: dict[str, Any] = manager.load([spec])["tasks"]
@@ -176,7 +182,7 @@ def task_files(name: str, data_dir: Path) -> dict[str, str]:
         ConfigError: If the name is that of a group.
         StorageError: If ``data_dir`` does not have the data of the task.
     """
-    if name not in _manager().all_subtasks:
+    if name not in task_manager().all_subtasks:
         raise ConfigError(f"{name} is a group: with --data-dir name its tasks one by one")
     definition = _definition(name)
     files = {path.stem: str(path) for path in sorted((data_dir / name).glob("*.parquet"))}
@@ -195,7 +201,7 @@ def task_files(name: str, data_dir: Path) -> dict[str, str]:
 
 def _definition(name: str) -> dict[str, Any]:
     """The definition of a task in the harness; empty if the task is written in Python."""
-    return _manager().task_index[name].cfg or {}
+    return task_manager().task_index[name].cfg or {}
 
 
 def _offline(name: str, data_dir: Path) -> dict[str, Any]:
@@ -240,13 +246,18 @@ def _draw(tasks: dict[str, Any], limit: int, seed: int) -> dict[str, list[int]]:
     return drawn
 
 
-def _questions(task: str, found: Any) -> list[Question]:
-    samples = sorted(found["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
+def read_questions(task: str, result: Mapping[str, Any]) -> list[Question]:
+    """The questions of a task, from what ``lm_eval.evaluate`` returns.
+
+    Raises:
+        DataError: If no metric of the task is a mean over questions.
+    """
+    samples = sorted(result["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     questions = []
     for name in filters:
         answered = [sample for sample in samples if sample["filter"] == name]
-        metrics = _means(answered, found["results"][task], name)
+        metrics = _means(answered, result["results"][task], name)
         # GSM8K reads each answer in two ways
         suffix = f" ({name})" if len(filters) > 1 else ""
         questions += [
@@ -267,19 +278,19 @@ def _means(samples: list[Any], results: dict[str, Any], name: str) -> list[str]:
     Raises:
         DataError: If there is none, for example if only an F1 over all questions is reported.
     """
-    found = []
+    means = []
     for metric in samples[0]["metrics"]:
         values = [sample[metric] for sample in samples]
         if not all(isinstance(value, int | float) for value in values):
             continue
         if math.isclose(sum(values) / len(values), results[f"{metric},{name}"], abs_tol=1e-9):
-            found.append(metric)
-    if not found:
+            means.append(metric)
+    if not means:
         raise DataError(
             f"none of the metrics {samples[0]['metrics']} is a mean over questions; "
             "run this task with cats lm-eval"
         )
-    return found
+    return means
 
 
 @contextmanager
