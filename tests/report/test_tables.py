@@ -52,7 +52,7 @@ def test_cells_of_what_is_not_there_are_empty():
 
 
 def test_layers_have_bars_that_begin_at_the_left():
-    text = shown(layer_table({"a": 0.1, "b": 0.2}, {"a": 1.0, "b": 0.5}))
+    text = shown(layer_table({"a": 0.1, "b": 0.2}, {"a": 1.0, "b": 0.5}).rich())
     bars = [line for line in text.splitlines() if "█" in line]
     assert len(bars) == 3
     assert len({line.index("█") for line in bars}) == 1

@@ -16,8 +16,6 @@ from cats.cli.running import Terminal
 from cats.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cats.finetuning.sweep import Run
     from cats.history import History, Point
 
@@ -80,6 +78,7 @@ def finetune(
     What [b]-o[/b] holds already is not run again. Each run starts from the same weights and sees
     the same rows in the same order; weights are not kept.
     """
+    from cats.cli.tables import run_table
     from cats.finetuning import FinetuneOptions
     from cats.finetuning.sweep import grid, sweep
     from cats.recipes.training import check_epochs, read
@@ -102,7 +101,7 @@ def finetune(
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     ready = read(tokenizer, rows, chosen, epochs=epochs, calibrated=True, progress=Terminal())
     assert ready.calibration is not None
-    found: dict[str, History] = {}
+    histories: dict[str, History] = {}
     with StepBar(ready.options.steps) as bar:
 
         def on_point(run: Run, point: Point) -> None:
@@ -127,12 +126,12 @@ def finetune(
             if isinstance(result, TrainingError):
                 options.err.print(f"{run.name}: {result}", style="red", markup=False)
             else:
-                found[run.name] = result
+                histories[run.name] = result
     if as_json:
-        options.print_json({name: dataclasses.asdict(history) for name, history in found.items()})
-    elif found:
-        options.out.print(_table(f"{model}, {ready.options.steps} steps", found))
-    if not found:
+        options.print_json({name: dataclasses.asdict(run) for name, run in histories.items()})
+    elif histories:
+        options.out.print(run_table(f"{model}, {ready.options.steps} steps", histories).rich())
+    if not histories:
         raise typer.Exit(1)
 
 
@@ -156,41 +155,3 @@ def _check_grid(
         if all(values) and not takers:
             raise ConfigError(f"{option} has no use for {without}: {reason}; leave it out")
         options.err.print(f"{without}: without {option}, {reason}", highlight=False)
-
-
-def _table(title: str, found: dict[str, History]) -> Table:
-    """One row a run, with the share of the sparse model's loss that it recovers.
-
-    The loss is counted against the lower of the untuned dense model and the best dense run.
-    """
-    from rich.markup import escape
-    from rich.table import Table
-
-    from cats.cli.tables import cell
-    from cats.history import names_of, recovered
-
-    names, tasks = names_of(found.values())
-    table = Table(title=escape(title), title_justify="left", caption_justify="left")
-    table.add_column("run", overflow="fold")
-    for name in names:
-        table.add_column(escape(name), justify="right")
-    for task in tasks:
-        table.add_column(f"{escape(task)}\nright", justify="right")
-    table.add_column("dropped", justify="right")
-    table.add_column("s a step", justify="right")
-    for run, history in found.items():
-        first, last = history.points[0], history.points[-1]
-        losses = []
-        for name in names:
-            share = recovered(history, found.values(), name)
-            before, after = (cell(p.losses.get(name), ".4f") for p in (first, last))
-            losses.append(f"{before} > {after}" + ("" if share is None else f" ({share:.0%})"))
-        table.add_row(
-            escape(run),
-            *losses,
-            *(cell(last.accuracy.get(task), ".1%") for task in tasks),
-            cell(last.sparsity, ".1%"),
-            cell(last.seconds_per_step, ".3f"),
-        )
-    table.caption = "log-perplexity before > after (recovered share of the loss against dense)"
-    return table

@@ -214,7 +214,7 @@ def _print(report: dict[str, Any]) -> None:
 
     from cats.cli.tables import layer_table, loss
 
-    options.out.print(layer_table(report["thresholds"], report["realized_sparsity"]))
+    options.out.print(layer_table(report["thresholds"], report["realized_sparsity"]).rich())
     target = report["target_sparsity"]
     if report["max_loss"] is not None:
         options.out.print(

@@ -59,7 +59,7 @@ def demo(
     loaded, tokenizer = options.load(
         model, dtype=dtype, device=device, dense=True, hub=hub, threads=threads
     )
-    found = demonstrate(
+    demonstration = demonstrate(
         loaded,
         tokenizer,
         options.texts_or_sample(text),
@@ -75,11 +75,11 @@ def demo(
         text_name=options.describe_texts(text),
         progress=Terminal(),
     )
-    page = None if output is None else found.save(output)
+    page = None if output is None else demonstration.save(output)
     if as_json:
-        options.print_json(found.to_dict())
+        options.print_json(demonstration.to_dict())
     else:
-        _print(found)
+        _print(demonstration)
         if page is not None:
             options.out.print(f"wrote {page}", markup=False)
 
@@ -93,45 +93,34 @@ def _check_plots() -> None:
         raise DataError("a report needs matplotlib: pip install 'cats-llm[report]'")
 
 
-def _print(found: Demonstration) -> None:
+def _print(demonstration: Demonstration) -> None:
     from rich.markup import escape
     from rich.panel import Panel
-    from rich.table import Table
 
-    from cats.cli.tables import layer_table
+    from cats.cli.tables import layer_table, speed_table
+    from cats.config import label_of
     from cats.report import Material
 
-    name = f"CATS-{found.target_sparsity * 100:g}"
+    name = label_of("cats", demonstration.target_sparsity)
     out = options.out
-    out.print(layer_table(found.thresholds, found.realized_sparsity))
-    out.print(f"[b]{escape(found.prompt)}[/b]")
-    sides = {"dense": found.dense, name: found.cats}
-    for label, side in sides.items():
+    out.print(layer_table(demonstration.thresholds, demonstration.realized_sparsity).rich())
+    out.print(f"[b]{escape(demonstration.prompt)}[/b]")
+    for label, side in (("dense", demonstration.dense), (name, demonstration.cats)):
         out.print(Panel(escape(side.answer.text.strip()), title=label, title_align="left"))
-    table = Table()
-    table.add_column("model")
-    table.add_column("perplexity on held-out text", justify="right")
-    table.add_column("tokens per second, transformers", justify="right")
-    table.add_column("tokens per second, cats", justify="right")
-    for label, side in sides.items():
-        table.add_row(
-            label,
-            f"{side.perplexity:.2f}",
-            f"{side.transformers_tokens_per_second:.1f}",
-            f"{side.tokens_per_second:.1f}",
-        )
-    out.print(table)
-    for tradeoff in Material(results=found.results()).tradeoffs():
+    out.print(speed_table(demonstration).rich())
+    for tradeoff in Material(results=demonstration.results()).tradeoffs():
         out.print(f"[b]{escape(tradeoff.sentence())}[/b]", highlight=False)
+    cats = demonstration.cats
     out.print(
         "transformers: model.generate. cats: cats.generate with the engine "
-        f"{found.cats.answer.engine}; {name} runs with fused MLPs there. Each speed is the median "
-        f"of {len(found.cats.rounds)} runs in turns.",
+        f"{cats.answer.engine}; {name} runs with fused MLPs there. Each speed is the median "
+        f"of {len(cats.rounds)} runs in turns.",
         style="dim",
     )
     out.print(
-        f"Calibrated on {found.calibration_tokens:,} tokens and measured on "
-        f"{found.held_out_tokens:,} held-out tokens of {found.text}, seed {found.seed}.",
+        f"Calibrated on {demonstration.calibration_tokens:,} tokens and measured on "
+        f"{demonstration.held_out_tokens:,} held-out tokens of {demonstration.text}, "
+        f"seed {demonstration.seed}.",
         style="dim",
         markup=False,
     )

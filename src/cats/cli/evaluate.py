@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cats.cli import options
 from cats.cli.running import Terminal, resumable
+from cats.cli.task_options import check_tasks, parse_batch_size
+from cats.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cats.evaluation.variants import Variant
-    from cats.results import Result
+    from cats.protocols import CausalModel
+    from cats.results import TaskScore
 
-# Blocks a forward pass where --batch-size is auto.
+# Blocks per forward pass where --batch-size is auto.
 _BLOCKS = 4
 
 
@@ -87,6 +88,8 @@ def evaluate(
     loaded, tokenizer = options.load(
         model, thresholds=thresholds, dtype=dtype, device=device, threads=threads, hub=hub
     )
+    from cats.cli.tables import perplexity_table, task_table
+
     if tasks is not None:
         from cats.apply import densify_
         from cats.evaluation.run import identity
@@ -96,7 +99,7 @@ def evaluate(
         densify_(loaded)
         settings = {"model": model, **identity(loaded, tokenizer), "revision": revision}
         with resumable(output, _has_answers):
-            results = ask_tasks(
+            scores = ask_tasks(
                 loaded,
                 tokenizer,
                 variants,
@@ -110,8 +113,11 @@ def evaluate(
                 progress=Terminal(),
             )
         if output is not None:
-            write_results(output / "results.jsonl", results)
-        _print_tasks(model, results, as_json)
+            write_results(output / "results.jsonl", scores)
+        if as_json:
+            options.print_json([_task_json(score) for score in scores])
+        else:
+            options.out.print(task_table(f"{model}, zero-shot", scores).rich())
         return
     from cats.data import text_start, token_blocks
     from cats.recipes.evaluation import compare_perplexities
@@ -122,47 +128,27 @@ def evaluate(
             tokenizer, options.texts_or_sample(text), length=block, limit=most, bos=bos
         )
     batches = blocks.split(_BLOCKS if batch == "auto" else int(batch))
-    found = compare_perplexities(loaded, batches, progress=Terminal())
+    measured = compare_perplexities(loaded, batches, progress=Terminal())
+    text_name = options.describe_texts(text)
+    if not as_json:
+        title = f"{model} on {blocks.numel():,} tokens of {text_name}"
+        options.out.print(perplexity_table(title, measured).rich())
+        return
     report = {
         "model": model,
-        "text": options.describe_texts(text),
+        "text": text_name,
         "tokens": blocks.numel(),
         "bos": bool(text_start(tokenizer, bos)),
-        "perplexity_dense": found.dense,
+        "perplexity_dense": measured.dense,
     }
-    if found.sparse is not None:
+    if measured.sparse is not None:
         report |= {
-            "method": found.method,
-            "target_sparsity": found.target_sparsity,
-            "perplexity_sparse": found.sparse,
-            "realized_sparsity": found.realized_sparsity,
+            "method": measured.method,
+            "target_sparsity": measured.target_sparsity,
+            "perplexity_sparse": measured.sparse,
+            "realized_sparsity": measured.realized_sparsity,
         }
-    if as_json:
-        options.print_json(report)
-    else:
-        _print(report)
-
-
-def parse_batch_size(text: str) -> int | str:
-    """A positive number, or ``"auto"``."""
-    from cats.errors import ConfigError
-
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--batch-size: expected auto or a positive number, got {text!r}")
-    return int(text)
-
-
-def check_tasks(tasks: str, data_dir: Path | None) -> list[str]:
-    """The names of the tasks, once it is known that they and their files exist."""
-    from cats.evaluation.tasks import check_data, task_names
-
-    with options.err.status("looking up the tasks ..."):
-        names = task_names(tasks)
-        if data_dir is not None:
-            check_data(names, data_dir)
-    return names
+    options.print_json(report)
 
 
 def _check_options(
@@ -174,9 +160,7 @@ def _check_options(
     data_dir: Path | None,
     output: Path | None,
 ) -> None:
-    """Complain about an option that would be ignored."""
-    from cats.errors import ConfigError
-
+    """Refuse an option that would be ignored."""
     of_text = {"--text": text, "--tokens": tokens, "--bos/--no-bos": bos}
     of_tasks = {"--limit": limit, "--data-dir": data_dir, "--output": output}
     for name, value in (of_tasks if tasks is None else of_text).items():
@@ -189,38 +173,9 @@ def _has_answers(folder: Path) -> bool:
     return any(folder.glob("answers/*/*.jsonl"))
 
 
-def _print(report: dict[str, Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from cats.cli.tables import loss
-    from cats.config import label_of
-
-    table = Table(
-        title=escape(f"{report['model']} on {report['tokens']:,} tokens of {report['text']}"),
-        title_justify="left",
-    )
-    dense = report["perplexity_dense"]
-    rows = [{"model": "dense", "perplexity": f"{dense:.3f}"}]
-    if "perplexity_sparse" in report:
-        realized, sparse = report["realized_sparsity"].values(), report["perplexity_sparse"]
-        rows.append(
-            {
-                "model": label_of(report["method"], report["target_sparsity"]),
-                "realised sparsity": f"{sum(realized) / len(realized):.1%}",
-                "perplexity": f"{sparse:.3f}",
-                "change": loss(dense, sparse),
-            }
-        )
-    # those of the last row: a dense model alone has fewer
-    for column in rows[-1]:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        table.add_row(*(row.get(column, "") for column in rows[-1]))
-    options.out.print(table)
-
-
-def _variants(model: Any, name: str, hub: dict[str, Any], thresholds: Path | None) -> list[Variant]:
+def _variants(
+    model: CausalModel, name: str, hub: options.Hub, thresholds: Path | None
+) -> list[Variant]:
     """The dense model, and the sparse one where there are thresholds."""
     from cats.checkpoint import read_config
     from cats.config import CatsConfig
@@ -232,65 +187,11 @@ def _variants(model: Any, name: str, hub: dict[str, Any], thresholds: Path | Non
     return [Dense(), Sparse(stored or CatsConfig.load(thresholds or ""))]
 
 
-def _print_tasks(model: str, found: list[Result], as_json: bool) -> None:
-    if as_json:
-        options.print_json([_row(result) for result in found])
-    else:
-        options.out.print(task_table(f"{model}, zero-shot", found))
-
-
-def _row(result: Result) -> dict[str, Any]:
+def _task_json(score: TaskScore) -> dict[str, object]:
     names = ("variant", "task", "split", "stderr", "difference", "difference_stderr")
     return {
-        "metric": result.quantity,
-        "value": result.value,
-        "questions": result.samples,
-        **{name: result.settings[name] for name in names},
+        "metric": score.quantity,
+        "value": score.value,
+        "questions": score.samples,
+        **{name: getattr(score, name) for name in names},
     }
-
-
-def task_table(title: str, found: list[Result]) -> Table:
-    """One row a task and metric, one column a variant, each with its standard error.
-
-    The difference to the dense model has the error of the paired differences.
-    """
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("questions", justify="right")
-    variants = list(dict.fromkeys(str(r.settings["variant"]) for r in found))
-    for variant in variants:
-        table.add_column(variant, justify="right")
-        if variant != "dense":
-            table.add_column("difference", justify="right")
-    rows: dict[tuple[str, str], dict[str, Result]] = {}
-    for result in found:
-        key = (str(result.settings["task"]), result.quantity)
-        rows.setdefault(key, {})[str(result.settings["variant"])] = result
-    for (task, metric), by_variant in rows.items():
-        first = next(iter(by_variant.values()))
-        cells = []
-        for variant in variants:
-            settings = by_variant[variant].settings
-            cells.append(plus_minus(by_variant[variant].value, settings["stderr"]))
-            if variant != "dense":
-                difference = settings["difference"], settings["difference_stderr"]
-                cells.append(plus_minus(*difference, sign=True))
-        table.add_row(task, metric, f"{first.samples:,}", *cells)
-    splits = {r.settings["task"]: r.settings["split"] for r in found if r.settings["split"]}
-    notes = ["splits: " + ", ".join(f"{task} {split}" for task, split in splits.items())]
-    calibrated = [r.settings for r in found if r.settings.get("calibration_tokens")]
-    if calibrated:
-        tokens, text = calibrated[0]["calibration_tokens"], calibrated[0]["calibration_hash"]
-        notes.append(f"calibrated on {tokens:,} tokens (hash {text})")
-    table.caption = "\n".join(notes)
-    return table
-
-
-def plus_minus(value: Any, error: Any, *, sign: bool = False) -> str:
-    """A share and its standard error, in percent."""
-    number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
-    return number if error is None else f"{number} ± {100 * error:.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,11 +14,6 @@ from cats.cli.dataclass_options import Chosen
 from cats.cli.finetune_bar import StepBar, first_process
 from cats.cli.running import Terminal, resumable
 from cats.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from cats.history import History
 
 # Options that --full has no use for.
 _ADAPTERS = ("rank", "alpha", "dropout", "targets")
@@ -76,6 +71,7 @@ def finetune(
 
     Several GPUs: [b]torchrun --nproc-per-node 8 $(which cats) finetune ...[/b]
     """
+    from cats.cli.tables import evaluation_table
     from cats.config import label_of
     from cats.finetuning import FinetuneOptions
     from cats.finetuning.adapters import check_targets
@@ -140,7 +136,7 @@ def finetune(
     else:
         settings = tuned.history.settings
         label = label_of(settings["method"], settings["target_sparsity"])
-        options.out.print(_table(f"{model}, {label}", tuned.history))
+        options.out.print(evaluation_table(f"{model}, {label}", tuned.history).rich())
         done = f"wrote {output}" if bar.moved else f"{output}: was complete already"
         options.out.print(done, markup=False)
 
@@ -175,30 +171,3 @@ def _check_method(
         raise ConfigError(
             f"--recalibrate {recalibrate} with --method {method}: {shared.NO_TARGET}; leave out one"
         )
-
-
-def _table(title: str, history: History) -> Table:
-    """One row an evaluation."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from cats.cli.tables import cell
-    from cats.history import names_of
-
-    table = Table(title=escape(title), title_justify="left", caption_justify="left")
-    names, _ = names_of([history])
-    for column in ("step", "tokens", "train", *names, "dropped", "s a step"):
-        table.add_column(escape(column), justify="right")
-    for point in history.points:
-        table.add_row(
-            str(point.step),
-            f"{point.tokens:,}",
-            cell(point.train_loss, ".4f"),
-            *(cell(point.losses.get(name), ".4f") for name in names),
-            cell(point.sparsity, ".1%"),
-            cell(point.seconds_per_step, ".3f"),
-        )
-    table.caption = "losses are log-perplexities"
-    for name, share in history.points[-1].accuracy.items() if history.points else ():
-        table.caption += f"; {escape(name)}: {share:.1%} of the answers right"
-    return table

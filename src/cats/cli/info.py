@@ -42,14 +42,10 @@ def info(
     if as_json:
         options.print_json(report)
         return
-    from rich.markup import escape
-    from rich.table import Table
+    from cats.cli.tables import field_table
 
-    for title, rows in report.items():
-        table = Table(title=escape(title), title_justify="left", show_header=False)
-        for name, value in rows.items():
-            table.add_row(escape(name), escape(_word(value)))
-        options.out.print(table)
+    for title, values in report.items():
+        options.out.print(field_table(title, values).rich())
 
 
 def _installation() -> dict[str, dict[str, Any]]:
@@ -264,7 +260,3 @@ def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> di
         else:
             found[name] = works.format("a GPU", chosen)
     return found | {chosen: "is taken"}
-
-
-def _word(value: Any) -> str:
-    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

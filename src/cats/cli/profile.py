@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cats.cli import options
-
-if TYPE_CHECKING:
-    from cats.evaluation.profile import Profile
-    from cats.report.tables import Table
 
 # Rows of a batch: unions over up to eight tokens are measured.
 _BATCH = 8
@@ -54,8 +50,9 @@ def profile(
     """
     import dataclasses
 
+    from cats.cli.tables import activation_table
     from cats.data import text_start, token_blocks
-    from cats.evaluation import profile as profiles
+    from cats.evaluation.profile import profile as measure
 
     options.check_output(output)
     tokens = options.tokens_or_default(tokens, 20_000, block)
@@ -70,7 +67,7 @@ def profile(
     texts = options.texts_or_sample([text] if text else None)
     blocks = token_blocks(tokenizer, texts, length=block, limit=tokens // block, bos=bos)
     batches = options.progress(blocks.split(_BATCH), "profiling")
-    found = profiles.profile(loaded, batches, near=near)
+    measured = measure(loaded, batches, near=near)
     about = {
         "model": model,
         "text": options.describe_texts([text] if text else None),
@@ -79,35 +76,11 @@ def profile(
         "cats": getattr(loaded.config, "cats", None),
     }
     if output is not None:
-        found.save(output, **about)
+        measured.save(output, **about)
     if as_json:
-        options.print_json({**about, **dataclasses.asdict(found)})
+        options.print_json({**about, **dataclasses.asdict(measured)})
         return
-    title = f"{model} on {found.tokens:,} tokens of {about['text']}"
-    options.out.print(table(title, found).rich())
-    shares = ", ".join(f"{value:.1%} ({name})" for name, value in found.by_token.items())
+    title = f"{model} on {measured.tokens:,} tokens of {about['text']}"
+    options.out.print(activation_table(title, measured).rich())
+    shares = ", ".join(f"{value:.1%} ({name})" for name, value in measured.by_token.items())
     options.out.print(f"share of zeros of a token, quantiles over the tokens: {shares}")
-
-
-def table(title: str, found: Profile) -> Table:
-    """One row per activation module."""
-    from cats.report.tables import Table, cell
-
-    unions = sorted({n for layer in found.layers for n in layer.union})
-    return Table(
-        title=title,
-        columns=("MLP", "zero", f"< {found.near:g}", *(f"by {n}" for n in unions), "again"),
-        rows=[
-            [
-                layer.name.rpartition(".")[0],
-                f"{layer.zero:.1%}",
-                f"{layer.near_zero:.1%}",
-                *(cell(layer.union.get(n), ".1%") for n in unions),
-                cell(layer.overlap, ".1%"),
-            ]
-            for layer in found.layers
-        ],
-        wrap=True,
-        caption="by 2, 4, 8: zero for all of so many tokens of different texts; again: share of "
-        "the neurons that are not zero which were not for the token before either",
-    )

@@ -9,6 +9,7 @@ import typer
 
 from cats.cli import options
 from cats.cli.running import Terminal, resumable
+from cats.cli.task_options import check_tasks, parse_batch_size
 
 
 def reproduce(
@@ -68,7 +69,6 @@ def reproduce(
     Compared are dense, CATS, ReLU, and input thresholding, uniform and as TEAL allocates it, at
     the bytes a token of each CATS target. What is in the folder already is not measured again.
     """
-    from cats.cli.evaluate import check_tasks, parse_batch_size
     from cats.data import read_text
     from cats.recipes.recipe import Recipe
     from cats.recipes.recipe_folder import has_results

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from cats.apply import densify_
 from cats.evaluation.answers import Value
-from cats.evaluation.run import answer_tasks, results
+from cats.evaluation.run import answer_tasks
+from cats.evaluation.run import results as results_of
 from cats.evaluation.variants import Variant
 from cats.metrics import perplexity, perplexity_and_sparsity
 from cats.recipes.progress import Progress
-from cats.results import Result
+from cats.results import Result, TaskScore
 from cats.storage import replacing
 
 
@@ -25,10 +26,10 @@ class Perplexities:
     """Perplexity of a model on one text, dense and, where it has thresholds, sparse.
 
     Attributes:
-        dense: Without thresholds.
-        sparse: With them; None where there are none.
-        method: Of the thresholds.
-        target_sparsity: Of the thresholds; None where the method has no target.
+        dense: Perplexity without thresholds.
+        sparse: Perplexity with thresholds; None for a dense model.
+        method: Method of the thresholds.
+        target_sparsity: Target of the thresholds; None where the method has no target.
         realized_sparsity: Name of each sparse MLP to the share of neurons that it dropped.
     """
 
@@ -45,22 +46,23 @@ def compare_perplexities(
     """Perplexity of a model, and of its sparse form beside it.
 
     Args:
-        model: Dense or sparse; dense afterwards.
+        model: A dense or sparse model; it is dense afterwards.
         batches: Token ids ``[B, T]`` each.
-        progress: Told of each pass over them.
+        progress: Shows each pass over the batches.
     """
     progress = progress or Progress()
-    found: dict[str, Any] = {}
-    if hasattr(model.config, "cats"):
-        thresholds = model.config.cats
-        found["method"] = thresholds["method"]
-        found["target_sparsity"] = thresholds["target_sparsity"]
-        found["sparse"], found["realized_sparsity"] = perplexity_and_sparsity(
-            model, progress.track(batches, "sparse perplexity")
-        )
-        densify_(model)
-    found["dense"] = perplexity(model, progress.track(batches, "dense perplexity"))
-    return Perplexities(**found)
+    block = getattr(model.config, "cats", None)
+    if block is None:
+        return Perplexities(dense=perplexity(model, progress.track(batches, "dense perplexity")))
+    sparse, realized = perplexity_and_sparsity(model, progress.track(batches, "sparse perplexity"))
+    densify_(model)
+    return Perplexities(
+        dense=perplexity(model, progress.track(batches, "dense perplexity")),
+        sparse=sparse,
+        method=block["method"],
+        target_sparsity=block["target_sparsity"],
+        realized_sparsity=realized,
+    )
 
 
 def ask_tasks(
@@ -76,24 +78,24 @@ def ask_tasks(
     batch_size: int | str = "auto",
     data_dir: Path | None = None,
     progress: Progress | None = None,
-) -> list[Result]:
-    """Zero-shot tasks of several variants of one model; the first is what others differ from.
+) -> list[TaskScore]:
+    """Zero-shot tasks of several variants of one model, all compared with the first variant.
 
     Args:
         model: The dense model.
         tokenizer: Its tokenizer.
         variants: Ways to run it, such as ``[Dense(), Sparse(config)]``.
         tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
-        folder: As for :func:`cats.evaluation.run.answer_tasks`, like all up to ``data_dir``.
-        settings: Kept with the answers.
-        limit: Questions a task.
-        seed: Of their draw.
-        batch_size: Questions of a forward pass, or ``"auto"``.
+        folder: Folder for the answers; a run continues from it.
+        settings: Saved with the answers.
+        limit: Questions per task.
+        seed: Seed of the draw of questions.
+        batch_size: Questions per forward pass, or ``"auto"``.
         data_dir: Folder of parquet files.
-        progress: Told of each task, before and after.
+        progress: Shows each task, before and after.
     """
     progress = progress or Progress()
-    found: list[Result] = []
+    scores: list[TaskScore] = []
     first = None
     for variant in variants:
         answers = []
@@ -113,16 +115,16 @@ def ask_tasks(
             answers.append(answer)
             progress.say(f"{variant.label}: {answer.task} done")
         first = first or answers
-        found += results(variant.label, answers, first)
-    return found
+        scores += results_of(variant.label, answers, first)
+    return scores
 
 
 def _say_asking(progress: Progress, label: str, task: str) -> None:
-    # the harness's bars say neither
+    # the bars of the harness name neither the variant nor the task
     progress.say(f"{label}: asking {task} ...")
 
 
-def write_results(path: Path, found: Iterable[Result]) -> None:
-    """One line a result; the file is replaced as a whole."""
+def write_results(path: Path, results: Iterable[Result]) -> None:
+    """Write one line per result; an older file of that name is replaced."""
     with replacing(path) as temporary:
-        temporary.write_text("".join(result.to_json() + "\n" for result in found))
+        temporary.write_text("".join(result.to_json() + "\n" for result in results))

@@ -16,7 +16,7 @@ class Table:
     """Rows of cells that are text already.
 
     Attributes:
-        columns: Their names; a unit stands behind a comma.
+        columns: Their names; a unit stands behind a comma. Without any name there is no header.
         rows: One cell for each column.
         names: How many of the first columns hold names, which stand at the left; the others hold
             numbers, which stand at the right.
@@ -66,7 +66,8 @@ class Table:
 
         out = RichTable(
             title=plain(self.title) or None, caption=plain(self.caption) or None,
-            title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0,
+            show_header=any(self.columns), title_justify="left", caption_justify="left",
+            box=box.SIMPLE_HEAD, padding=0,
         )  # fmt: skip
         for number, name in enumerate(self.columns):
             is_name = number < self.names
