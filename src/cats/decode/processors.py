@@ -1,8 +1,8 @@
-"""Options of ``GenerationConfig`` that have no operators here: transformers' own run them."""
+"""Options of ``GenerationConfig`` that no operator of a step does: transformers' code runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from transformers import GenerationConfig
 
 from cats.errors import ConfigError
 
-# Each with the values under which it changes nothing, beside None.
-PROCESSED: Mapping[str, tuple[Any, ...]] = {
+# From token ids [B, T] and scores [B, V] to new scores.
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+
+# Each with the values that change nothing. None changes nothing for each.
+PROCESSED: Mapping[str, tuple[float, ...]] = {
     "min_length": (0,),
     "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
@@ -26,7 +29,7 @@ PROCESSED: Mapping[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,),
     "renormalize_logits": (False,),
     "watermarking_config": (),
-    # these only where tokens are drawn
+    # the last four count only where tokens are drawn
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
@@ -38,7 +41,7 @@ DRAWING = frozenset({"typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"})
 class Processors:
     """Changes the scores of each step of one generation, as ``model.generate`` would.
 
-    They run operator by operator, on the model's device, and read all tokens so far.
+    They run operator by operator on the model's device, and read all tokens so far.
     """
 
     def __init__(
@@ -47,18 +50,18 @@ class Processors:
         settings: Mapping[str, Any],
         *,
         eos_token_ids: tuple[int, ...],
-        logits_processor: Any = None,
+        logits_processor: Iterable[ScoreFunction] = (),
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
         sequences: int = 1,
     ) -> None:
         """
         Args:
-            model: Of transformers.
+            model: A model of transformers.
             settings: All that decides about the scores, by its name in ``GenerationConfig``.
             eos_token_ids: Tokens that end a row.
-            logits_processor: Processors of the user, which run behind those of the settings.
+            logits_processor: The user's processors, which run after those of the settings.
             prefix_allowed_tokens_fn: As in ``model.generate``.
-            sequences: Continuations of each prompt, which are rows beside each other.
+            sequences: Continuations per prompt; they are neighbouring rows.
 
         Raises:
             ConfigError: If transformers does not take the settings, or the model cannot generate.
@@ -71,30 +74,32 @@ class Processors:
             self._config = GenerationConfig(**settings)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"transformers does not take these options: {error}") from error
-        # it would be refused there for greedy decoding; processors count rows of a prompt by it
+        # processors count the rows of a prompt by it; GenerationConfig refuses it where tokens are
+        # not drawn, so it is set afterwards
         self._config.num_return_sequences = sequences
-        self._model: Any = model
-        self._eos = eos_token_ids
-        self._given = list(logits_processor or ())
-        self._allowed = prefix_allowed_tokens_fn
-        self._all: Any = None
+        # of GenerationMixin, which a wrapper such as PEFT's passes on
+        self._make_processors: Any = model._get_logits_processor
+        self._eos_token_ids = eos_token_ids
+        self._own_processors = list(logits_processor)
+        self._prefix_allowed_tokens_fn = prefix_allowed_tokens_fn
+        self._processors: ScoreFunction | None = None
         self._ids = torch.empty(0)
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
-        """Take the prompts, ``[B, T]``, and where they are no padding.
+        """Take the prompts, ``[B, T]``, and their mask, ``[B, T]``, which is False for padding.
 
         Raises:
             ConfigError: If transformers does not take the settings.
         """
         self._ids = ids
-        eos = torch.tensor(self._eos, device=ids.device) if self._eos else None
-        self._config._eos_token_tensor = eos
+        eos = self._eos_token_ids
+        self._config._eos_token_tensor = torch.tensor(eos, device=ids.device) if eos else None
         try:
-            self._all = self._model._get_logits_processor(
+            self._processors = self._make_processors(
                 generation_config=self._config,
                 input_ids_seq_length=ids.shape[1],
-                prefix_allowed_tokens_fn=self._allowed,
-                logits_processor=self._given,
+                prefix_allowed_tokens_fn=self._prefix_allowed_tokens_fn,
+                logits_processor=self._own_processors,
                 device=ids.device,
                 model_kwargs={"attention_mask": None if mask.all() else mask.long()},
             )
@@ -102,11 +107,11 @@ class Processors:
             raise ConfigError(f"transformers does not take these options: {error}") from error
 
     def scores(self, logits: Tensor) -> Tensor:
-        """What is made of logits, ``[B, V]``; float32."""
-        # some processors write into what they get
-        scores: Tensor = self._all(self._ids, logits.to(torch.float32, copy=True))
-        return scores
+        """The scores that the processors make of logits; ``[B, V]``, float32."""
+        assert self._processors is not None  # begin() comes first
+        # a copy, since some processors write into their argument
+        return self._processors(self._ids, logits.to(torch.float32, copy=True))
 
     def add(self, tokens: Tensor) -> None:
-        """Take what was chosen, ``[B]``."""
+        """Take the chosen tokens, ``[B]``."""
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
