@@ -227,10 +227,10 @@ __device__ __forceinline__ void store_half(void* target, uint32 word) {
 }
 
 // Adds 1 and returns what was there. `inc`, because the compiler spreads the result of an `add` over the warp, and so
-// waits for it at once.
+// waits for it at once. With the bound 0xffffffff `inc` would be such an `add` too; no counter comes near this one.
 __device__ __forceinline__ uint32 take_ticket(uint32* counter) {
     uint32 before;
-    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0xffffffff;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
 
