@@ -1,0 +1,51 @@
+// How the rows of a launch are dealt out to its blocks, in runs of a chunk.
+//
+// A few runs by the block's index, for these can be asked for before the kernel in front has ended. The rest goes to who asks
+// first, since multiprocessors that do the same work differ in speed; the last ones in halves. Tickets are asked for three
+// runs ahead: an answer takes up to a microsecond when the memory is busy.
+#pragma once
+#include "hardware.cuh"
+
+struct Deal {
+    uint32* counter;   // zero at first; null where all runs are dealt out by index
+    int runs;          // all of them
+    int fixed;         // by index, for each block
+    int long_tickets;  // whole runs behind those; then halves
+};
+
+constexpr int TICKETS_AHEAD = 3;
+
+struct Runs {
+    const Deal& deal;
+    int taken = 0;
+    int tickets[TICKETS_AHEAD] = {};  // in lane 0; loops over them are unrolled, so that none is waited for before its turn
+    int first = 0, halves = 0;        // of the run taken, in half runs; none behind the last
+
+    __device__ explicit Runs(const Deal& deal) : deal(deal) {}
+
+    // Only when the kernel in front has ended, which may use the same counter.
+    __device__ void ask() {
+#pragma unroll
+        for (int i = 0; i < TICKETS_AHEAD; ++i) ask(i);
+    }
+    __device__ void ask(int i) {
+        if (deal.counter && threadIdx.x % 32 == 0) tickets[i] = take_ticket(deal.counter);
+    }
+
+    // A run by index; false where there is none any more.
+    __device__ bool take_fixed() { return set(2 * (taken * gridDim.x + blockIdx.x), 2); }
+
+    // The run of ticket i, for which another is asked; false where nothing is left.
+    __device__ bool take(int i) {
+        if (!deal.counter) return set(2 * deal.runs, 2);
+        const int ticket = __shfl_sync(~0u, tickets[i], 0), behind = max(ticket - deal.long_tickets, 0);
+        ask(i);
+        return set(2 * (deal.fixed * gridDim.x + min(ticket, deal.long_tickets)) + behind, behind || ticket == deal.long_tickets ? 1 : 2);
+    }
+
+    __device__ bool set(int half, int count) {
+        ++taken;
+        first = half, halves = half < 2 * deal.runs ? count : 0;
+        return halves > 0;
+    }
+};
