@@ -35,7 +35,7 @@ class Point:
         seconds_per_step: Time of training alone, since the point before; None at the start.
     """
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {
+    __pydantic_config__: ClassVar[dict[str, object]] = {
         "strict": True,
         "extra": "forbid",
         "allow_inf_nan": False,
@@ -63,7 +63,7 @@ class History:
     """
 
     settings: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, object] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     complete: bool = False
 
@@ -108,12 +108,12 @@ class History:
         return history
 
     def save(self, path: Path) -> None:
-        """Write the whole history; the file changes at once or not at all.
+        """Write all of it; the file changes at once or not at all.
 
         Raises:
             StorageError: If it cannot be written.
         """
-        blocks: list[dict[str, Any]] = [
+        blocks: list[dict[str, object]] = [
             {
                 "version": _VERSION,
                 "kind": "finetuning",
@@ -130,7 +130,6 @@ class History:
 
 
 def is_history(path: Path) -> bool:
-    """Whether a file begins as a history does."""
     try:
         with path.open("rb") as file:
             block = json.loads(file.readline())
@@ -170,16 +169,16 @@ def _all_but_the_learning_rate(history: History) -> str:
 
 
 def recovered(history: History, others: Iterable[History], text: str) -> float | None:
-    """Share of a sparse model's loss on a text that fine-tuning takes back.
+    """Share of the loss of a sparse model on a text that fine-tuning takes back.
 
-    The loss is the distance of the untuned sparse model from the better of the untuned dense model
-    and the best dense run. None for a dense run, or if no dense run has the same weights and text.
+    The loss is what the untuned sparse model has above the lowest log-perplexity of all dense
+    points, tuned or not. None for a dense run, and if no dense run has the same weights and text.
     """
     dense = [
         point.losses[text]
         for other in others
         if other.settings["method"] == "dense"
-        and _measured(other, text) == _measured(history, text)
+        and _start_of(other, text) == _start_of(history, text)
         for point in other.points
         if text in point.losses
     ]
@@ -191,8 +190,8 @@ def recovered(history: History, others: Iterable[History], text: str) -> float |
     return (first - last) / (first - min(dense))
 
 
-def _measured(history: History, text: str) -> list[Any]:
-    """What a loss before any training depends on."""
+def _start_of(history: History, text: str) -> list[object]:
+    """What the dense model's loss on a text depends on before any training."""
     names = ("model", "revision", "weights", "tokenizer", "dtype")
     return [
         *(history.settings.get(name) for name in names),

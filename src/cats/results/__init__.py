@@ -10,6 +10,8 @@ from cats.results.records import (
     LAUNCHES,
     PAPER_MLP,
     DecodeBandwidth,
+    DecodeResult,
+    DecodeVariantResult,
     FirstTokenTime,
     GenerateRate,
     LaunchTime,
@@ -21,7 +23,7 @@ from cats.results.records import (
     StartUpTime,
     TokenTime,
 )
-from cats.results.result import Result
+from cats.results.result import Result, Value
 
 __all__ = [
     "COMPARED",
@@ -31,6 +33,8 @@ __all__ = [
     "MEAN",
     "PAPER_MLP",
     "DecodeBandwidth",
+    "DecodeResult",
+    "DecodeVariantResult",
     "DemoTime",
     "FirstTokenTime",
     "GenerateRate",
@@ -47,6 +51,7 @@ __all__ = [
     "StartUpTime",
     "TaskScore",
     "TokenTime",
+    "Value",
     "append_results",
     "environment",
     "join_results",

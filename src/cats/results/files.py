@@ -12,7 +12,7 @@ from cats.results.result import Result
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
-    """Append one line a result, all of them in one write, so that no reader sees half a line.
+    """Append one line per result, all of them in one write, so that no reader sees half a line.
 
     Raises:
         StorageError: If the file cannot be written.
@@ -53,10 +53,10 @@ def read_results(path: Path) -> list[Result]:
 
 
 def run_of(result: Result) -> str:
-    """What tells the run of a result from others: device, commit, time and all else of it.
+    """Which run a result is of: its device, commit, time and the rest of its environment.
 
-    Only results of one run are compared as speeds: those of another may come from another machine
-    of the same name.
+    Speeds are compared within one run only. Another run may come from another machine of the same
+    name.
     """
     return json.dumps(result.environment, sort_keys=True)
 
@@ -64,8 +64,7 @@ def run_of(result: Result) -> str:
 def join_results(paths: Iterable[Path]) -> list[Result]:
     """The results of several files, run by run, each once.
 
-    Every result keeps its environment, which says of which run it is. The runs keep their order,
-    and so do the results of a run.
+    The runs keep their order, and so do the results of a run.
 
     Raises:
         StorageError: If a file cannot be read.
@@ -75,13 +74,13 @@ def join_results(paths: Iterable[Path]) -> list[Result]:
     runs: dict[str, dict[str, Result]] = {}
     for path in paths:
         for result in read_results(path):
-            found = runs.setdefault(run_of(result), {})
+            of_run = runs.setdefault(run_of(result), {})
             key = json.dumps([result.benchmark, result.quantity, result.measured], sort_keys=True)
-            if found.setdefault(key, result) != result:
+            if of_run.setdefault(key, result) != result:
                 raise DataError(
-                    f"{path}: holds another {result.quantity} of {result.benchmark} than a file "
-                    f"before it, of the same run and settings: {result.settings}"
+                    f"{path}: holds another {result.quantity} of {result.benchmark} than an "
+                    f"earlier file, of the same run and settings: {result.settings}"
                 )
     if not runs:
         raise DataError("no results in these files")
-    return [result for found in runs.values() for result in found.values()]
+    return [result for of_run in runs.values() for result in of_run.values()]

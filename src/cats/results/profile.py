@@ -37,9 +37,11 @@ class ProfileRecord(BaseModel):
         model: Name of the model.
         text: Name of the text.
         cats: The model's ``cats`` block; None of a dense one.
-        settings: What the file depends on, where it is kept for another run.
+        settings: What the file depends on, if a later run may use it again.
         layers: In the order of the model.
-        tokens: How many tokens were seen, in blocks of ``block``, begun with a token if ``bos``.
+        tokens: How many tokens were seen.
+        block: Tokens in each block of the text.
+        bos: Whether a beginning-of-sequence token begins each block.
         near: Magnitude below which an output counts as near zero.
         by_token: Quantiles over the tokens of the share of zeros in all layers.
     """
@@ -66,8 +68,8 @@ class ProfileRecord(BaseModel):
         """
         fields = load_json(path, "profile")
         try:
-            kept = {name: fields[name] for name in fields.keys() - {"version", "kind"}}
-            return cls.model_validate(kept)
+            record = {name: fields[name] for name in fields.keys() - {"version", "kind"}}
+            return cls.model_validate(record)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

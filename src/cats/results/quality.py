@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from cats.results.result import FOUND, Found, MayBeFound, Result
+from cats.results.result import FOUND, Found, MayBeFound, ModelResult, Result
 
 # Stands for a task in the mean over the tasks.
 MEAN = "mean"
@@ -15,14 +15,14 @@ COMPARED = ("dense", "cats", "relu", "input", "teal")
 class _OfAModel(Result):
     """What the quality of one variant of a model depends on.
 
-    Fields that older releases did not write may be missing. Of ``calibration_*`` those are set that
-    the command knows.
+    Fields that older releases did not write may be missing. A command sets those ``calibration_*``
+    that it knows.
 
     Attributes:
         variant: Its label, such as ``"cats-50"``.
         method: One of ``COMPARED``, or another one of :mod:`cats.methods`.
         target_sparsity: None for the dense model and for ReLU.
-        weights: Hash of the dense weights, as the other hashes by :mod:`cats.fingerprint`.
+        weights: Hash of the dense weights by :mod:`cats.fingerprint`, which makes all hashes here.
     """
 
     limit: int | None = None
@@ -49,24 +49,24 @@ class _OfAModel(Result):
     @property
     def order(self) -> tuple[int, str, float]:
         """What tables are sorted by: the method, then its target."""
-        known = COMPARED.index(self.method) if self.method in COMPARED else len(COMPARED)
-        return known, self.method, self.target_sparsity or 0.0
+        rank = COMPARED.index(self.method) if self.method in COMPARED else len(COMPARED)
+        return rank, self.method, self.target_sparsity or 0.0
 
     @property
     def hashes(self) -> tuple[str, ...]:
-        """Tell models and texts of one name apart; older results have none."""
-        found = (self.weights, self.tokenizer, getattr(self, "text_hash", None))
-        return tuple(each for each in found if each)
+        """They tell models and texts of one name apart; older results have none."""
+        hashes = (self.weights, self.tokenizer, getattr(self, "text_hash", None))
+        return tuple(name for name in hashes if name)
 
 
 class Perplexity(_OfAModel):
-    """Of one text. ``low`` and ``high`` are the value: it is measured once.
+    """Perplexity of one text. It is measured once: ``low`` and ``high`` are the value.
 
     Attributes:
-        tokens: Of the text, in blocks of ``block`` tokens.
+        tokens: Tokens of the text, in blocks of ``block`` tokens.
         realized_sparsity: Mean share of dropped neurons; None where no neurons are dropped.
-        mlp_share: Of the MLPs' weights that a token reads.
-        token_bytes: All that a token reads.
+        mlp_share: Share of the MLPs' weights that a token reads.
+        token_bytes: Bytes of all weights that a token reads.
     """
 
     benchmark: Literal["perplexity"] = "perplexity"
@@ -88,10 +88,10 @@ class TaskScore(_OfAModel):
 
     Attributes:
         task: Its name; ``MEAN`` is the mean over the tasks.
-        split: Of its data; empty for a mean.
+        split: Split of its data; empty for a mean.
         stderr: The standard error; None where one question was asked.
-        difference: To the dense model, in the unit of the value, with the error of the paired
-            differences.
+        difference: Difference from the dense model, in the unit of the value.
+        difference_stderr: Standard error of the paired differences.
     """
 
     benchmark: Literal["tasks"] = "tasks"
@@ -103,14 +103,12 @@ class TaskScore(_OfAModel):
     difference_stderr: MayBeFound = None
 
 
-class DemoTime(Result):
+class DemoTime(ModelResult):
     """One token of a demo through one loop (``variant``), dense at sparsity 0."""
 
     benchmark: Literal["demo"] = "demo"
     quantity: Literal["time"] = "time"
     unit: Literal["ms"] = "ms"
-    model: str
-    dtype: str
     seed: int
     calibration_tokens: int
     variant: str

@@ -1,15 +1,26 @@
-"""Records of speed: one type for each kind of number, with its fields, their types and its unit."""
+"""Records of speed: one type for each kind of number, with its fields, their types and its unit.
+
+Fields stand in the order of the files: a base class adds those that come first.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from cats.results.result import FOUND, Found, FoundCount, MayBeFound, Number, Result
+from cats.results.result import (
+    FOUND,
+    Found,
+    FoundCount,
+    MayBeFound,
+    ModelResult,
+    Number,
+    Result,
+)
 
-# Of an MLP: what is not ours, and the kernels that the authors of CATS published.
+# Variants of an MLP that are not ours: dense baselines, and the design of the paper's kernels.
 DENSE_MLPS = ("dense_eager", "dense_merged", "dense_compiled")
 PAPER_MLP = "paper"
-# Of a layer: its launches in their order, and what is traced of a warp, in the order of trace.cuh.
+# The launches of a layer in their order, and the events of a warp in the order of trace.cuh.
 LAUNCHES = ("q, k, v", "attention", "output projection", "MLP")
 EVENTS = ("start", "input", "last", "end")
 
@@ -39,10 +50,10 @@ class MLPTime(_MLP):
         variant: A backend, or one of ``DENSE_MLPS``.
         neighbour: What runs between two calls: ``"none"`` or ``"rmsnorm"``.
         sparsity: The target.
-        kept_share: Of the neurons, in [0, 1].
+        kept_share: Share of the neurons that are kept, in [0, 1].
         limit_us: Time in which the memory could deliver the bytes.
-        copies: Sets of weights that the calls go through, so that no cache holds them.
-        calls: In one timed pass.
+        copies: Number of sets of weights. The calls go through all, so that no cache holds them.
+        calls: Number of calls in one timed pass.
     """
 
     quantity: Literal["time"] = "time"
@@ -60,8 +71,8 @@ class MLPTime(_MLP):
         return self.limit_us
 
 
-class _Decode(Result):
-    """Of ``cats bench decode``: one model, prompt and number of tokens."""
+class DecodeResult(Result):
+    """Base of what ``cats bench decode`` measures: one model, prompt and number of tokens."""
 
     benchmark: Literal["decode"] = "decode"
     model: str
@@ -71,31 +82,31 @@ class _Decode(Result):
     dtype: str
 
 
-class DecodeBandwidth(_Decode):
+class DecodeBandwidth(DecodeResult):
     """How fast the memory is read, in the same run."""
 
     quantity: Literal["read_bandwidth"] = "read_bandwidth"
     unit: Literal["GB/s"] = "GB/s"
 
 
-class _DecodeVariant(_Decode):
-    """One way to generate (``variant``) at one target."""
+class DecodeVariantResult(DecodeResult):
+    """Base of what is measured of one way to generate (``variant``) at one target."""
 
     variant: str
     sparsity: float
 
 
-class TokenTime(_DecodeVariant):
+class TokenTime(DecodeVariantResult):
     """One token after the first.
 
     Attributes:
-        bytes: That a token reads, on average.
+        bytes: Bytes that a token reads, on average.
         limit_ms: Time in which the memory could deliver them.
-        dense_ms: Of the fastest dense loop that was timed in turns; None where there was none.
-        kl: Divergence of each step from the model's modules; the four from here on are of our own
-            loop alone.
-        kl_of_rounding: Divergence of the modules a token at a time from the modules at once.
-        same_choice: Share of equal choices.
+        dense_ms: Time of the fastest dense loop that was timed in turns with it; None without one.
+        kl: Divergence of each step from the model's modules. This and the fields below are None
+            for loops that are not ours.
+        kl_of_rounding: Divergence of the modules that run token by token from one pass of them.
+        same_choice: Share of steps with the same likeliest token.
         sparsity_error: Sparsity above that of the modules.
     """
 
@@ -116,20 +127,20 @@ class TokenTime(_DecodeVariant):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows of the batch."""
+        """Of all rows of the batch together."""
         return self.rate(self.value)
 
     def rate(self, milliseconds: float) -> float:
-        """Tokens per second of all rows, where a step takes so long."""
+        """Tokens per second of all rows, if a step takes this time."""
         return self.batch * 1e3 / milliseconds
 
     @property
     def speedup(self) -> float | None:
-        """Over the fastest dense loop that was timed in turns with it, in one run."""
+        """Over the fastest dense loop that was timed in turns with it; None without one."""
         return None if self.dense_ms is None else self.dense_ms / self.value
 
 
-class FirstTokenTime(_DecodeVariant):
+class FirstTokenTime(DecodeVariantResult):
     """Until the first token; ``dense_ms`` is that of the fastest dense loop of the run."""
 
     quantity: Literal["time_to_first_token"] = "time_to_first_token"
@@ -137,7 +148,7 @@ class FirstTokenTime(_DecodeVariant):
     dense_ms: MayBeFound = None
 
 
-class StartUpTime(_DecodeVariant):
+class StartUpTime(DecodeVariantResult):
     """From the first call to its third token, with the graphs that were compiled for it."""
 
     quantity: Literal["start_up"] = "start_up"
@@ -145,7 +156,7 @@ class StartUpTime(_DecodeVariant):
     compilations: FoundCount
 
 
-class PeakMemory(_DecodeVariant):
+class PeakMemory(DecodeVariantResult):
     """Of the device; ``over_dense_weights`` is the share above the dense model's weights."""
 
     quantity: Literal["peak_memory"] = "peak_memory"
@@ -153,7 +164,7 @@ class PeakMemory(_DecodeVariant):
     over_dense_weights: Found
 
 
-class LaunchTime(_DecodeVariant):
+class LaunchTime(DecodeVariantResult):
     """All calls of one kernel in a step: their number and their share of the step's time."""
 
     quantity: Literal["launch"] = "launch"
@@ -191,15 +202,15 @@ class GenerateRate(_Model):
     cache: str
 
 
-class Moment(Result):
-    """When an event of a launch happens: the median warp, the first (``low``) and the last
-    (``high``), after the end of the layer before."""
+class Moment(ModelResult):
+    """When an event of a launch happens, after the end of the layer before.
+
+    ``value`` is that of the median warp, ``low`` of the first and ``high`` of the last one.
+    """
 
     benchmark: Literal["timeline"] = "timeline"
     quantity: Literal["moment"] = "moment"
     unit: Literal["us"] = "us"
-    model: str
-    dtype: str
     sparsity: float
     context: int
     launch: str

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from cats.errors import FormatError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 VERSION = 1
 Value = str | int | float | bool | None
@@ -28,7 +31,14 @@ FoundCount = Annotated[int, FOUND]
 
 
 class Result(BaseModel):
-    """What all records have; a record is of one of the types in records.py and quality.py."""
+    """What all records have. Their types are in records.py and quality.py.
+
+    A type that names its benchmark and its unit can stand in a file. The others are bases.
+
+    Attributes:
+        kinds: Benchmark and quantity to the type of their records. The quantity is None where the
+            benchmark has one type for all its quantities.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     kinds: ClassVar[dict[tuple[str, str | None], type[Result]]] = {}
@@ -43,11 +53,11 @@ class Result(BaseModel):
     environment: dict[str, Value]
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        benchmark, quantity = (cls.model_fields[n].default for n in ("benchmark", "quantity"))
-        if not cls.__name__.startswith("_"):
-            key = benchmark, quantity if isinstance(quantity, str) else None
-            Result.kinds[key] = cls
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        names = ("benchmark", "quantity", "unit")
+        benchmark, quantity, unit = (cls.model_fields[name].default for name in names)
+        if isinstance(benchmark, str) and isinstance(unit, str):
+            Result.kinds[benchmark, quantity if isinstance(quantity, str) else None] = cls
 
     @field_validator("environment")
     @classmethod
@@ -62,7 +72,7 @@ class Result(BaseModel):
 
     @property
     def settings(self) -> dict[str, Value]:
-        """The fields of its type that were set, as they stand in a file."""
+        """The fields that the type adds and that were set, as they stand in a file."""
         names = self.model_fields_set - Result.model_fields.keys()
         return {name: getattr(self, name) for name in type(self).model_fields if name in names}
 
@@ -70,34 +80,29 @@ class Result(BaseModel):
     def measured(self) -> dict[str, Value]:
         """The settings that say what was measured, without what was found along with it."""
         fields = type(self).model_fields
-        return {n: v for n, v in self.settings.items() if FOUND not in fields[n].metadata}
+        settings = self.settings.items()
+        return {name: value for name, value in settings if FOUND not in fields[name].metadata}
 
     def to_json(self) -> str:
-        of_all = {n: getattr(self, n) for n in Result.model_fields if n != "environment"}
-        return json.dumps(
-            {
-                "version": VERSION,
-                **of_all,
-                "settings": self.settings,
-                "environment": self.environment,
-            },
-            allow_nan=False,
-        )
+        common = {name: getattr(self, name) for name in Result.model_fields}
+        environment = common.pop("environment")
+        line = {"version": VERSION, **common, "settings": self.settings, "environment": environment}
+        return json.dumps(line, allow_nan=False)
 
     @classmethod
-    def of(cls, settings: Mapping[str, Value], **measured: Any) -> Self:
+    def of(cls, settings: Mapping[str, Value], **measured: object) -> Self:
         """A record of this type from settings that come as a mapping.
 
         Raises:
             FormatError: If a field is missing, unknown or of another type; the message names each.
         """
-        if double := settings.keys() & Result.model_fields.keys():
-            raise FormatError(f"settings.{min(double)}: unknown")
+        if common := settings.keys() & Result.model_fields.keys():
+            raise FormatError(f"settings.{min(common)}: unknown")
         try:
             return cls.model_validate({**measured, **settings})
         except ValidationError as error:
-            said = "; ".join(_complaint(each, settings, cls) for each in error.errors())
-            raise FormatError(said) from error
+            faults = "; ".join(_describe(fault, settings, cls) for fault in error.errors())
+            raise FormatError(faults) from error
 
     @staticmethod
     def from_json(line: str) -> Result:
@@ -106,7 +111,7 @@ class Result(BaseModel):
             FormatError: If the line is no result, is of a newer release, or breaks its schema.
         """
         try:
-            fields: dict[str, Any] = json.loads(line)
+            fields: dict[str, object] = json.loads(line)
             version = fields.pop("version")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise FormatError(f"not a result: {line[:80]!r}") from error
@@ -115,32 +120,37 @@ class Result(BaseModel):
         if "kind" in fields:
             raise FormatError(f"not a result, but part of a file of kind {fields['kind']}")
         benchmark, quantity = (fields.get(name) for name in ("benchmark", "quantity"))
-        names = str(benchmark), str(quantity)
-        kind = Result.kinds.get(names) or Result.kinds.get((names[0], None))
+        kinds = Result.kinds
+        kind = kinds.get((str(benchmark), str(quantity))) or kinds.get((str(benchmark), None))
         settings = fields.pop("settings", None)
-        if kind is None or not isinstance(settings, dict):
+        if kind is None:
             raise FormatError(
                 f"not a result: no benchmark {benchmark!r} gives a quantity {quantity!r}"
-                if kind is None
-                else "not a result: settings: missing"
             )
+        if not isinstance(settings, dict):
+            raise FormatError("not a result: settings: missing")
         try:
             return kind.of(settings, **fields)
         except FormatError as error:
             raise FormatError(f"not a result of {benchmark}, {quantity}: {error}") from error
 
 
-def _complaint(error: Any, settings: Mapping[str, Value], kind: type[Result]) -> str:
-    """One fault of a field in words."""
-    name = ".".join(str(part) for part in error["loc"][:1])
-    of_all = name in Result.model_fields
-    inside = name in settings or (name in kind.model_fields and not of_all)
-    where = f"settings.{name}" if inside else name
-    match error["type"]:
+class ModelResult(Result):
+    """Base of what is measured of one model."""
+
+    model: str
+    dtype: str
+
+
+def _describe(fault: ErrorDetails, settings: Mapping[str, Value], kind: type[Result]) -> str:
+    name = ".".join(str(part) for part in fault["loc"][:1])
+    own_field = name in kind.model_fields and name not in Result.model_fields
+    field = f"settings.{name}" if own_field or name in settings else name
+    match fault["type"]:
         case "missing":
-            return f"{where}: missing"
+            return f"{field}: missing"
         case "extra_forbidden":
-            return f"{where}: unknown"
+            return f"{field}: unknown"
         case "literal_error":
-            return f"{where}: expected {error['ctx']['expected']}, got {error['input']!r}"
-    return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
+            return f"{field}: expected {fault['ctx']['expected']}, got {fault['input']!r}"
+    return f"{field}: {fault['msg'].lower()}, got {fault['input']!r}"
