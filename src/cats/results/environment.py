@@ -9,22 +9,28 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from cats.results.result import Value
 from cats.version import __version__
 
 _PACKAGES = (
-    "torch", "triton", "transformers", "accelerate", "peft", "cuda-bindings", "nvidia-cuda-nvrtc",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
 _SOURCES = Path(__file__).parents[1]
 
 
-def environment(
-    device: str, *, commit: str | None = None
-) -> dict[str, str | int | float | bool | None]:
+def environment(device: str, *, commit: str | None = None) -> dict[str, Value]:
     """What the numbers of this process depend on.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        commit: Of the sources, where they are no checkout that could tell it.
+        commit: Commit of the sources, where they are not a checkout. The environment variable
+            ``CATS_COMMIT`` names it too.
     """
     import torch
 
@@ -38,16 +44,19 @@ def environment(
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         **versions,
-        "commit": commit or _commit(),
-        "kernel_sources": kernel_source_hash(),
+        "commit": commit or os.environ.get("CATS_COMMIT") or _checkout_commit(),
+        "kernel_sources": _kernel_source_hash(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 @cache
-def kernel_source_hash() -> str:
-    """SHA-256 over the sources of every operator: the same hash means the same kernels."""
-    folder = _SOURCES / "ops"
+def _kernel_source_hash() -> str:
+    return hash_sources(_SOURCES / "ops")
+
+
+def hash_sources(folder: Path) -> str:
+    """SHA-256 over the sources of the operators in a folder: the same hash, the same kernels."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
@@ -77,13 +86,8 @@ def _device_name(device: str) -> str:
 
 
 @cache
-def _commit() -> str | None:
-    """Commit of the source tree, with ``-dirty`` where it was changed; None outside a checkout.
-
-    ``CATS_COMMIT`` names it where the sources were copied from a checkout.
-    """
-    if named := os.environ.get("CATS_COMMIT"):
-        return named
+def _checkout_commit() -> str | None:
+    """Commit of the source tree, with ``-dirty`` where it was changed; None outside a checkout."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
         run = subprocess.run(describe, cwd=_SOURCES, capture_output=True, text=True, check=True)
