@@ -1,4 +1,4 @@
-"""Records of measurements for tests: whole ones, of which a test says what matters to it."""
+"""Records of measurements for tests, with a default for each field."""
 
 from cats.results import (
     DemoTime,
@@ -13,24 +13,19 @@ from cats.results import (
     TokenTime,
 )
 
-MEASURED = dict(low=1.0, high=1.0, samples=3, environment={"device": "a GPU"})
-_VARIANT = dict(
-    model="a model", batch=1, prompt_length=8, new_tokens=8, dtype="bfloat16", variant="stream",
-    sparsity=0.0,
-)  # fmt: skip
+_DECODE = dict(model="a model", batch=1, prompt_length=8, new_tokens=8, dtype="bfloat16")
+_VARIANT = _DECODE | dict(variant="stream", sparsity=0.0)
 
 
 def _make(kind, value, default, changes):
-    measured = MEASURED | {"low": value, "high": value}
+    measured = dict(low=value, high=value, samples=3, environment={"device": "a GPU"})
     return kind(value=value, **(measured | default | changes))
 
 
 def mlp_time(value, **changes):
-    default = dict(
-        hidden_size=64, intermediate_size=128, dtype="bfloat16", batch=1, variant="cuda",
-        neighbour="none", sparsity=0.5, kept_share=0.5, limit_us=40.0, copies=2, calls=2,
-    )  # fmt: skip
-    return _make(MLPTime, value, default, changes)
+    mlp = dict(hidden_size=64, intermediate_size=128, dtype="bfloat16", batch=1)
+    variant = dict(variant="cuda", neighbour="none", sparsity=0.5, kept_share=0.5, limit_us=40.0)
+    return _make(MLPTime, value, mlp | variant | dict(copies=2, calls=2), changes)
 
 
 def token_time(value, **changes):
@@ -56,40 +51,37 @@ def launch_time(value, **changes):
 
 
 def moment(value, **changes):
-    default = dict(
-        model="tiny", dtype="bfloat16", sparsity=0.5, context=96, launch="MLP", event="end"
-    )
-    return _make(Moment, value, default, changes)
+    model = dict(model="tiny", dtype="bfloat16", sparsity=0.5, context=96)
+    return _make(Moment, value, model | dict(launch="MLP", event="end"), changes)
 
 
 def _quality(variant):
     method, _, target = variant.partition("-")
+    target_sparsity = float(target) / 100 if target else None
+    calibration = dict(text="c4.txt.gz", samples=8, length=64, seed=0)
     return dict(
-        model="a model", dtype="bfloat16", calibration_text="c4.txt.gz", calibration_samples=8,
-        calibration_length=64, calibration_seed=0, method=method,
-        target_sparsity=float(target) / 100 if target else None, variant=variant,
-    )  # fmt: skip
+        model="a model",
+        dtype="bfloat16",
+        variant=variant,
+        method=method,
+        target_sparsity=target_sparsity,
+        **{f"calibration_{name}": value for name, value in calibration.items()},
+    )
 
 
 def perplexity(variant, value, **changes):
-    default = dict(
-        text="wiki.txt.gz", tokens=1000, block=64, realized_sparsity=None, mlp_share=1.0,
-        token_bytes=1000,
-    )  # fmt: skip
-    return _make(Perplexity, value, _quality(variant) | default, changes)
+    text = dict(text="wiki.txt.gz", tokens=1000, block=64)
+    reads = dict(realized_sparsity=None, mlp_share=1.0, token_bytes=1000)
+    return _make(Perplexity, value, _quality(variant) | text | reads, changes)
 
 
 def task_score(variant, value, **changes):
-    default = dict(
-        quantity="acc", samples=1000, task="piqa", split="test", stderr=0.02, difference=0.0,
-        difference_stderr=0.012,
-    )  # fmt: skip
-    return _make(TaskScore, value, _quality(variant) | default, changes)
+    task = dict(quantity="acc", samples=1000, task="piqa", split="test")
+    errors = dict(stderr=0.02, difference=0.0, difference_stderr=0.012)
+    return _make(TaskScore, value, _quality(variant) | task | errors, changes)
 
 
 def demo_time(value, **changes):
-    default = dict(
-        model="tiny", dtype="float32", seed=0, calibration_tokens=64, variant="model.generate",
-        sparsity=0.0, realized_sparsity=0.0, prompt="a prompt",
-    )  # fmt: skip
-    return _make(DemoTime, value, default, changes)
+    model = dict(model="tiny", dtype="float32", seed=0, calibration_tokens=64)
+    loop = dict(variant="model.generate", sparsity=0.0, realized_sparsity=0.0, prompt="a prompt")
+    return _make(DemoTime, value, model | loop, changes)

@@ -34,11 +34,11 @@ def test_joined_results_stand_once_run_by_run(tmp_path):
     second = [mlp_time(9.0, sparsity=0.5, environment=run(2))]
     append_results(tmp_path / "a", first[:1])
     append_results(tmp_path / "b", [*second, *first])
-    found = join_results([tmp_path / "a", tmp_path / "b"])
-    assert found == [*first, *second]
-    assert [run_of(result) for result in found] == [run_of(first[0])] * 2 + [run_of(second[0])]
-    append_results(tmp_path / "joined", found)
-    assert join_results([tmp_path / "joined", tmp_path / "a"]) == found
+    joined = join_results([tmp_path / "a", tmp_path / "b"])
+    assert joined == [*first, *second]
+    assert [run_of(result) for result in joined] == [run_of(first[0])] * 2 + [run_of(second[0])]
+    append_results(tmp_path / "joined", joined)
+    assert join_results([tmp_path / "joined", tmp_path / "a"]) == joined
 
 
 def test_results_that_do_not_agree_are_not_joined(tmp_path):
@@ -67,5 +67,5 @@ def test_files_are_joined_by_a_command(tmp_path):
         app, ["bench", "results", "join", *files, "-o", str(tmp_path / "all.jsonl")]
     )
     assert outcome.exit_code == 0, outcome.output
-    assert "2 results of 2 runs" in outcome.output.replace("\n", " ")
+    assert "2 results of 2 runs" in " ".join(outcome.output.split())
     assert len(read_results(tmp_path / "all.jsonl")) == 2

@@ -15,11 +15,11 @@ def test_committed_profiles_and_what_is_saved_now_are_read(tmp_path):
     files = sorted(COMMITTED.rglob("profile*.json"))
     assert files
     assert all(ProfileRecord.load(path).layers for path in files)
-    found = profile(models.make_model(), [models.make_ids()])
-    found.save(tmp_path / "profile.json", model="tiny", text="a text", block=8, cats=None)
+    measured = profile(models.make_model(), [models.make_ids()])
+    measured.save(tmp_path / "profile.json", model="tiny", text="a text", block=8, cats=None)
     read = ProfileRecord.load(tmp_path / "profile.json")
-    assert [layer.name for layer in read.layers] == [layer.name for layer in found.layers]
-    assert read.tokens == found.tokens
+    assert [layer.name for layer in read.layers] == [layer.name for layer in measured.layers]
+    assert read.tokens == measured.tokens
 
 
 CHANGES = {

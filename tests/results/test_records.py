@@ -8,9 +8,19 @@ from pydantic import ValidationError
 
 from cats.errors import FormatError
 from cats.history import is_history
-from cats.results import MLPTime, Perplexity, Result, TaskScore, read_results
-from tests import records
-from tests.records import mlp_time, perplexity, task_score
+from cats.results import DemoTime, MLPTime, Perplexity, Result, TaskScore, read_results
+from tests.records import (
+    demo_time,
+    first_token_time,
+    launch_time,
+    mlp_time,
+    moment,
+    peak_memory,
+    perplexity,
+    start_up_time,
+    task_score,
+    token_time,
+)
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -18,26 +28,19 @@ COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 def test_committed_results_are_read_and_written_again_byte_for_byte():
     files = [path for path in sorted(COMMITTED.rglob("*.jsonl")) if not is_history(path)]
     assert files
-    kinds = set()
-    for path in files:
-        found = read_results(path)
-        assert "".join(result.to_json() + "\n" for result in found) == path.read_text()
-        kinds |= {type(result) for result in found}
     # a demo writes no committed file
-    assert {kind.__name__ for kind in Result.kinds.values()} == {
-        *(kind.__name__ for kind in kinds), "DemoTime",
-    }  # fmt: skip
+    kinds = {DemoTime}
+    for path in files:
+        results = read_results(path)
+        assert "".join(result.to_json() + "\n" for result in results) == path.read_text()
+        kinds |= {type(result) for result in results}
+    assert set(Result.kinds.values()) == kinds
 
 
 def test_every_record_is_read_back_as_its_type():
-    made = [
-        *(getattr(records, name)(1.5) for name in (
-            "mlp_time", "token_time", "first_token_time", "start_up_time", "peak_memory",
-            "launch_time", "moment", "demo_time",
-        )),
-        perplexity("cats-50", 20.0), task_score("dense", 0.5),
-    ]  # fmt: skip
-    for result in made:
+    decode = (token_time, first_token_time, start_up_time, peak_memory, launch_time)
+    results = [make(1.5) for make in (mlp_time, *decode, moment, demo_time)]
+    for result in [*results, perplexity("cats-50", 20.0), task_score("dense", 0.5)]:
         assert Result.from_json(result.to_json()) == result
         assert type(Result.from_json(result.to_json())) is type(result)
 
@@ -90,9 +93,8 @@ def test_record_is_checked_when_it_is_made():
 def test_what_was_found_does_not_say_what_was_measured():
     result = mlp_time(1.5, sparsity=0.5)
     assert isinstance(result, MLPTime)
-    assert result.settings.keys() - result.measured.keys() == {
-        "kept_share", "limit_us", "copies", "calls",
-    }  # fmt: skip
+    found_along = result.settings.keys() - result.measured.keys()
+    assert found_along == {"kept_share", "limit_us", "copies", "calls"}
 
 
 def test_fields_that_older_releases_did_not_write_are_not_written_either():
@@ -104,8 +106,8 @@ def test_fields_that_older_releases_did_not_write_are_not_written_either():
 
 def test_methods_stand_in_their_order_and_others_after_them():
     names = ["teal-30", "cats-50", "product-50", "relu", "cats-30", "dense"]
-    found = sorted((perplexity(name, 1.0) for name in names), key=lambda r: r.order)
-    ordered = [result.variant for result in found]
+    results = sorted((perplexity(name, 1.0) for name in names), key=lambda r: r.order)
+    ordered = [result.variant for result in results]
     assert ordered == ["dense", "cats-30", "cats-50", "relu", "teal-30", "product-50"]
 
 
