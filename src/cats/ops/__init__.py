@@ -2,8 +2,9 @@
 
 A folder holds the operator's schema, its definition in PyTorch, and one file or folder per backend:
 ``cpu`` (C++), ``triton``, ``cuda`` (CUDA C++). ``mlp`` is ``cats::gated_mlp``, a sparse MLP.
-``linear``, ``rms_norm``, ``rotary``, ``attention``, ``embedding`` and ``choice`` are the rest of a
-decode step. The folders ``cpu`` and ``cuda`` beside them hold what all kernels of that kind share.
+``linear``, ``rms_norm``, ``rotary``, ``attention``, ``embedding`` and ``choice`` are the other
+operators of a decode step. The folders ``cpu`` and ``cuda`` beside them hold what all kernels of
+that kind share.
 """
 
 from cats.ops import linear as _linear  # noqa: F401 (defines an operator)

@@ -1,11 +1,10 @@
 """Define an operator of ``torch.ops.cats`` by what it computes in PyTorch.
 
-``cats.ops.cpu`` has kernels for them; without one, and where a gradient is recorded, the definition
-runs.
+``cats.ops.cpu`` has kernels for them. The definition runs where there is no kernel, and where a
+gradient is recorded.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ def define(schema: str, definition: Callable[..., Tensor]) -> None:
     """Define ``cats::<name of the function>``.
 
     Args:
-        schema: Arguments and result in torch's words, such as ``(Tensor x) -> Tensor``.
+        schema: Arguments and result as torch writes them, such as ``(Tensor x) -> Tensor``.
         definition: What it computes.
     """
     name = definition.__name__
@@ -32,7 +31,7 @@ def define(schema: str, definition: Callable[..., Tensor]) -> None:
 def _below_autograd(name: str, definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The operator for tensors that may need a gradient."""
 
-    def operator(*args: Any) -> Tensor:
+    def operator(*args: object) -> Tensor:
         if torch.is_grad_enabled():
             return definition(*args)
         with torch._C._AutoDispatchBelowAutograd():

@@ -21,14 +21,14 @@ __all__ = [
 ]
 
 BLOCKS_ON_A_MULTIPROCESSOR = 2
-"""So that one reads while the other computes."""
+"""Two, so that one reads while the other computes."""
 _WARPS = 8
-_MAX_QUERIES = 4  # query heads of a block: more would not fit into its registers
+_MAX_QUERIES = 4  # query heads per block: more would not fit into its registers
 _MAX_HEAD = 256
-# Merging splits takes as long as a block takes for about so many slots: timed with heads of 64 and
-# 128 in 16 bits. Wider ones take more turns for them.
+# Merging splits takes about as long as a block takes for this many slots: timed with 16-bit heads
+# of 64 and 128. A block takes longer for the slots of wider heads.
 _UNSPLIT_SLOTS = 256
-_SLOTS_A_SPLIT = 64
+_SLOTS_PER_SPLIT = 64
 _MAX_SPLITS = 64
 
 
@@ -60,9 +60,9 @@ class AttentionArguments(Arguments):
 
 
 def columns_of(heads: int, key_heads: int) -> int:
-    """Second dimension of the grid: the groups of query heads that a block each takes."""
+    """Second dimension of the grid: the groups of query heads, one per block."""
     queries = heads // key_heads
-    return key_heads * math.ceil(queries / _queries_a_block(queries))
+    return key_heads * math.ceil(queries / _queries_per_block(queries))
 
 
 def splits_of(slots: int, columns: int, multiprocessors: int) -> int:
@@ -70,7 +70,7 @@ def splits_of(slots: int, columns: int, multiprocessors: int) -> int:
     if slots <= _UNSPLIT_SLOTS:
         return 1
     blocks = BLOCKS_ON_A_MULTIPROCESSOR * multiprocessors
-    return max(1, min(math.ceil(slots / _SLOTS_A_SPLIT), blocks // columns, _MAX_SPLITS))
+    return max(1, min(math.ceil(slots / _SLOTS_PER_SPLIT), blocks // columns, _MAX_SPLITS))
 
 
 def launch(
@@ -105,27 +105,27 @@ def launch(
         qkv: ``[heads + 2 * key heads, H]``, float32.
         cosines: ``[capacity, R]``, float32.
         sines: ``[capacity, R]``, float32.
-        q_norm: ``[H]``, of the norm of each query, or None.
-        k_norm: ``[H]``, of the norm of each key, or None.
+        q_norm: ``[H]``, weights of the norm of each query, or None.
+        k_norm: ``[H]``, weights of the norm of each key, or None.
         keys: ``[1, key heads, capacity, H]``.
         values: ``[1, key heads, capacity, H]``.
         out: ``[heads * H]``, in the dtype of the cache.
         slot: One int64: where the new token goes.
         position: One int64: its position.
-        partials: ``[splits, heads, H + 2]``, float32, memory for the launch.
+        partials: ``[splits, heads, H + 2]``, float32, scratch memory.
         counters: ``[columns_of(...)]``, int32 zeros, which are zero again afterwards.
-        heads: Query heads.
+        heads: How many query heads.
         window: Slots in sight, the new one included.
-        slots: At most so many are filled.
+        slots: Upper bound of the slots that are filled.
         scale: Multiplies the scores.
         softcap: Bound of the scores, 0 for none.
-        epsilon: Of the norms.
+        epsilon: Epsilon of the norms.
         weight_offset: What is added to the weights of the norms.
-        multiprocessors: Of the GPU.
-        traced: Whether warps note times.
+        multiprocessors: How many the GPU has.
+        traced: Whether warps write times.
 
     Raises:
-        UnsupportedModelError: If a head does not fit.
+        UnsupportedModelError: If the kernel does not take the size of a head.
     """
     _, key_heads, capacity, head = keys.shape
     columns = columns_of(heads, key_heads)
@@ -152,9 +152,15 @@ def launch(
         weight_offset=weight_offset,
     )
     function = _function(
-        keys.get_device(), keys.dtype, head, cosines.shape[1], heads // key_heads,
-        q_norm is not None, softcap > 0, traced,
-    )  # fmt: skip
+        keys.get_device(),
+        keys.dtype,
+        head=head,
+        rotary=cosines.shape[1],
+        queries=heads // key_heads,
+        head_norm=q_norm is not None,
+        softcap=softcap > 0,
+        traced=traced,
+    )
     return Launch(function, arguments, splits, columns)
 
 
@@ -162,6 +168,7 @@ def launch(
 def _function(
     device: int,
     dtype: torch.dtype,
+    *,
     head: int,
     rotary: int,
     queries: int,
@@ -178,10 +185,10 @@ def _function(
         DTYPE=DTYPES[dtype],
         HEAD=head,
         ROTARY=rotary,
-        HEADS=_queries_a_block(queries),
+        HEADS=_queries_per_block(queries),
         QUERIES=queries,
         UNSPLIT_SLOTS=_UNSPLIT_SLOTS,
-        SPLIT_SLOTS=_SLOTS_A_SPLIT,
+        SPLIT_SLOTS=_SLOTS_PER_SPLIT,
         MAX_SPLITS=_MAX_SPLITS,
         HEAD_NORM=int(head_norm),
         SOFTCAP=int(softcap),
@@ -190,6 +197,6 @@ def _function(
     return Function(device, "attention/attention.cu", defines, threads=32 * _WARPS, shared_bytes=0)
 
 
-def _queries_a_block(queries: int) -> int:
-    """Query heads of a block, so that all blocks of a key head have about as many."""
+def _queries_per_block(queries: int) -> int:
+    """Query heads per block, about the same number in all blocks of a key head."""
     return math.ceil(queries / math.ceil(queries / _MAX_QUERIES))

@@ -4,8 +4,7 @@ A kernel is a file of CUDA C++ that is compiled on first use. ``compiler.py`` co
 NVRTC and keeps the result on disk, ``function.py`` loads and launches it, ``arguments.py`` is the
 struct that a launch passes, ``workspace.py`` holds the sums that blocks share, and ``device.py``
 says what a GPU has. Of the headers, ``primitives.cuh`` and ``hardware.cuh`` hold what differs
-between types of weights and generations of GPUs. Layouts, traffic and what was tried:
-docs/kernels.md.
+between types of weights and generations of GPUs. docs/kernels.md explains layouts and traffic.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The one argument of a kernel: a struct of its source, filled in by name."""
+"""The argument of a kernel: a struct of its source, filled in by name."""
 
 import ctypes
 from functools import cache
@@ -16,19 +16,19 @@ Pointer = ctypes.c_void_p
 class Arguments(ctypes.Structure):
     """Base of the structs; ``_fields_`` has the names and the order of ``struct Arguments``.
 
-    As in C, a field that is not named is 0: a pointer to nothing. A name that the struct does not
-    have is an error.
+    As in C, a field that is not named is 0, or a null pointer. A name that the struct does not have
+    is an error.
     """
 
-    # no dictionary, which would take a wrong name in silence
+    # an instance with a dictionary would accept a wrong name
     __slots__ = ()
 
 
 def address(tensor: Tensor | None, alignment: int = VECTOR_BYTES) -> int:
-    """Of the first element, in bytes; 0 for None.
+    """Address of the first element in bytes, or 0 for None.
 
     Raises:
-        UnsupportedModelError: If it is not a multiple of ``alignment``.
+        UnsupportedModelError: If the address is not a multiple of ``alignment``.
     """
     start = 0 if tensor is None else tensor.data_ptr()
     if start % alignment:
@@ -40,9 +40,9 @@ def address(tensor: Tensor | None, alignment: int = VECTOR_BYTES) -> int:
 
 
 def with_stamps(arguments: Arguments, stamps: Tensor) -> Arguments:
-    """The arguments of a kernel that was compiled with ``TRACE``, which notes times in ``stamps``.
+    """The arguments of a kernel that was compiled with ``TRACE``: it writes times into ``stamps``.
 
-    ``trace.cuh`` says what it notes.
+    ``trace.cuh`` says which times.
     """
     return _traced(type(arguments))(stamps=address(stamps), arguments=arguments)
 

@@ -1,4 +1,4 @@
-"""CUDA C++ to machine code through NVRTC, kept on disk: needs no installed compiler, and no GPU."""
+"""Compile CUDA C++ through NVRTC, with a cache on disk: needs no installed compiler, and no GPU."""
 
 import hashlib
 import warnings
@@ -34,7 +34,7 @@ def compile_kernel(name: str, defines: Mapping[str, int], capability: tuple[int,
     """Machine code of a source file for one GPU generation, from disk if compiled before.
 
     Args:
-        name: Of a file under ``cats/ops``, such as ``linear/linear.cu``.
+        name: Source file under ``cats/ops``, such as ``linear/linear.cu``.
         defines: Macros of the source.
         capability: Compute capability, such as ``(9, 0)``.
 
@@ -93,7 +93,7 @@ def _compile(name: str, source: bytes, headers: dict[str, bytes], options: list[
 
 
 def _read(path: Path) -> bytes | None:
-    """The code in a cache entry; None where there is none, or where it is not what was written."""
+    """The code in a cache entry; None where there is no entry, or it is damaged."""
     try:
         entry = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -103,7 +103,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    """Writes a cache entry at once or not at all: processes that compile the same do not mix."""
+    """Write a cache entry whole or not at all: other processes may write the same entry."""
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(hashlib.sha256(code).digest() + code)

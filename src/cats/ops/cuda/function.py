@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePosixPath
-from typing import Any
 
 import torch
 from cuda.bindings import driver
@@ -21,7 +20,7 @@ _Pointers = ctypes.c_void_p * 1
 
 
 class Function:
-    """The kernel of a source file, specialised by macros, loaded on a device for good.
+    """The kernel of a source file, specialised by macros, on a device until the process ends.
 
     Attributes:
         handle: The driver's function, as a number.
@@ -39,11 +38,10 @@ class Function:
         """
         Args:
             device: Index of the GPU.
-            source: File under ``cats/ops``, such as ``linear/linear.cu``, which is named after its
-                kernel.
+            source: File under ``cats/ops``, such as ``linear/linear.cu``. The kernel has its name.
             defines: Macros of the source.
-            threads: Of a block.
-            shared_bytes: Dynamic shared memory of a block.
+            threads: Threads per block.
+            shared_bytes: Dynamic shared memory per block.
 
         Raises:
             BackendError: If the kernel does not compile or load.
@@ -52,7 +50,9 @@ class Function:
         code = compile_kernel(source, defines, (properties.major, properties.minor))
         name = PurePosixPath(source).stem
         self._threads, self._shared_bytes = threads, shared_bytes
-        self._waits = properties.major >= 9  # older kernels do not wait for the one in front
+        self._waits = (
+            properties.major >= 9
+        )  # on older GPUs, kernels do not wait for the kernel before
         with relaxed_capture():
             # never unloaded: graphs may hold the function
             library = check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
@@ -71,13 +71,12 @@ class Function:
     def launch(
         self, arguments: Arguments, *, blocks: int, stream: int, dependent: bool, columns: int = 1
     ) -> None:
-        """Launch it.
-
+        """
         Args:
-            arguments: The one argument, which the driver copies.
-            blocks: Of the grid.
+            arguments: The argument of the kernel, which the driver copies.
+            blocks: First dimension of the grid.
             stream: Handle of the stream.
-            dependent: Whether blocks may start before the kernel in front has ended, where the GPU
+            dependent: Whether blocks may start before the previous kernel has ended, where the GPU
                 can do that.
             columns: Second dimension of the grid.
 
@@ -88,7 +87,9 @@ class Function:
         config = self._config(blocks, columns, stream, dependent)
         check(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
-    def _make_config(self, blocks: int, columns: int, stream: int, dependent: bool) -> Any:
+    def _make_config(
+        self, blocks: int, columns: int, stream: int, dependent: bool
+    ) -> driver.CUlaunchConfig:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, columns, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
@@ -107,7 +108,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A launch that is not made yet."""
+    """A kernel with its arguments, to be launched later."""
 
     function: Function
     arguments: Arguments

@@ -8,7 +8,7 @@ __all__ = ["Residual"]
 
 
 class Residual(Arguments):
-    """What a kernel reads of the residual stream, and the norms on the way; see the source."""
+    """``struct Residual`` of the source."""
 
     __slots__ = ()
     _fields_ = (

@@ -1,10 +1,10 @@
-"""Memory that the blocks of a call share: counters and float32 sums, zero before and after it.
+"""Memory that the blocks of a call share: counters and float32 sums, zero before and after a call.
 
 Calls that follow each other on a stream share a workspace. Calls that may run at the same time must
 not, so there is one for each device and stream, and one more for each stream of each captured
-graph: a graph keeps the addresses that it was captured with, and may be replayed beside anything.
-Those of streams live as long as the process. That of a graph serves a later graph when its own is
-gone. Each takes 8 * B * D + 4096 bytes, or a little more.
+graph: a graph keeps the addresses that it was captured with, and may be replayed beside other work.
+Workspaces of streams live as long as the process. When a graph is gone, its workspace serves a
+later graph. Each takes 8 * B * D + 4096 bytes, or a little more.
 """
 
 import ctypes
@@ -20,16 +20,16 @@ from torch import Tensor
 
 from cats.ops.cuda.status import check
 
-__all__ = ["COUNTERS", "relaxed_capture", "workspace"]
+__all__ = ["COUNTERS", "relaxed_capture", "workspace", "workspaces"]
 
-# 32-bit counters in front of the sums; gated_mlp.cu says which is which.
+# 32-bit counters before the sums; gated_mlp.cu says what each counts.
 COUNTERS = 1024
 _MIN_FLOATS = 2 * 8192
 
 _NON_BLOCKING = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
 _Owner = tuple[int, int, int]
 _workspaces: dict[_Owner, list[Tensor]] = {}
-# Of graphs that are gone, by device.
+# Workspaces of graphs that are gone, by device.
 _unused: dict[int, list[Tensor]] = {}
 _graphs: dict[_Owner, "_GraphLife"] = {}
 _lock = threading.Lock()
@@ -42,28 +42,33 @@ def workspace(device: int, stream: int, capture: int, floats: int) -> int:
         device: Index of the GPU.
         stream: Handle of the stream that the call is on.
         capture: Number of the capture that the stream is in, 0 if it is in none.
-        floats: How many.
+        floats: How many sums.
     """
     owner = (device, stream, capture)
     count = COUNTERS + max(floats, _MIN_FLOATS)
-    found = _workspaces.get(owner)
-    if found is None or found[-1].numel() < count:
+    spaces = _workspaces.get(owner)
+    if spaces is None or spaces[-1].numel() < count:
         with _lock:
             _collect()
             # smaller ones stay alive: calls on the GPU may still use them, and graphs always will
-            found = _workspaces.setdefault(owner, [])
-            if not found or found[-1].numel() < count:
-                found.append(_take(device, count))
+            spaces = _workspaces.setdefault(owner, [])
+            if not spaces or spaces[-1].numel() < count:
+                spaces.append(_take(device, count))
             if capture and owner not in _graphs and os.name == "posix":
                 _graphs[owner] = _GraphLife(stream)
-    return found[-1].data_ptr()
+    return spaces[-1].data_ptr()
+
+
+def workspaces() -> list[Tensor]:
+    """All workspaces, also those that wait for a new graph: for tests and measurements."""
+    return [space for spaces in (*_workspaces.values(), *_unused.values()) for space in spaces]
 
 
 class _GraphLife:
-    """Tells whether a graph that is being captured, and all that was made of it, is gone.
+    """Tells when a graph that is being captured, and everything made from it, is gone.
 
-    The driver calls back from a thread of its own. What it calls is the C library's ``sem_post``:
-    Python may be gone by then.
+    The driver then calls the C library's ``sem_post`` in a thread of its own. It does not call
+    Python, which may have ended by then.
     """
 
     def __init__(self, stream: int) -> None:
@@ -72,12 +77,9 @@ class _GraphLife:
         self._library.sem_init(self._semaphore, 0, 0)
         post = ctypes.cast(self._library.sem_post, ctypes.c_void_p).value
         graph = check(driver.cuStreamGetCaptureInfo(driver.CUstream(stream)))[2]
-        life = check(
-            driver.cuUserObjectCreate(
-                ctypes.addressof(self._semaphore), driver.CUhostFn(post), 1,
-                driver.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC,
-            )
-        )  # fmt: skip
+        address, callback = ctypes.addressof(self._semaphore), driver.CUhostFn(post)
+        asynchronous = driver.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+        life = check(driver.cuUserObjectCreate(address, callback, 1, asynchronous))
         moved = driver.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
         check(driver.cuGraphRetainUserObject(graph, life, 1, moved))
 
@@ -95,20 +97,20 @@ def _collect() -> None:
 
 
 def _take(device: int, count: int) -> Tensor:
-    """Zeros: a workspace that no graph needs any more, or a new one."""
+    """A workspace of zeros: one that no graph needs any more, or a new one."""
     unused = _unused.get(device, [])
-    for index, found in enumerate(unused):
-        if found.numel() >= count:
+    for index, space in enumerate(unused):
+        if space.numel() >= count:
             return _zeros(device, unused.pop(index))
     return _zeros(device, count)
 
 
 def _zeros(device: int, memory: int | Tensor) -> Tensor:
-    """So many zeros that belong to no graph, even while one is captured; or a tensor, zeroed.
+    """New memory of a number of zeros, or a tensor set to zero, outside of any graph.
 
-    PyTorch sends allocations of a capturing stream, or of a whole thread, to the memory pool of the
-    graph, which may reuse them once the capture ends. A stream and a thread of our own are outside
-    of all that.
+    PyTorch sends allocations of a capturing stream, or of all streams of a thread, to the memory
+    pool of the graph, which may reuse them after the capture. A stream and a thread of our own
+    avoid that.
     """
 
     def zeros(stream: int) -> Tensor:
@@ -118,7 +120,7 @@ def _zeros(device: int, memory: int | Tensor) -> Tensor:
             return torch.zeros(memory, dtype=torch.int32, device=device)
 
     with relaxed_capture():
-        # not one of PyTorch's streams: it hands those out again and again, also the captured one
+        # not one of PyTorch's streams, which are shared: it might be the captured one
         stream = check(driver.cuStreamCreate(_NON_BLOCKING))
         with ThreadPoolExecutor(1) as executor:
             result = executor.submit(zeros, int(stream)).result()
@@ -129,7 +131,7 @@ def _zeros(device: int, memory: int | Tensor) -> Tensor:
 
 @contextmanager
 def relaxed_capture() -> Iterator[None]:
-    """Lets this thread load code and wait for its own stream while some stream is captured."""
+    """Let this thread load code and wait for its own stream while some stream is captured."""
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
     try:

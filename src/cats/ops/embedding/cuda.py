@@ -43,11 +43,11 @@ def launch(
 
     Args:
         table: ``[V, D]``.
-        token: One int64, the row.
+        token: One int64, the number of the row.
         residual: ``[D]``, float32.
-        counters: int32.
+        counters: int32, any number.
         scale: Multiplies the row.
-        traced: Whether warps note times.
+        traced: Whether warps write times.
     """
     arguments = EmbeddingArguments(
         table=address(table),

@@ -1,4 +1,4 @@
-"""``linear.cu``: its arguments, how rows are cut into parts, and its launch."""
+"""``linear.cu``: its arguments, its launch, and how rows are cut into parts."""
 
 import ctypes
 import math
@@ -17,16 +17,16 @@ from cats.ops.cuda.residual import Residual
 
 __all__ = ["LinearArguments", "launch"]
 
-_MATRICES = 3  # of one launch: those of queries, keys and values
+_MATRICES = 3  # per launch: those of queries, keys and values
 _WARPS = 8
-# A row is cut into parts of at most so many bytes, of which each warp has several in flight.
+# Largest part of a row. Each warp has several parts in flight.
 _PART_BYTES = 8192
 _MIN_STAGES, _MAX_STAGES = 3, 8
-# On their way to one multiprocessor while the kernel in front still runs: about what keeps the
-# memory busy, so that little of what that kernel reads and adds, and of what it leaves to be read,
-# waits behind them.
+# What a multiprocessor requests while the previous kernel still runs: about enough to keep the
+# memory busy. More would delay what that kernel still reads and adds, and then the input.
 _EARLY_BYTES = 32 * 1024
-# Shared memory that a ring leaves to the block of attention beside it, and to the system.
+# Shared memory that the rings leave to a block of attention on the same multiprocessor, and to the
+# system.
 _SPARE_BYTES = 24 * 1024
 
 
@@ -63,17 +63,17 @@ def launch(
 
     Args:
         weights: ``[rows, D]`` each, row-major.
-        biases: ``[rows]`` or None, one for each weight.
+        biases: ``[rows]`` or None, one per weight.
         x: ``[D]`` in the dtype of the weights, or the norm of a residual stream.
         out: ``[all rows]``, float32.
         add: The same shape and dtype.
         copy: The same shape and dtype; also gets the output, or 0 where there is no ``add``.
-        early: Whether weights may be requested before the kernel in front has ended.
-        multiprocessors: Of the GPU.
-        traced: Whether warps note times.
+        early: Whether weights may be requested before the previous kernel has ended.
+        multiprocessors: How many the GPU has.
+        traced: Whether warps write times.
 
     Raises:
-        UnsupportedModelError: If a row does not fit.
+        UnsupportedModelError: If a row is too long, or not a multiple of 16 bytes.
     """
     ends = list(accumulate(len(weight) for weight in weights))
     ends += ends[-1:] * (_MATRICES - len(ends))
@@ -103,14 +103,14 @@ def _function(device: int, width: int, dtype: torch.dtype, normed: bool, traced:
         raise UnsupportedModelError(
             f"rows must be a multiple of {VECTOR_BYTES} bytes, {width} columns have {row}"
         )
-    room = (shared_memory(device) - row - _SPARE_BYTES) // _WARPS
-    most = min(_PART_BYTES, room // _MIN_STAGES)
-    if most < 32 * VECTOR_BYTES:
+    ring_bytes = (shared_memory(device) - row - _SPARE_BYTES) // _WARPS
+    max_part = min(_PART_BYTES, ring_bytes // _MIN_STAGES)
+    if max_part < 32 * VECTOR_BYTES:
         raise UnsupportedModelError(f"rows of {row} bytes are too long for the shared memory")
-    parts = math.ceil(row / most)
+    parts = math.ceil(row / max_part)
     part = math.ceil(row / VECTOR_BYTES / parts) * VECTOR_BYTES
-    parts = math.ceil(row / part)  # fewer, where rounding up made the last ones empty
-    stages = min(_MAX_STAGES, room // part)
+    parts = math.ceil(row / part)  # fewer where rounding up left the last ones empty
+    stages = min(_MAX_STAGES, ring_bytes // part)
     defines = dict(
         DTYPE=DTYPES[dtype],
         WIDTH=width,
