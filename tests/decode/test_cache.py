@@ -35,3 +35,14 @@ def test_call_leaves_no_cache_behind():
         assert not [o for o in gc.get_objects() if type(o) is SlotCache]
     finally:
         gc.enable()
+
+
+def test_each_row_is_written_to_its_own_slot():
+    cache = SlotCache(make_model().config, 8)
+    layer, states = cache.slots[0], torch.randn(3, 1, 1, 4)
+    cache.newest, cache.window = torch.tensor([2, 0, 5]), 8
+    keys, values = layer.update(states, 2 * states)
+    for row, slot in enumerate(cache.newest.tolist()):
+        assert torch.equal(keys[row, 0, slot], states[row, 0, 0])
+        assert torch.equal(values[row, 0, slot], 2 * states[row, 0, 0])
+    assert keys.count_nonzero() == values.count_nonzero() == states.numel()

@@ -252,8 +252,8 @@ def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
             logits, wanted = choice(kind, vocabulary)
             chain.buffers.logits.copy_(logits)
             chain._launch([chain._choice(0)])
-            assert int(state.tokens) == int(state.chosen[state.slot]) == wanted
-            assert int(state.slot) == int(state.positions) == number + 1
+            assert int(state.tokens) == int(state.chosen[number]) == wanted
+            assert int(state.slots) == int(state.positions) == int(state.step) == number + 1
 
 
 @needs_gpu

@@ -123,16 +123,15 @@ def test_greedy_tokens_are_those_of_transformers(chain_module, config):
     with torch.inference_mode():
         prefill(model, state, ids[:, :-1], 0)
         state.tokens.copy_(ids[:, -1:])
-        state.positions.fill_(8)
-        state.slot.fill_(8)
+        state.start_at(8)
         embedded = model.model.embed_tokens(ids[0, 0])
         scale = 4.0 if config is Gemma2Config else 1.0  # the root of the hidden size
         assert embedded.numel() == 16
         chain = chain_module.Chain(spec, state, scale)
         for _ in range(12):
             chain.run_greedily(256, 0)
-    assert state.chosen[9:21, 0].tolist() == wanted[0, 9:].tolist()
-    assert int(state.slot) == int(state.positions) == 20
+    assert state.chosen[:12, 0].tolist() == wanted[0, 9:].tolist()
+    assert int(state.slots) == int(state.positions) == 20
 
 
 @pytest.mark.parametrize("vocabulary", [257, 20_001])
@@ -147,11 +146,11 @@ def test_greedy_choice_is_the_first_of_the_largest(chain_module, vocabulary):
             row, wanted = choice(kind, vocabulary)
             chain.buffers.logits.copy_(row)
             chain._launch([chain._choice(7)])
-            assert int(state.tokens) == int(state.chosen[state.slot]) == wanted
-            assert int(state.slot) == int(state.positions) == number + 1
+            assert int(state.tokens) == int(state.chosen[number]) == wanted
+            assert int(state.slots) == int(state.positions) == int(state.step) == number + 1
             assert bool(state.finished) == (number == 3)
         chain._launch([chain._choice(7)])
-        assert int(state.tokens) == int(state.chosen[state.slot]) == 7  # the row has ended
+        assert int(state.tokens) == int(state.chosen[len(CHOICES)]) == 7  # the row has ended
 
 
 def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
@@ -159,12 +158,11 @@ def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
     spec, state = read_spec(model), State(model, model.config, 1, 16)
     with torch.inference_mode():
         prefill(model, state, make_ids(1, 5), 0)
-        state.slot.fill_(5)
-        state.positions.fill_(5)
+        state.start_at(5)
         wanted = chain_module.Chain(spec, state).run(8).clone()
         chain = chain_module.Chain(spec, state, traced=True)
         chain.run_greedily(8, 0)
-        assert state.chosen[6] == wanted.argmax()
+        assert state.chosen[0] == wanted.argmax()
     assert torch.equal(chain.buffers.logits, wanted)
     check_moments(moments(chain.stamps))
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
@@ -57,9 +58,14 @@ class SlotLayer(CacheLayerMixin):
         assert self.values is not None
         keys, values = self.keys, self.values
         # into the buffers themselves: a traced step then changes its inputs, not views of them
-        if self.owner.slot is not None:
-            keys.index_copy_(2, self.owner.slot, key_states.to(keys.dtype))
-            values.index_copy_(2, self.owner.slot, value_states.to(values.dtype))
+        slots = self.owner.newest
+        if slots is not None and len(slots) == 1:
+            keys.index_copy_(2, slots, key_states.to(keys.dtype))
+            values.index_copy_(2, slots, value_states.to(values.dtype))
+        elif slots is not None:
+            rows = torch.arange(len(slots), device=slots.device)
+            keys[rows, :, slots] = key_states[:, :, 0].to(keys.dtype)
+            values[rows, :, slots] = value_states[:, :, 0].to(values.dtype)
         else:
             start = self.owner.start
             assert isinstance(start, int)
@@ -105,7 +111,9 @@ class SlotCache(Cache):
         capacity: Slots of each buffer.
         start: Slots in use before the next tokens. Masks are made for it: a number, or a tensor
             ``[1]`` where one captured step must serve every slot.
-        slot: Where the next token is written, ``[1]``; None for ``start``, a number then.
+        newest: The slot that the next token of each row is written to, ``[B]``, or ``[1]`` where
+            all rows share it; None where several tokens are written from ``start`` on, a number
+            then.
         window: Slots that attention reads, from the first; at least ``start`` and the new tokens.
     """
 
@@ -126,7 +134,7 @@ class SlotCache(Cache):
             )
         self.capacity = capacity
         self.start: int | Tensor = 0
-        self.slot: Tensor | None = None
+        self.newest: Tensor | None = None
         self.window = 0
         self._expected: tuple[int, str] | None = None
         self.slots = [SlotLayer(self) for _ in kinds]

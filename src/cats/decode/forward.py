@@ -47,7 +47,7 @@ def prefill(
     """
     end = start + ids.shape[1]
     cache = state.cache
-    cache.start, cache.slot, cache.window = start, None, end
+    cache.start, cache.newest, cache.window = start, None, end
     valid = state.valid[:, :end]
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, start:]
     if state.padded and "attention_mask" not in arguments_of(model):
@@ -67,7 +67,9 @@ def step_inputs(
     stored = state.cache.buffers()
     if slots is not None:
         stored = [t[:, :, :slots] for t in stored]
-    return state.tokens, state.positions, state.slot, state.valid, stored
+    # transformers makes its masks from one number of earlier tokens, so all rows of a traced step
+    # have the slot of the first one: the engines eager and compiled step rows together
+    return state.tokens, state.positions, state.slots[:1], state.valid, stored
 
 
 def trace_window(model: nn.Module, state: State, window: int) -> fx.GraphModule:
@@ -85,7 +87,7 @@ def trace_window(model: nn.Module, state: State, window: int) -> fx.GraphModule:
     def step(
         tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
     ) -> Tensor:
-        cache.start, cache.slot, cache.window = slot, slot, window
+        cache.start, cache.newest, cache.window = slot, slot, window
         with cache.lent(stored):
             return _logits(model, tokens, positions, valid[:, :window], cache)
 
@@ -107,7 +109,7 @@ def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
     def step(
         tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
     ) -> Tensor:
-        cache.start, cache.slot, cache.window = _TRACED_SLOTS - 1, slot, _TRACED_SLOTS
+        cache.start, cache.newest, cache.window = _TRACED_SLOTS - 1, slot, _TRACED_SLOTS
         with cache.lent(stored):
             return _logits(model, tokens, positions, None, cache)
 

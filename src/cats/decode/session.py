@@ -87,7 +87,7 @@ class Session:
                 with torch.inference_mode():
                     while started <= min(number + runner.engine.lag, count - 1):
                         self._step(runner, state, given, length + started, options)
-                        pending.append(_Read(state, length + started))
+                        pending.append(_Read(state, started))
                         started += 1
                     tokens = pending.popleft().wait()
                 if options.sampling.do_sample:
@@ -123,14 +123,14 @@ class Session:
         runner, _ = runner_of(self._model, self._engine)
         length, options = ids.shape[1], request.options
         state = State(self._model, self._config, len(ids), window_of(length))
-        shape = state.capacity, len(ids), self._config.vocab_size
+        shape = options.max_new_tokens, len(ids), self._config.vocab_size
         state.logits = torch.full(shape, torch.nan, device=state.device)
         self._first(runner, state, request, 0)
         for end in range(request.length + 1, length + 1):
             state.tokens.copy_(ids[:, end - 1 : end])
             self._step(runner, state, ids[:, :end].to(state.device), end, options)
-        found = state.logits[request.length : length].transpose(0, 1)
-        return found, runner.name_for(len(ids))
+        # the first is that of the prompt
+        return state.logits[1:].transpose(0, 1), runner.name_for(len(ids))
 
     def _store(self, request: Request, steps: list[Tensor]) -> None:
         """Keep account of the tokens that the cache holds."""
@@ -152,7 +152,7 @@ class Session:
         state.rotary = None if start == 0 else state.rotary
         with runner.running(self._model, state):
             runner.engine.prefill(self._model, state, ids[:, start:], start, options)
-        first = _Read(state, length)
+        first = _Read(state, 0)
         if options.max_new_tokens > 1:
             lengths = range(length + 1, length + options.max_new_tokens)
             runner.engine.prepare(self._model, state, lengths, options)
@@ -173,7 +173,7 @@ class Session:
         with runner.running(self._model, state):
             if runner.runs_again_at(self._model, length):
                 # NO_TOKEN, at which the host raises, is no token of a pass
-                chosen = state.chosen[ids.shape[1] : length].T.clamp(min=0)
+                chosen = state.chosen[: length - ids.shape[1]].T.clamp(min=0)
                 state.frequencies = runner.frequencies(length)
                 whole = torch.cat([ids, chosen], dim=1)
                 runner.engine.prefill(self._model, state, whole, 0, options)
@@ -213,10 +213,10 @@ class Session:
 
 
 class _Read:
-    """The tokens chosen for a slot, ``[B]``, on their way to the host while later steps run."""
+    """The tokens of one step, ``[B]``, on their way to the host while later steps run."""
 
-    def __init__(self, state: State, slot: int) -> None:
-        chosen, reader = state.chosen[slot], state.reader
+    def __init__(self, state: State, step: int) -> None:
+        chosen, reader = state.chosen[step], state.reader
         self._event: torch.cuda.Event | None = None
         if reader is None:
             self._host = chosen.clone()

@@ -18,23 +18,24 @@ from cats.weights.placement import has_weights, input_device
 class State:
     """Buffers of ``B`` rows; a step reads and writes them in place, so that it can be captured.
 
-    Row ``b`` is padded on the left; all rows share the slot of their newest token.
+    Rows may have different lengths. Rows of one prompt batch are padded on the left.
 
     Attributes:
         cache: Keys and values.
         tokens: The newest token of each row, not yet in the cache, ``[B, 1]``, int64.
         positions: Its position in the row, ``[B, 1]``.
-        slot: Its slot in the cache, ``[1]``.
-        chosen: The token that was chosen for each slot, ``[capacity + 1, B]``, int64: no step
-            writes to the place of another, so the host reads them while later steps run.
+        slots: Its slot in the cache, ``[B]``, int64.
+        step: How many tokens of each row are chosen since :meth:`begin`, ``[1]``, int64.
+        chosen: The tokens that each step has chosen, ``[capacity, B]``, int64. Each step has a row
+            of its own, so the host reads the tokens of one step while later steps run.
         reader: The stream on which it does; None where the device is no GPU.
         valid: Whether a slot holds no padding, ``[B, capacity]``, bool. Slots that are not yet
             written count as valid; the causal mask hides them.
         finished: Whether a row has ended, ``[B]``.
         seen: Whether a token of the vocabulary occurred, ``[B, V]``; None where nothing asks.
         noise: Draws of the step, ``[B, V]``, float32; None where nothing is drawn.
-        logits: What the token of each slot gave, ``[capacity, B, V]``, float32; None where no one
-            asks for them.
+        logits: From what each step chose, ``[steps, B, V]``, float32; None where no one asks for
+            them.
         padded: Whether a row has padding.
         rotary: What rotary modules have stored for this text, where that depends on its length.
         extras: What the model takes of the next prompt beside ids and mask.
@@ -49,12 +50,16 @@ class State:
         self.device = device_of(model)
         self.cache = SlotCache(config, capacity)
         self.tokens = self._zeros(batch, 1)
-        self.positions = self._zeros(batch, 1)
-        self.slot = self._zeros(1)
+        # One buffer, so that one operator adds 1 to all three. Its rows begin at multiples of 16
+        # bytes, as compiled steps expect of their inputs.
+        self._counters = self._zeros(3, batch + batch % 2)
+        self.positions = self._counters[0, :batch, None]
+        self.slots = self._counters[1, :batch]
+        self.step = self._counters[2, :1]
         # streams of another priority are other ones than those that captures and callers get
         cuda = self.device.type == "cuda"
         self.reader = torch.cuda.Stream(self.device, priority=-1) if cuda else None
-        self.chosen = self._places()
+        self.chosen = self._chosen_buffer()
         self.valid = torch.ones(batch, capacity, dtype=torch.bool, device=self.device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.seen: Tensor | None = None
@@ -83,7 +88,7 @@ class State:
         self.cache.grow(capacity)
         more = self.valid.new_ones(self.batch, capacity - self.valid.shape[1])
         self.valid = torch.cat([self.valid, more], dim=1)
-        self.chosen = self._places()
+        self.chosen = self._chosen_buffer()
         self.captured.clear()
 
     def begin(self, ids: Tensor, mask: Tensor, vocabulary: int, options: Options) -> None:
@@ -95,8 +100,8 @@ class State:
         self.valid.fill_(True)
         self.valid[:, :length] = mask
         self.padded = not bool(mask.all())
+        self.start_at(length - 1)
         self.positions.copy_(mask.sum(1, keepdim=True) - 1)
-        self.slot.fill_(length - 1)
         self.finished.fill_(False)
         if self.eos.tolist() != list(options.eos_token_ids):
             self.eos = torch.tensor(options.eos_token_ids, dtype=torch.int64, device=self.device)
@@ -117,6 +122,12 @@ class State:
             seed = options.seed
             self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
+    def start_at(self, slot: int) -> None:
+        """Say that the newest token of each row has this slot and position; no step has run."""
+        self.slots.fill_(slot)
+        self.positions.fill_(slot)
+        self.step.zero_()
+
     def take_extras(self) -> Mapping[str, Any]:
         """The extras, once: no later pass gets them."""
         extras, self.extras = self.extras, {}
@@ -125,7 +136,7 @@ class State:
     def advance(self, logits: Tensor, options: Options) -> None:
         """Choose the next tokens from logits ``[B, V]``, and move on."""
         if self.logits is not None:
-            self.logits.index_copy_(0, self.slot, logits[None].float())
+            self.logits.index_copy_(0, self.step, logits[None].float())
         if options.processors is not None:
             logits = options.processors.scores(logits)
         scores = process(logits, self.seen, options.sampling)
@@ -146,18 +157,17 @@ class State:
         if options.processors is not None:
             options.processors.add(token)
         self.tokens.copy_(token[:, None])
-        self.positions.add_(1)
-        self.slot.add_(1)
-        self.chosen.index_copy_(0, self.slot, chosen[None])
+        self.chosen.index_copy_(0, self.step, chosen[None])
+        self._counters.add_(1)
 
     def moving(self) -> list[Tensor]:
         """The buffers of which a step reads what :meth:`advance` made of them."""
-        buffers = [self.tokens, self.positions, self.slot, self.finished]
+        buffers = [self.tokens, self._counters, self.finished]
         return buffers if self.seen is None else [*buffers, self.seen]
 
-    def _places(self) -> Tensor:
-        # the last token of a conversation is not written to the cache
-        chosen = self._zeros(self.capacity + 1, self.batch)
+    def _chosen_buffer(self) -> Tensor:
+        # a prompt has at least one token, so that an answer has fewer steps than slots
+        chosen = self._zeros(self.capacity, self.batch)
         if self.reader is not None:
             chosen.record_stream(self.reader)
         return chosen

@@ -57,8 +57,7 @@ def probe(model: nn.Module, spec: ModelSpec) -> float:
         scale = _embedding_scale(model, spec, state, ids)
         state.tokens.copy_(ids)
         wanted = prefill(model, state, ids, lengths[0]).float()[0]
-        state.slot.fill_(lengths[0])
-        state.positions.fill_(lengths[0])
+        state.start_at(lengths[0])
         whole_token = Chain(spec, state, scale)
         whole_token.use_frequencies_of(lengths[0] + 1)
         found = whole_token.run(lengths[0] + 1)
@@ -88,8 +87,7 @@ def _probe_layers(
     """Each layer on inputs of its own, behind ``length`` other tokens."""
     chain.use_frequencies_of(length + 1)
     dtype, ids = spec.dtype, torch.zeros(1, 1, dtype=torch.int64, device=state.device)
-    state.slot.fill_(length)
-    state.positions.fill_(length)
+    state.start_at(length)
     errors, sizes = [], []
     for _ in range(_INPUTS):
         inputs = torch.randn(len(spec.layers), spec.hidden_size, device=state.device)

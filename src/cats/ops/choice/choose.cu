@@ -17,11 +17,12 @@ struct Arguments : Traced {
     int* indices;             // [blocks], and where it is
     unsigned* arrived;        // zero between calls
     int64* token;             // the choice, as the next step reads it
-    int64* position;          // gets 1 more, like the slot
+    int64* position;          // gets 1 more, like the slot and the step
     int64* slot;
+    int64* step;
     unsigned char* finished;  // whether the row has ended
     const int64* ends;        // [end_count], tokens that end a row
-    int64* chosen;            // [capacity + 1], the choice of each slot, as the host reads it
+    int64* chosen;            // [steps], the choice of each step, as the host reads it
     int64 padding;
     int count;
     int end_count;
@@ -47,13 +48,12 @@ struct Best {
 };
 
 __device__ void finish(const Arguments& a, int best) {
+    int64 position = *a.position, slot = *a.slot, step = *a.step;
     int64 token = *a.finished ? a.padding : best;
     for (int i = 0; i < a.end_count; ++i)
         if (token == a.ends[i]) *a.finished = 1;
-    int64 slot = *a.slot + 1;
-    *a.slot = slot;
-    *a.position += 1;
-    *a.token = a.chosen[slot] = token;
+    *a.position = position + 1, *a.slot = slot + 1, *a.step = step + 1;
+    *a.token = a.chosen[step] = token;
     *a.arrived = 0;
 }
 

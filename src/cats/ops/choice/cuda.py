@@ -29,6 +29,7 @@ class ChoiceArguments(Arguments):
         ("token", Pointer),
         ("position", Pointer),
         ("slot", Pointer),
+        ("step", Pointer),
         ("finished", Pointer),
         ("ends", Pointer),
         ("chosen", Pointer),
@@ -47,6 +48,7 @@ def launch(
     token: Tensor,
     position: Tensor,
     slot: Tensor,
+    step: Tensor,
     finished: Tensor,
     ends: Tensor,
     chosen: Tensor,
@@ -63,9 +65,10 @@ def launch(
         token: One int64, gets the choice.
         position: One int64, gets 1 more.
         slot: One int64, gets 1 more.
+        step: One int64, which line of ``chosen`` gets the choice; gets 1 more.
         finished: One bool: whether the row has ended.
         ends: int64, the tokens that end a row.
-        chosen: ``[capacity + 1, 1]``, int64: the choice of each slot.
+        chosen: ``[steps, 1]``, int64: the choice of each step.
         padding: The token of a row that has ended.
         softcap: Bound of the logits, 0 for none.
         traced: Whether warps note times.
@@ -79,6 +82,7 @@ def launch(
         token=address(token),
         position=address(position),
         slot=address(slot),
+        step=address(step),
         finished=address(finished),
         ends=address(ends),
         chosen=address(chosen),
