@@ -56,6 +56,8 @@ def _installation() -> dict[str, dict[str, Any]]:
 
     from cats.version import __version__
 
+    threads = torch.get_num_threads()
+    noun = "thread" if threads == 1 else "threads"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {
@@ -65,7 +67,7 @@ def _installation() -> dict[str, dict[str, Any]]:
             "transformers": transformers.__version__,
         },
         "devices": {
-            "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "cpu": f"{threads} {noun}, {torch.backends.cpu.get_cpu_capability()}",
             "gpu": ", ".join(gpus) or "none",
         },
         "backends of cats::gated_mlp": _backends(),

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.console import Group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,31 +57,34 @@ class Table:
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-    def rich(self) -> RichTable:
+    def rich(self) -> Group:
         """For a terminal. Without lines between columns, and with units below the names, most
         tables fit into 80 characters."""
         from rich import box
+        from rich.console import Group
         from rich.markup import escape as plain
         from rich.table import Table as RichTable
+        from rich.text import Text
 
-        out = RichTable(
-            title=plain(self.title) or None, caption=plain(self.caption) or None,
-            show_header=any(self.columns), title_justify="left", caption_justify="left",
-            box=box.SIMPLE_HEAD, padding=0,
-        )  # fmt: skip
+        table = RichTable(show_header=any(self.columns), box=box.SIMPLE_HEAD, padding=0)
         for number, name in enumerate(self.columns):
             is_name = number < self.names
             is_bar = self.bars and number == len(self.columns) - 1
-            out.add_column(
-                plain(name.replace(", ", "\n")), justify="left" if is_name or is_bar else "right",
-                no_wrap=not (is_name and self.wrap), overflow="fold",
-            )  # fmt: skip
+            table.add_column(
+                plain(name.replace(", ", "\n")),
+                justify="left" if is_name or is_bar else "right",
+                no_wrap=not (is_name and self.wrap),
+                overflow="fold",
+            )
         for row in self.rows:
-            out.add_row(*map(plain, row))
+            table.add_row(*map(plain, row))
         if self.total:
-            out.add_section()
-            out.add_row(*map(plain, self.total))
-        return out
+            table.add_section()
+            table.add_row(*map(plain, self.total))
+        # beside the table, since rich breaks the lines of its own titles at the table's width
+        title = [Text(self.title, style="italic")] if self.title else []
+        caption = [Text(self.caption, style="dim italic")] if self.caption else []
+        return Group(*title, table, *caption)
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
