@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 
 class ModelConfig(Protocol):
-    """The configuration of a Hugging Face model. What only some families have is read by getattr."""
+    """The configuration of a Hugging Face model. What only some families have is read by getattr.
+
+    ``cats`` is what :func:`cats.sparsify_` records; a dense model does not have it.
+    """
 
     model_type: str
     vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    cats: dict[str, Any]
 
     def get_text_config(self, *, decoder: bool = ...) -> ModelConfig:
         """The part that describes the language model; the configuration itself where it is all."""
@@ -46,6 +54,8 @@ class CausalModel(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalOutput: ...
 
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
     def get_input_embeddings(self) -> nn.Module: ...
 
     def get_output_embeddings(self) -> nn.Module | None: ...
@@ -60,6 +70,8 @@ class CausalModel(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]: ...
+
     def train(self, mode: bool = ...) -> nn.Module: ...
 
     def eval(self) -> nn.Module: ...
@@ -73,6 +85,9 @@ class Tokenizer(Protocol):
     pad_token_id: int | None
     is_fast: bool
 
+    @property
+    def special_tokens_map(self) -> dict[str, Any]: ...
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def decode(self, token_ids: Any, **kwargs: Any) -> str: ...
@@ -80,5 +95,7 @@ class Tokenizer(Protocol):
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
 
     def save_pretrained(self, save_directory: str) -> Any: ...
