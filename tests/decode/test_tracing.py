@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Phi3Config
 import cats
 from cats.decode import eager as engines
 from cats.decode.marks import Marks
-from cats.decode.tracing import _Exclusion, disagreement, shadow_of
+from cats.decode.tracing import Exclusion, disagreement, shadow_of
 from tests.decode.test_rotary import longrope
 from tests.models import make_ids, make_model
 
@@ -136,7 +136,7 @@ def test_module_that_cannot_be_copied_runs_untraced():
 
 
 def test_one_thread_traces_alone():
-    exclusion, log = _Exclusion(), []
+    exclusion, log = Exclusion(), []
     running = threading.Barrier(3)
 
     def run():
@@ -159,7 +159,7 @@ def test_one_thread_traces_alone():
     running.wait()
     tracer = threading.Thread(target=trace)
     tracer.start()
-    while not exclusion._waiting:
+    while not exclusion.waiting:
         time.sleep(0.001)
     last = threading.Thread(target=late)  # comes while one waits to trace
     last.start()

@@ -1,4 +1,4 @@
-"""Trace a step without harm: one trace at a time, on a copy of the modules, checked before use.
+"""Trace a step safely: one trace at a time, on a copy of the modules, compared before it is used.
 
 ``make_fx`` changes modules and operators for the whole process while it runs, and a forward pass
 that stores a tensor in its module would leave a fake one there.
@@ -11,37 +11,40 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cats.decode.marks import DEEPEST, OF_EVERY_MODULE, Place, inside, is_recorder
+from cats.decode.marks import DEEPEST, OF_EVERY_MODULE, AttributeKey, inside, is_recorder
 from cats.decode.rotary import is_adaptive
 from cats.fusion import FusedGatedMLP
 from cats.model import CatsActivation
 
-# Largest difference between the logits of a step and those of the model's own step, as a share of
-# these: in more than 16 bits, and in 16. A neuron that a rounding moves over its threshold changes
-# more than the rounding, but for one token only: the median of several tokens decides. A wrong
-# trace is off by far more.
+# Largest relative difference between the logits of a step and those of the model's own step: in
+# more than 16 bits, and in 16 bits. A rounding can move a neuron over its threshold, which changes
+# more than the rounding itself, but only for one token. So the median of several tokens decides.
+# A wrong trace differs by far more.
 _TOLERANCE = {
-    "alike": (1e-3, 2e-2),  # by the same operators
-    "masked": (1e-3, 0.2),  # but attention reads more slots under a mask
-    "otherwise": (1e-3, 0.5),  # by kernels that round less often
+    "alike": (1e-3, 2e-2),  # the same operators
+    "masked": (1e-3, 0.2),  # the same operators, but attention reads more slots under a mask
+    "otherwise": (1e-3, 0.5),  # kernels that round less often
 }
-_TRIES = 3
+_COMPARED_TOKENS = 3
 # Counters, frequencies and thresholds are smaller; quantised weights are larger.
 _COPIED_BYTES = 2**20
 
 
-class _Exclusion:
-    """Many threads may run models; one that traces is alone."""
+class Exclusion:
+    """Many threads may run models at once; a thread that traces is alone.
+
+    Attributes:
+        waiting: Number of threads that wait to trace.
+    """
 
     def __init__(self) -> None:
+        self.waiting = 0
         self._free = threading.Condition()
         self._running = 0
-        self._waiting = 0
         self._tracer: int | None = None
         self._inside = threading.local()
 
@@ -51,8 +54,8 @@ class _Exclusion:
         depth = getattr(self._inside, "depth", 0)
         if depth == 0 and self._tracer != threading.get_ident():
             with self._free:
-                # those that wait to trace go first: steps of other threads follow without end
-                self._free.wait_for(lambda: self._tracer is None and not self._waiting)
+                # those that wait to trace go first, since other threads start steps all the time
+                self._free.wait_for(lambda: self._tracer is None and not self.waiting)
                 self._running += 1
             self._inside.depth = 1
             try:
@@ -72,16 +75,16 @@ class _Exclusion:
         if self._tracer == me:
             yield
             return
-        # a hook or a processor of a running step generates as well: the step waits meanwhile
+        # a hook or processor of a running step may generate as well: its own step does not count
         runs = getattr(self._inside, "depth", 0)
         with self._free:
             self._running -= runs
-            self._waiting += 1
+            self.waiting += 1
             try:
                 self._free.wait_for(lambda: self._tracer is None and not self._running)
                 self._tracer = me
             finally:
-                self._waiting -= 1
+                self.waiting -= 1
                 self._free.notify_all()
         try:
             yield
@@ -94,21 +97,21 @@ class _Exclusion:
                     self._running += runs
 
 
-exclusion = _Exclusion()
+exclusion = Exclusion()
 
 
 def shadow_of(model: nn.Module, *, copied_bytes: int = 0) -> nn.Module:
-    """A copy of a model's modules over the same weights and buffers.
+    """A copy of a model's modules that shares weights and buffers with them.
 
     What a forward pass stores in its modules stays in the copy.
 
     Args:
         model: The model.
-        copied_bytes: Buffers of at most so many bytes are copied, so that what is written into them
-            stays in the copy as well.
+        copied_bytes: Buffers of up to this size are copied as well, so that what is written into
+            them stays in the copy.
 
     Raises:
-        Exception: Whatever a module raises that cannot be copied.
+        Exception: What a module raises if it cannot be copied.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
@@ -119,13 +122,13 @@ def shadow_of(model: nn.Module, *, copied_bytes: int = 0) -> nn.Module:
             for tensor in _tensors_in(value):
                 if tensor.nbytes > copied_bytes:
                     memo[id(tensor)] = tensor
-    # what is copied counts its writes, as the original does
+    # outside of inference mode, torch counts the writes into the copies
     with torch.inference_mode(False):
         return copy.deepcopy(model, memo)
 
 
-def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """The tensors in a value, in its entries and attributes."""
+def _tensors_in(value: object, depth: int = 0) -> Iterator[Tensor]:
+    """The value if it is a tensor, or the tensors in its entries and attributes."""
     if isinstance(value, Tensor):
         yield value
     elif depth < DEEPEST and not isinstance(value, nn.Module | type | ModuleType):
@@ -134,16 +137,16 @@ def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
 
 
 def copy_to_probe(model: nn.Module) -> nn.Module:
-    """A copy of the modules without hooks, so that what a probe runs is not seen by a user's hooks.
+    """A copy of the modules without hooks, so that a user's hooks do not see what a probe runs.
 
-    The model itself where ``forward`` methods were replaced, which may load the weights, or where a
-    module cannot be copied.
+    It is the model itself where ``forward`` methods were replaced, which may load the weights, or
+    where a module cannot be copied.
     """
     if any("forward" in vars(module) for module in model.modules()):
         return model
     try:
         shadow = shadow_of(model, copied_bytes=_COPIED_BYTES)
-    except Exception:  # whatever a foreign module raises: it is then probed itself
+    except Exception:  # a foreign module may raise anything; the model itself is then probed
         return model
     for module in shadow.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
@@ -152,21 +155,22 @@ def copy_to_probe(model: nn.Module) -> nn.Module:
     return shadow
 
 
-def stored_names(changed: dict[Place, str], model: nn.Module) -> list[str]:
-    """Names of what a forward pass has put into its modules, but for rotary embeddings.
+def stored_names(changed: dict[AttributeKey, str], model: nn.Module) -> list[str]:
+    """Names of the attributes that a forward pass has stored in its modules.
 
-    A trace computes such a value once and does not store it.
+    A trace would compute such a value once, and not store it. Modules that we handle ourselves are
+    left out: rotary embeddings, and those of cats.
 
     Args:
-        changed: Places whose marks differ after the pass.
-        model: Of the marks.
+        changed: Attributes whose marks differ after the pass; see :meth:`Marks.changed`.
+        model: The model of the marks.
     """
-    ours = {
+    handled = {
         index
         for index, module in enumerate(model.modules())
         if is_adaptive(module) or isinstance(module, FusedGatedMLP | CatsActivation)
     }
-    return [name for (index, _), name in changed.items() if index not in ours]
+    return [name for (index, _), name in changed.items() if index not in handled]
 
 
 def disagreement(
@@ -177,45 +181,51 @@ def disagreement(
     dtype: torch.dtype,
     computed: str,
 ) -> str | None:
-    """By how much a step differs from the model's own, in words; None where both agree.
+    """By how much a step differs from the model's own step, in words; None where both agree.
 
     Args:
-        own: Runs the newest tokens through the model; gives logits ``[B, V]``.
-        step: The same for the step that is in doubt.
-        tokens: The newest tokens, ``[B, 1]``, which both read; others are tried as well.
+        own: Runs the newest tokens through the model; returns logits ``[B, V]``.
+        step: Runs them through the step that is checked; returns logits ``[B, V]``.
+        tokens: The newest tokens, ``[B, 1]``, which both read. If the logits differ, other tokens
+            are written there for a while, and compared as well.
         dtype: Of the model's weights.
-        computed: How the step differs from the model's own: a key of :data:`_TOLERANCE`.
+        computed: How the step computes: ``"alike"`` (by the model's operators), ``"masked"`` (by
+            the same, but attention reads more slots under a mask) or ``"otherwise"`` (by other
+            kernels).
     """
-    kept, errors = tokens.clone(), []
+    original, errors = tokens.clone(), []
     tolerance = _TOLERANCE[computed][dtype.itemsize <= 2]
     try:
-        for number in range(_TRIES):
-            tokens.copy_((kept - number).clamp(min=0))
+        for offset in range(_COMPARED_TOKENS):
+            tokens.copy_((original - offset).clamp(min=0))
             errors.append(relative_difference(step().float(), own().float()))
             if errors[0] <= tolerance:
                 return None
     finally:
-        tokens.copy_(kept)
-    median = sorted(errors)[_TRIES // 2]
+        tokens.copy_(original)
+    median = sorted(errors)[_COMPARED_TOKENS // 2]
     return None if median <= tolerance else f"its logits differ by {median:.1%}"
 
 
 def casts(device: torch.device) -> bool:
-    """Whether ``torch.autocast`` is on for a kind of device."""
+    """Whether ``torch.autocast`` is on for this type of device."""
     return torch.is_autocast_enabled(device.type)
 
 
-def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference as a share of that of the second; equal NaN and infinities agree."""
-    if found.shape != wanted.shape:
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference divided by the norm of ``expected``.
+
+    NaN agrees with NaN, and an infinity with the same one. Other shapes differ infinitely.
+    """
+    if actual.shape != expected.shape:
         return float("inf")
-    same = (found == wanted) | (found.isnan() & wanted.isnan())
-    error = (found - wanted).masked_fill(same, 0).norm()
-    share = float(error / wanted.masked_fill(~wanted.isfinite(), 0).norm().clamp(min=1e-30))
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    error = (actual - expected).masked_fill(same, 0).norm()
+    share = float(error / expected.masked_fill(~expected.isfinite(), 0).norm().clamp(min=1e-30))
     return float("inf") if share != share else share
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of another library's error."""
+    """Type and first line of another library's error, for a message of our own."""
     text = str(error).strip().partition("\n")[0][:200]
     return f"{type(error).__name__}: {text}"
