@@ -5,11 +5,22 @@ from torch import nn
 from cats.weights.base import Weight, nbytes, plain_tensors
 from cats.weights.dense import Dense
 from cats.weights.foreign import Foreign
+from cats.weights.quantised import Quantised, QuantisedLinear
 
-__all__ = ["STORAGES", "Dense", "Foreign", "Weight", "nbytes", "plain_tensors", "weight_of"]
+__all__ = [
+    "STORAGES",
+    "Dense",
+    "Foreign",
+    "Quantised",
+    "QuantisedLinear",
+    "Weight",
+    "nbytes",
+    "plain_tensors",
+    "weight_of",
+]
 
 # Asked in this order; what none of them knows is foreign.
-STORAGES: list[type[Weight]] = [Dense]
+STORAGES: list[type[Weight]] = [Dense, Quantised]
 
 
 def weight_of(layer: nn.Module) -> Weight | None:

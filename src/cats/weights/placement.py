@@ -8,9 +8,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cats.errors import UnsupportedModelError
+from cats.weights.quantised import QuantisedLinear
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -20,13 +21,13 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def has_weights(module: nn.Module) -> bool:
     """Whether its weights have values: in memory, or where a hook loads them from."""
-    return is_offloaded(module) or not any(p.is_meta for p in module.parameters())
+    return is_offloaded(module) or not any(t.is_meta for _, t in _weights(module))
 
 
 def check_has_weights(model: nn.Module) -> None:
     """Raise UnsupportedModelError for a model whose weights are still to be loaded."""
     if not has_weights(model):
-        name = next(name for name, p in model.named_parameters() if p.is_meta)
+        name = next(name for name, tensor in _weights(model) if tensor.is_meta)
         raise UnsupportedModelError(
             f"{name} is on the meta device, without values: load the weights first"
         )
@@ -55,6 +56,14 @@ def input_device(module: nn.Module) -> torch.device:
             if not tensor.is_meta:
                 return tensor.device
     return torch.device("cpu")
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and what the layers of quantised weights hold, with their names."""
+    yield from module.named_parameters()
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantisedLinear):
+            yield from layer.named_buffers(name)
 
 
 def _device_hooks(module: nn.Module) -> Sequence[Any]:
