@@ -1,4 +1,4 @@
-"""What is particular to the Triton backend; its results are tested in test_gated_mlp.py."""
+"""The Triton backend: compilation, plans, refusals and loads. test_gated_mlp.py tests results."""
 
 import os
 import subprocess
@@ -61,11 +61,10 @@ def test_refuses_a_batch_above_eight(device):
 
 
 def test_auto_leaves_batches_beyond_the_crossover_to_dense(monkeypatch, device):
-    monkeypatch.setitem(backends._ORDER, device.type, ("triton", "dense"))
+    monkeypatch.setitem(backends.ORDER, device.type, ("triton", "dense"))
     for batch, expected in ((1, "triton"), (2, "dense")):
         inputs = make_inputs(8, 8, dtype=torch.float32, device=device, batch=batch)
-        found = ops.backend_for(inputs.x, inputs.gate, inputs.up, inputs.down)
-        assert found == expected
+        assert ops.backend_for(inputs.x, inputs.gate, inputs.up, inputs.down) == expected
 
 
 def test_refuses_empty_tensors(device):
@@ -87,7 +86,7 @@ def test_without_gpu_and_interpreter_it_says_why(monkeypatch):
 
 
 @pytest.fixture
-def loaded(monkeypatch) -> list[np.ndarray]:
+def read_addresses(monkeypatch) -> list[np.ndarray]:
     """Addresses that the kernels read, as Triton's interpreter sees them."""
     if not triton.knobs.runtime.interpret:
         pytest.skip("counts loads in Triton's interpreter, which runs on a CPU")
@@ -96,9 +95,9 @@ def loaded(monkeypatch) -> list[np.ndarray]:
     addresses = []
     load = InterpreterBuilder.create_masked_load
 
-    def recording_load(self, pointers, mask, *rest):
+    def recording_load(self, pointers, mask, *args):
         addresses.append(pointers.data[mask.data])
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *args)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recording_load)
     return addresses
@@ -106,13 +105,11 @@ def loaded(monkeypatch) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("router", ["gate", "up"])
 @pytest.mark.parametrize("product_sparsity", [None, 0.5], ids=["", "product"])
-def test_exactly_the_rows_of_kept_neurons_are_read(loaded, router, product_sparsity):
-    inputs = make_inputs(
-        48, 90, dtype=torch.float32, device=torch.device("cpu"), batch=2, router=router,
-        sparsity=0.8, product_sparsity=product_sparsity,
-    )  # fmt: skip
+def test_exactly_the_rows_of_kept_neurons_are_read(read_addresses, router, product_sparsity):
+    options = dict(batch=2, router=router, sparsity=0.8, product_sparsity=product_sparsity)
+    inputs = make_inputs(48, 90, dtype=torch.float32, device=torch.device("cpu"), **options)
     backend.gated_mlp(GatedMLPArguments(*inputs.args()))
-    addresses = np.unique(np.concatenate([part.ravel() for part in loaded]))
+    addresses = np.unique(np.concatenate([part.ravel() for part in read_addresses]))
 
     def rows_read(weight: torch.Tensor) -> torch.Tensor:
         offsets = addresses.astype(np.int64) - weight.data_ptr()
@@ -135,7 +132,7 @@ def test_exactly_the_rows_of_kept_neurons_are_read(loaded, router, product_spars
 def test_each_call_has_its_own_workspace(device):
     inputs = make_inputs(16, 24, dtype=torch.float32, device=device)
     first = backend.gated_mlp(GatedMLPArguments(*inputs.args()))
-    kept = first.clone()
+    before = first.clone()
     other = make_inputs(16, 24, dtype=torch.float32, device=device)
     backend.gated_mlp(GatedMLPArguments(*other.args()))
-    assert torch.equal(first, kept)
+    assert torch.equal(first, before)

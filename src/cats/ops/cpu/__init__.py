@@ -1,9 +1,8 @@
 """What all CPU kernels share: C++ on torch's stable ABI, in torch's own threads.
 
 The kernels lie in the folders of their operators and are one library. They are registered with
-torch for CPU tensors, so calls of their operators reach them without Python. They are compiled by
-``pip install``; where that failed, the compiler's message is the reason that :func:`unavailable`
-gives.
+torch for CPU tensors, so calls of their operators reach them without Python. ``pip install``
+compiles them. If that fails, :func:`unavailable` gives the compiler's message.
 """
 
 import ctypes
@@ -30,7 +29,7 @@ def unavailable() -> str | None:
 
 
 def refuses_operands(x: Tensor, *others: Tensor) -> str | None:
-    """Why no kernel takes these tensors, whatever their shapes; None where it does."""
+    """Why no kernel takes tensors of these devices, dtypes and layouts, or None."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"expected float32 or bfloat16, got {x.dtype}"
     for tensor in (x, *others):
@@ -40,7 +39,7 @@ def refuses_operands(x: Tensor, *others: Tensor) -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that this processor has kernels for, the best (the one in use) first."""
+    """The instruction sets that kernels exist for and this processor has, the best one first."""
     library = _library()
     names: list[str] = []
     while name := library.cats_instruction_set(len(names)):
@@ -49,7 +48,6 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use."""
     name: bytes = _library().cats_selected()
     return name.decode()
 

@@ -8,7 +8,7 @@ __all__ = ["refuses"]
 
 
 def refuses(x: Tensor, weight: Tensor) -> str | None:
-    """Why a call is left to torch; ``tokens_of`` in linear.cpp says the same."""
+    """Why the kernel leaves a call to torch, or None; the rule of ``tokens_of`` in linear.cpp."""
     if weight.dim() != 2 or weight.numel() == 0:
         return f"expected a matrix, got {list(weight.shape)}"
     if not 1 <= x.numel() // weight.shape[1] <= MAX_BATCH:

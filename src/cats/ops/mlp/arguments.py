@@ -1,4 +1,4 @@
-"""What a call of ``cats::gated_mlp`` consists of, in one object that every backend takes."""
+"""The arguments of ``cats::gated_mlp``, in one object that every backend takes."""
 
 from typing import NamedTuple
 
@@ -17,8 +17,7 @@ ROUTERS = ("gate", "up")
 class GatedMLPArguments(NamedTuple):
     """The operands and options of one call, in the order of the operator's schema.
 
-    A tuple, since making one takes a fifth of a microsecond and a dataclass that cannot change
-    takes more than a whole one.
+    A tuple, since a frozen dataclass takes five times as long to make: more than a microsecond.
 
     Attributes:
         x: ``[B, D]``; bfloat16, float16 or float32.
@@ -27,7 +26,7 @@ class GatedMLPArguments(NamedTuple):
         down: ``[D, F]``, column-major.
         thresholds: ``[F]``, float32, compared with the router's absolute output.
         activation: A name of :data:`cats.functional.ACTIVATIONS`.
-        router: One of :data:`ROUTERS`: the branch that is read whole and compared.
+        router: One of :data:`ROUTERS`: the branch that is compared, of which all rows are read.
         gate_bias: ``[F]`` or None.
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
@@ -85,7 +84,7 @@ def _check_tensor(
     if is_traceable_wrapper_subclass(tensor):
         raise ShapeError(
             f"expected {name} as an ordinary tensor, got {type(tensor).__name__}: kernels read "
-            "memory, which quantised and sharded weights lay out otherwise"
+            "memory, and quantised and sharded weights have another layout"
         )
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
         raise ShapeError(

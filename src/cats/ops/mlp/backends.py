@@ -2,8 +2,8 @@
 
 A backend is a module beside this one with three functions:
 
-* ``unavailable() -> str | None``: why it cannot run on this machine, or None where it is live;
-* ``refuses(arguments) -> str | None``: why it leaves this call to another one, or None;
+* ``unavailable() -> str | None``: why it cannot run on this machine, or None where it can;
+* ``refuses(arguments) -> str | None``: why it leaves this call to another backend, or None;
 * ``gated_mlp(arguments) -> Tensor``: the call.
 
 ``arguments`` are always :class:`~cats.ops.mlp.arguments.GatedMLPArguments`.
@@ -24,6 +24,7 @@ from cats.ops.mlp.cuda.variant import MAX_BATCH as _CUDA_MAX_BATCH
 
 __all__ = [
     "BACKENDS",
+    "ORDER",
     "backend_for",
     "backends",
     "checked",
@@ -33,9 +34,8 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "dense", "cpu", "triton", "cuda")
-# Which backends a device tries, the fastest first. `dense` takes every call; `reference` runs only
-# when asked for.
-_ORDER = {"cuda": ("cuda", "triton", "dense"), "cpu": ("cpu", "dense")}
+ORDER = {"cuda": ("cuda", "triton", "dense"), "cpu": ("cpu", "dense")}
+"""The backends that ``auto`` tries on each device, the fastest first."""
 # The largest batch that `auto` gives to a backend which takes more, but slower than dense GEMMs
 # (docs/kernels.md).
 _CROSSOVER = {"triton": 1}
@@ -48,13 +48,13 @@ def backends() -> dict[str, str]:
 
 def backend_for(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> str:
     """The name of the backend that ``backend="auto"`` uses for these tensors."""
-    # no backend's choice depends on the rest
+    # no backend looks at thresholds or activation
     thresholds = torch.empty(len(gate), device=x.device)
     return _backend_for(GatedMLPArguments(x, gate, up, down, thresholds, "silu"))
 
 
 def checked(arguments: GatedMLPArguments, backend: str) -> Callable[[GatedMLPArguments], Tensor]:
-    """The function of the backend for a call, which takes other values in the tensors as well.
+    """The function of the backend for a call. It may be called again with other values of tensors.
 
     Raises:
         ShapeError: If a shape, dtype or layout does not fit.
@@ -76,13 +76,13 @@ def is_dense_batch(x: Tensor) -> bool:
 
 @cache
 def why_unavailable(name: str) -> str | None:
-    """Why a backend cannot run on this machine, or None: asked once, since it takes a while."""
+    """Why a backend cannot run on this machine, or None. Kept, since it takes a while."""
     reason: str | None = _module(name).unavailable()
     return reason
 
 
 def why_refused(name: str, arguments: GatedMLPArguments) -> str | None:
-    """Why a backend cannot run a call, or None: where it cannot run at all, that reason."""
+    """Why a backend cannot run a call, on this machine or at all, or None."""
     reason: str | None = why_unavailable(name) or _module(name).refuses(arguments)
     return reason
 
@@ -90,16 +90,15 @@ def why_refused(name: str, arguments: GatedMLPArguments) -> str | None:
 def _backend_for(arguments: GatedMLPArguments) -> str:
     refusals: list[str] = []
     device, batch = arguments.x.device.type, arguments.x.shape[0]
-    for name in _ORDER.get(device, ("dense",)):
+    for name in ORDER.get(device, ("dense",)):
         reason = why_refused(name, arguments)
         if reason is None and batch > _CROSSOVER.get(name, batch):
             reason = f"dense GEMMs are faster for {batch} tokens"
         if reason is None:
-            sparse = _ORDER.get(device, ())[:-1]
+            sparse = ORDER.get(device, ())[:-1]
             if name == "dense" and all(why_unavailable(n) for n in sparse):
-                devices = ", ".join(_ORDER)
-                none = f"there are kernels for {devices} only"
-                _warn_once(device, "; ".join(refusals) or none)
+                no_kernels = f"there are kernels for {', '.join(ORDER)} only"
+                _warn_once(device, "; ".join(refusals) or no_kernels)
             return name
         refusals.append(f"{name}: {reason}")
     raise AssertionError("the dense backend takes every call")

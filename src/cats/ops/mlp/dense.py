@@ -1,4 +1,4 @@
-"""Dense GEMMs with the thresholded activation: prefill, and batches too large to gain from it.
+"""Dense GEMMs with the thresholded activation, for prefill and other large batches.
 
 Computes what the unfused model computes: linear layers in the dtype of the weights, the activation
 and the comparison in float32.
@@ -34,13 +34,17 @@ def thresholded_product(
     router: str,
     product_thresholds: Tensor | None,
 ) -> Tensor:
-    """``keep(act(g)) * u`` (or ``act(g) * keep(u)``), ``[B, F]``, in the dtype of ``g``."""
+    """``keep(act(g)) * u`` (or ``act(g) * keep(u)``), ``[B, F]``, in the dtype of ``g``.
+
+    Activation and comparisons are in float32. The activation is rounded to the dtype of ``g``
+    before the product, as in the unfused model.
+    """
     a = ACTIVATIONS[activation](g.float())
     if router == "gate":
         a = cats_activation(a, thresholds)
     else:
         u = cats_activation(u, thresholds)
-    # where the router is zero the other branch is not read elsewhere: 0 * inf must not become NaN
+    # kernels do not read the other branch where the router is 0, so that 0 * inf gives 0
     h = (a.to(g.dtype) * u).masked_fill((a if router == "gate" else u) == 0, 0)
     return h if product_thresholds is None else cats_activation(h, product_thresholds)
 

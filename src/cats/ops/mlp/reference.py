@@ -1,4 +1,4 @@
-"""The definition of ``cats::gated_mlp`` in plain PyTorch, which every other backend is held to."""
+"""The definition of ``cats::gated_mlp`` in plain PyTorch. Tests compare every backend with it."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,8 @@ from cats.ops.mlp.arguments import GatedMLPArguments
 
 def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     """See :func:`cats.ops.gated_mlp`. Computes in float32, in float64 where ``x`` is float64."""
-    (
-        x, gate, up, down, thresholds, activation, router,
-        gate_bias, up_bias, down_bias, product_thresholds,
-    ) = arguments  # fmt: skip
+    x, gate, up, down, thresholds, activation, router, *biases, product_thresholds = arguments
+    gate_bias, up_bias, down_bias = biases
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -22,7 +20,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     a = ACTIVATIONS[activation](linear(x.to(wide), gate, gate_bias))
     u = linear(x.to(wide), up, up_bias)
     routed = a if router == "gate" else u
-    # an exact zero contributes nothing, so its weights are not read even where it is kept
+    # an exact zero adds nothing, so its weights are not read even where it is kept
     h = torch.where(keep_mask(routed, thresholds) & (routed != 0), a * u, 0)
     if product_thresholds is not None:
         h = torch.where(keep_mask(h, product_thresholds), h, 0)

@@ -8,7 +8,7 @@ __all__ = ["refuses"]
 
 
 def refuses(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    """Why the kernel cannot run a call."""
+    """Why the kernel cannot run a call, or None."""
     if x.dim() != 4 or x.shape[-1] % 2 or x.numel() == 0:
         return f"expected [B, heads, T, even], got {list(x.shape)}"
     expected = [x.shape[0], 1, *x.shape[2:]]

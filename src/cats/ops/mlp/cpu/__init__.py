@@ -16,7 +16,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
 
 
 def refuses(arguments: GatedMLPArguments) -> str | None:
-    """Why a call is left to ``dense``; ``is_taken`` in gated_mlp.cpp says the same."""
+    """Why a call is left to ``dense``, or None; the rule of ``is_taken`` in gated_mlp.cpp."""
     x = arguments.x
     if x.device.type != "cpu":
         return f"expected CPU tensors, got {x.device}"

@@ -4,7 +4,9 @@
 specialised for. ``launch.py`` launches it as the operator, ``residual.py`` as a part of a token.
 """
 
-from typing import Any
+from collections.abc import Callable
+
+from torch import Tensor
 
 from cats.ops.cuda import unavailable
 from cats.ops.cuda.device import VECTOR_BYTES, shared_memory
@@ -14,8 +16,8 @@ from cats.ops.mlp.cuda.variant import MAX_BATCH, variant_for
 __all__ = ["gated_mlp", "refuses", "unavailable"]
 
 
-def __getattr__(name: str) -> Any:
-    # needs optional packages, whose absence `unavailable` reports; not an import in each call
+def __getattr__(name: str) -> Callable[[GatedMLPArguments], Tensor]:
+    # imports optional packages, whose absence `unavailable` reports; once, not in each call
     if name == "gated_mlp":
         from cats.ops.mlp.cuda import launch
 

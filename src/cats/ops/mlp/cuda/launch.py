@@ -1,4 +1,4 @@
-"""Loads a variant of ``gated_mlp.cu`` on a device and launches it on the current stream."""
+"""Load a variant of ``gated_mlp.cu`` on a device and launch it on the current stream."""
 
 import math
 from collections.abc import Iterable
@@ -19,15 +19,16 @@ from cats.ops.mlp.cuda.variant import Variant, variant_for
 
 __all__ = ["Shares", "gated_mlp", "shares_of"]
 
-# Share of the router rows that blocks take by their index; the rest goes to who asks first.
+# Share of the router rows that blocks take by their index. Blocks ask for the others one run at a
+# time, by counting tickets.
 _FIXED_SHARE = 0.75
-# Where a group has fewer runs than this, all are fixed.
+# Where a group has no more runs than this, all are fixed.
 _MIN_RUNS = 6
-# Rows for each group that are given away in half runs, at the very end.
+# Rows per group that are handed out last, in half runs.
 _SHORT_SHARE = 4
 # Functions whose launches may be followed by a launch that requests weights early.
 _own_functions: set[int] = set()
-# Addresses that the last launch on a device and stream wrote in a capture.
+# First and last address of the output of the last launch, by device, stream and capture.
 _outputs: dict[tuple[int, int, int], tuple[int, int]] = {}
 
 
@@ -42,16 +43,12 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return gated_mlp(arguments)
-    (
-        _, router, other, down, thresholds, activation, branch,
-        router_bias, other_bias, down_bias, product_thresholds,
-    ) = arguments  # fmt: skip
-    gate_is_router = branch == "gate"
-    if not gate_is_router:
-        router, router_bias, other, other_bias = other, other_bias, router, router_bias
+    router, router_bias, other, other_bias = arguments.by_role()
+    down_bias, product_thresholds = arguments.down_bias, arguments.product_thresholds
+    thresholds = arguments.thresholds
     batch, hidden = x.shape
     neurons = router.shape[0]
-    kernel = _kernel(device, hidden, x.dtype, batch, activation)
+    kernel = _kernel(device, hidden, x.dtype, batch, arguments.activation)
     stream = torch._C._cuda_getCurrentRawStream(device)  # as Triton does; 2 us less
     capture, after_own = 0, False
     if torch.cuda.is_current_stream_capturing():
@@ -68,7 +65,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
         x=x.data_ptr(),
         router=router.data_ptr(),
         other=other.data_ptr(),
-        down=down.data_ptr(),
+        down=arguments.down.data_ptr(),
         thresholds=thresholds.data_ptr(),
         out=out.data_ptr(),
         sums=memory + 4 * COUNTERS,
@@ -77,7 +74,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
         fixed_runs=shares.fixed_runs,
         long_tickets=shares.long_tickets,
         short_rows=shares.short_rows,
-        gate_is_router=gate_is_router,
+        gate_is_router=arguments.router == "gate",
         request_early=early,
     )
     if product_thresholds is not None:
@@ -99,7 +96,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
 
 
 class Shares(NamedTuple):
-    """How router rows are dealt out; the members are those of ``struct Arguments``."""
+    """How router rows are divided between blocks; the names are those of ``struct Arguments``."""
 
     blocks: int
     fixed_runs: int
@@ -109,15 +106,15 @@ class Shares(NamedTuple):
 
 @cache
 def shares_of(variant: Variant, neurons: int, multiprocessors: int, in_order: bool) -> Shares:
-    """Shares for ``neurons`` router rows; ``in_order`` gives each group all of its own."""
+    """Shares of ``neurons`` router rows; with ``in_order``, groups take all rows by their index."""
     rows, groups = variant.rows, variant.groups
     runs = math.ceil(neurons / rows)
     blocks = max(1, min(multiprocessors, runs))
     fixed_runs = math.ceil(runs / (groups * blocks))
     if fixed_runs > _MIN_RUNS and not in_order:
         fixed_runs = int(_FIXED_SHARE * fixed_runs)
-    asked_rows = max(0, neurons - fixed_runs * groups * blocks * rows)
-    long_tickets = max(0, asked_rows - _SHORT_SHARE * groups * blocks) // rows
+    ticket_rows = max(0, neurons - fixed_runs * groups * blocks * rows)
+    long_tickets = max(0, ticket_rows - _SHORT_SHARE * groups * blocks) // rows
     return Shares(blocks, fixed_runs, long_tickets, max(1, rows // 2))
 
 
@@ -127,7 +124,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _written(owner: tuple[int, int, int], tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the last launch captured there writes one of the tensors; True if there is none."""
+    """Whether the owner's last launch writes one of the tensors; True if there was no launch."""
     if owner not in _outputs:
         return True
     start, stop = _outputs[owner]
@@ -142,9 +139,12 @@ class _Kernel:
         self.variant = variant
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.function = Function(
-            device, "mlp/cuda/gated_mlp.cu", variant.defines(),
-            threads=variant.threads, shared_bytes=variant.shared_bytes,
-        )  # fmt: skip
+            device,
+            "mlp/cuda/gated_mlp.cu",
+            variant.defines(),
+            threads=variant.threads,
+            shared_bytes=variant.shared_bytes,
+        )
         _own_functions.add(self.function.handle)
 
 
@@ -156,11 +156,11 @@ def _kernel(device: int, hidden: int, dtype: torch.dtype, batch: int, activation
 
 
 def _capture(stream: int) -> tuple[int, bool]:
-    """The number of the capture, and whether the call comes right behind a launch of this kernel.
+    """The number of the capture, and whether the call directly follows a launch of this kernel.
 
-    Only then is the launch dependent, and may request weights before the one before it ends. Any
-    other kernel might write the weights. This one writes its output and its workspace alone, and
-    lets its successor start only when all kernels before it are complete.
+    Only then may the launch start, and request weights, before the previous one ends: any other
+    kernel might write the weights. This one writes only its output and its workspace, and lets the
+    next kernel start only when all kernels before it are complete.
     """
     handle = driver.CUstream(stream)
     _, number, _, nodes, *_ = check(driver.cuStreamGetCaptureInfo(handle))

@@ -1,4 +1,4 @@
-"""The MLP as a part of a token: it reads the norm of a residual stream and adds to it."""
+"""The MLP within a token: it reads the norm of a residual stream, and adds to the stream."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ def launch(
     multiprocessors: int,
     traced: bool = False,
 ) -> Launch:
-    """Add what the MLP gives to ``sums``; operands are those of :func:`cats.ops.gated_mlp`.
+    """Add the output of the MLP to ``sums``; operands are those of :func:`cats.ops.gated_mlp`.
 
     Args:
         x: The input, the norm of a residual stream.
@@ -40,16 +40,16 @@ def launch(
         up: ``[F, D]``.
         down: ``[D, F]``, column-major.
         thresholds: ``[F]``, float32.
-        activation: As the operator takes it.
+        activation: A name of :data:`cats.functional.ACTIVATIONS`.
         gate_bias: ``[F]`` or None.
         up_bias: ``[F]`` or None.
         sums: ``[D]``, float32.
-        counters: int32 zeros, which the first launch of a token writes.
-        multiprocessors: Of the GPU.
-        traced: Whether warps note times.
+        counters: int32, set to zero by the first launch of a token.
+        multiprocessors: How many the GPU has.
+        traced: Whether warps write times.
 
     Raises:
-        UnsupportedModelError: If a row does not fit.
+        UnsupportedModelError: If a row is too long.
     """
     neurons, hidden = gate.shape
     function, variant = _function(gate.get_device(), hidden, gate.dtype, activation, traced)

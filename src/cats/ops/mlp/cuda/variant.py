@@ -1,4 +1,4 @@
-"""Which compiled kernel a call uses: how the ring in shared memory is cut for rows of a length."""
+"""Which compiled kernel a call uses: how shared memory is divided for rows of a given length."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _COPIES = 2
 _MAX_VECTORS_PER_THREAD = 4
 # Shared memory of a group beside its chunks: two queues of at most 64 neurons, and padding.
 _QUEUE_BYTES = 2048
-# Three chunks keep memory busy; more take longer to go around when little is left to do.
+# Three chunks keep memory busy. With more, the end of a call takes longer.
 _CHUNKS = 3
 _MAX_ROWS = 8
 
@@ -27,15 +27,15 @@ class Variant:
 
     Args:
         hidden: D.
-        dtype: Of inputs, weights and output.
+        dtype: Dtype of inputs, weights and output.
         batch: B.
-        activation: As the operator takes it.
-        groups: Schedulers of a block, each with workers and a ring of its own.
-        rows: Rows of a chunk, a power of two up to 32.
-        chunks: Chunks of a ring.
-        warps: Worker warps of a group.
+        activation: A name of :data:`cats.functional.ACTIVATIONS`.
+        groups: Schedulers per block, each with its own workers and ring.
+        rows: Rows per chunk, a power of two up to 32.
+        chunks: Chunks per ring.
+        warps: Worker warps per group.
         copies: Copies of the sums that blocks add to.
-        shared_bytes: Shared memory of a block.
+        shared_bytes: Shared memory per block.
         residual: Whether it reads the norm of a residual stream and adds to it.
     """
 
@@ -53,7 +53,7 @@ class Variant:
 
     @property
     def threads(self) -> int:
-        """Of a block: workers and schedulers."""
+        """Threads per block: workers and schedulers."""
         return 32 * self.groups * (self.warps + 1)
 
     def defines(self) -> dict[str, int]:
@@ -73,11 +73,6 @@ class Variant:
         }
 
 
-def _chunk_bytes(rows: int, row_bytes: int, batch: int, warps: int) -> int:
-    """Shared memory of a chunk: rows, partial dot products, factors, barriers and kind."""
-    return rows * (row_bytes + 4 * batch * (warps + 1)) + 20
-
-
 @cache
 def variant_for(
     hidden: int,
@@ -88,7 +83,7 @@ def variant_for(
     shared_limit: int,
     residual: bool = False,
 ) -> Variant | None:
-    """The variant for a call on a GPU with ``shared_limit`` bytes of shared memory a block.
+    """The variant for a call on a GPU with ``shared_limit`` bytes of shared memory per block.
 
     Returns None where a row is too long for the ring or for the registers.
     """
@@ -101,13 +96,16 @@ def variant_for(
         return None
     # more workers would leave too few registers for each
     groups = 1 if warps * batch > 8 else 4 if vectors <= 256 else 2
+
+    def chunk_bytes(rows: int) -> int:
+        """Shared memory of a chunk: rows, partial dot products, factors, barriers and kind."""
+        return rows * (row_bytes + 4 * batch * (warps + 1)) + 20
+
     ring_bytes = shared_limit // groups - _QUEUE_BYTES
     rows = 1
-    while (
-        rows < _MAX_ROWS and _CHUNKS * _chunk_bytes(2 * rows, row_bytes, batch, warps) <= ring_bytes
-    ):
+    while rows < _MAX_ROWS and _CHUNKS * chunk_bytes(2 * rows) <= ring_bytes:
         rows *= 2
-    chunks = min(_CHUNKS, ring_bytes // _chunk_bytes(rows, row_bytes, batch, warps))
+    chunks = min(_CHUNKS, ring_bytes // chunk_bytes(rows))
     if chunks < 2:
         return None
     return Variant(
@@ -120,6 +118,6 @@ def variant_for(
         chunks=chunks,
         warps=warps,
         copies=1 if residual else _COPIES,
-        shared_bytes=groups * (chunks * _chunk_bytes(rows, row_bytes, batch, warps) + _QUEUE_BYTES),
+        shared_bytes=groups * (chunks * chunk_bytes(rows) + _QUEUE_BYTES),
         residual=residual,
     )

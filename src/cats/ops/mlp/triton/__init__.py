@@ -1,4 +1,4 @@
-"""Portable GPU backend: one persistent Triton kernel streams the weights, a second one adds up.
+"""Portable GPU backend: a persistent Triton kernel streams the weights, a second one adds sums.
 
 Deterministic by construction: which program takes which neurons is fixed, and the partial sums of
 the programs are added in a fixed order. The workspace belongs to one call and comes from torch's
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from cats.ops.mlp.arguments import GatedMLPArguments
 
-# Beyond it the union of the kept neurons is nearly all of them, and dense GEMMs are faster.
+# With more tokens, nearly every neuron is kept by one of them, and dense GEMMs are faster.
 MAX_BATCH = 8
-# A row of weights is one block of at most this many elements.
+# A row of weights is one block of Triton, of at most this many elements.
 MAX_HIDDEN_SIZE = 2**16
 
 
 def unavailable() -> str | None:
-    """Why it cannot run on this machine: no Triton, or neither a GPU nor the interpreter."""
+    """Why it cannot run on this machine, or None. Triton's interpreter runs it on a CPU."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if _interpreted():
@@ -32,7 +32,7 @@ def unavailable() -> str | None:
 
 
 def refuses(arguments: GatedMLPArguments) -> str | None:
-    """Why it leaves this call to another backend."""
+    """Why it leaves this call to another backend, or None."""
     x, gate = arguments.x, arguments.gate
     if x.device.type != "cuda" and not _interpreted():
         return f"it needs tensors on a GPU, these are on {x.device}"

@@ -1,8 +1,8 @@
-"""The two kernels. Shapes and layouts are checked before, in :mod:`cats.ops`."""
+"""The two kernels. :mod:`cats.ops` checks shapes and layouts before."""
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, assignment"
 
-# ruff: noqa: RUF005 (Triton knows no unpacking into a tuple)
+# ruff: noqa: RUF005 (Triton does not have unpacking into a tuple)
 
 import triton
 import triton.language as tl
@@ -26,39 +26,52 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def load_rows(weight, rows, wanted, D, BLOCK_D: tl.constexpr):
-    """Tile ``[ROWS, BLOCK_D]`` of a row-major ``[F, D]``; rows that are not wanted are not read."""
+def load_rows(weight, rows, needed, D, BLOCK_D: tl.constexpr):
+    """Tile ``[ROWS, BLOCK_D]`` of a row-major ``[F, D]``; rows that are not needed are not read."""
     columns = tl.arange(0, BLOCK_D)
     # int64: F * D passes 2**31
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    mask = wanted[:, None] & (columns < D)[None, :]
+    mask = needed[:, None] & (columns < D)[None, :]
     return tl.load(weight + offsets, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def dot_rows(tile, x, bias, rows, wanted):
+def dot_rows(tile, x, bias, rows, needed):
     """``tile @ x + bias``, ``[ROWS]``, in float32."""
     y = tl.sum(tile.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
     if bias is not None:
-        y += tl.load(bias + rows, mask=wanted, other=0).to(tl.float32)
+        y += tl.load(bias + rows, mask=needed, other=0).to(tl.float32)
     return y
 
 
 @triton.jit
 def stream_neurons(
-    x, routing, other, down, thresholds, routing_bias, other_bias, product_thresholds, partial,
-    D, F,
-    ACTIVATION: tl.constexpr, GATE_ROUTES: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
+    x,
+    routing,
+    other,
+    down,
+    thresholds,
+    routing_bias,
+    other_bias,
+    product_thresholds,
+    partial,
+    D,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATE_ROUTES: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     """Each program takes every ``num_programs``-th block of ``ROWS`` neurons through the MLP.
 
-    ``routing`` is the matrix that decides (gate or up), ``other`` its partner, ``down`` is read as
-    ``[F, D]``. The sums over a program's neurons stay in registers and go to
+    ``routing`` is the weight of the router (gate or up), ``other`` that of the other branch.
+    ``down`` is read as ``[F, D]``. The sums over a program's neurons stay in registers and go to
     ``partial[program]``, ``[BATCH, D]``, float32.
     """
     if DEPENDENT:
-        # before any load: the kernel in front may be the one that writes the weights
+        # before any load: the previous kernel may write the weights
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -88,14 +101,14 @@ def stream_neurons(
             keeps = keeps + (keep,)
             needed = needed | keep
 
-        # asked for now, used in the next round: it travels while this round waits for its neurons
+        # requested now, used in the next round: it arrives while this round waits for its neurons
         next_rows = rows + programs * ROWS
         tile = load_rows(routing, next_rows, next_rows < F, D, BLOCK_D)
 
         if tl.max(needed.to(tl.int32), axis=0) > 0:
             other_tile = load_rows(other, rows, needed, D, BLOCK_D)
             if product_thresholds is None:
-                # a kept neuron needs both, so both are asked for at once
+                # a kept neuron needs both, so both are requested at once
                 down_tile = load_rows(down, rows, needed, D, BLOCK_D)
             products = ()
             column_needed = needed & False
@@ -127,9 +140,16 @@ def stream_neurons(
 
 @triton.jit
 def add_partials(
-    partial, bias, out, programs, D,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
+    partial,
+    bias,
+    out,
+    programs,
+    D,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
     """``out[b] = sum over programs of partial[:, b] + bias``, in a fixed order."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,4 +1,4 @@
-"""Chooses block shapes and launches the kernels."""
+"""Choose block shapes and launch the kernels."""
 
 import contextlib
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from cats.ops.mlp.triton import kernels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Shape of a launch: ``rows`` neurons a block, ``warps`` a program, ``programs`` in all."""
+    """Shape of a launch: ``rows`` neurons per block, ``warps`` per program, ``programs`` in all."""
 
     rows: int
     warps: int
     programs: int
 
 
-# By width of a row in elements: rows, warps, programs a processor; one token, 16-bit weights.
-# Measured on an H200 (docs/kernels.md).
+# By width of a row in elements: rows per block, warps per program, programs per processor. Measured
+# on an H200 with one token and 16-bit weights (docs/kernels.md).
 _MEASURED = {1024: (4, 4, 4), 2048: (2, 4, 4), 4096: (2, 4, 3), 8192: (1, 8, 2)}
 # Triton's interpreter pays for each operation, not for each byte: few programs, large blocks.
 _INTERPRETED = Plan(rows=32, warps=1, programs=2)
@@ -51,9 +51,9 @@ def plan(batch: int, hidden_size: int, neurons: int, itemsize: int, processors: 
     else:
         rows, warps, programs = _MEASURED[max(1024, width)]
     rows = max(1, rows * 2 // itemsize)
-    # each program writes a sum of D elements: keep that small beside the weights
-    enough = triton.cdiv(neurons, 2 * rows)
-    return Plan(rows=rows, warps=warps, programs=min(processors * programs, enough))
+    # each program writes a sum of D elements, which should be few compared with the weights
+    most = triton.cdiv(neurons, 2 * rows)
+    return Plan(rows=rows, warps=warps, programs=min(processors * programs, most))
 
 
 def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
@@ -65,23 +65,42 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     shape = plan(batch, D, F, x.itemsize, _processors(x.device)) if x.is_cuda else _INTERPRETED
     partial = torch.empty(shape.programs, batch, D, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
-    # Triton launches on the current device, which may be another one
+    # Triton launches on the current device, which may not be that of x
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         dependent = _launches_dependents(x.device)
-        options = {"launch_pdl": True} if dependent else {}
+        options = dict(BATCH=batch, DEPENDENT=dependent, num_stages=1)
+        if dependent:
+            options["launch_pdl"] = True
         kernels.stream_neurons[(shape.programs,)](
-            x, routing, other, arguments.down, arguments.thresholds, routing_bias, other_bias,
-            arguments.product_thresholds, partial, D, F,
-            ACTIVATION=arguments.activation, GATE_ROUTES=arguments.router == "gate", BATCH=batch,
+            x,
+            routing,
+            other,
+            arguments.down,
+            arguments.thresholds,
+            routing_bias,
+            other_bias,
+            arguments.product_thresholds,
+            partial,
+            D,
+            F,
+            ACTIVATION=arguments.activation,
+            GATE_ROUTES=arguments.router == "gate",
             ROWS=shape.rows,
-            BLOCK_D=triton.next_power_of_2(D), DEPENDENT=dependent,
-            num_warps=shape.warps, num_stages=1, **options,
-        )  # fmt: skip
-        kernels.add_partials[(triton.cdiv(D, 32), batch)](
-            partial, arguments.down_bias, out, shape.programs, D,
-            BATCH=batch, ROWS=64, BLOCK_D=32, DEPENDENT=dependent, num_warps=4, num_stages=1,
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=shape.warps,
             **options,
-        )  # fmt: skip
+        )
+        kernels.add_partials[(triton.cdiv(D, 32), batch)](
+            partial,
+            arguments.down_bias,
+            out,
+            shape.programs,
+            D,
+            ROWS=64,
+            BLOCK_D=32,
+            num_warps=4,
+            **options,
+        )
     return out
 
 
