@@ -1,4 +1,4 @@
-"""Inputs and tolerances that every backend of ``cats::gated_mlp`` is tested with."""
+"""Inputs and tolerances for the tests of all backends of ``cats::gated_mlp``."""
 
 import dataclasses
 import importlib
@@ -26,7 +26,8 @@ DENSE_TOLERANCE = {
     torch.float16: dict(rtol=2e-3, atol=5e-3),
     torch.bfloat16: dict(rtol=1e-2, atol=4e-2),
 }
-# How far from its threshold a value must be, so that no rounding of any backend flips it.
+# How far from its threshold a value must be, so that no backend's rounding decides whether it is
+# kept.
 BAND = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 DTYPES = [pytest.param(t, id=str(t).removeprefix("torch.")) for t in TOLERANCE]
 
@@ -164,7 +165,7 @@ def _branches(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 class RefusedError(Exception):
-    """A backend leaves a call to others, and was seen to say so: the test ends there, passed."""
+    """A backend refuses a call with the right error. The test ends there, and passes."""
 
 
 def run(backend: str, inputs: Inputs) -> Tensor:
@@ -178,7 +179,7 @@ def run(backend: str, inputs: Inputs) -> Tensor:
 
 
 def check_taken(backend: str, inputs: Inputs) -> None:
-    """A refused call by the backend's name is an error that gives the reason.
+    """Check that a call which the backend refuses is an error with the reason.
 
     Raises:
         RefusedError: If the backend refuses the call; conftest.py ends the test.
@@ -221,7 +222,8 @@ needs_cpu_kernels = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"the CPU kernels are not there: {cpu.unavailable()}"
 )
 
-_HAS_NVRTC = all(
-    importlib.util.find_spec(name) for name in ("cuda", "cuda.bindings", "cuda.bindings.nvrtc")
-) if importlib.util.find_spec("cuda") else False  # fmt: skip
+try:
+    _HAS_NVRTC = importlib.util.find_spec("cuda.bindings.nvrtc") is not None
+except ModuleNotFoundError:
+    _HAS_NVRTC = False
 needs_nvrtc = pytest.mark.skipif(not _HAS_NVRTC, reason="cuda-bindings is not installed")

@@ -1,8 +1,8 @@
 """The kernels under compute-sanitizer: ``python -m tests.ops.sanitize_cuda TOOL``.
 
-Runs itself under the tool, with calls of the MLP and whole tokens. For racecheck each lane of a
-warp arrives at a barrier: it follows arrivals lane by lane, and does not see that ``__syncwarp``
-orders what the other lanes did.
+Runs itself under the tool, with calls of the MLP and whole tokens. For racecheck, every lane of
+a warp arrives at a barrier: the tool follows arrivals lane by lane, and does not see that
+``__syncwarp`` orders the work of the other lanes.
 """
 
 import subprocess
@@ -19,15 +19,15 @@ from cats.ops.linear import cuda as linear
 from tests.models import make_ids, make_model
 from tests.ops.cases import TOLERANCE, make_inputs, reference_in_double
 
-# Of our kernels alone: libraries of torch wait in ways that synccheck reports as errors.
+# Only our kernels: libraries of torch wait in ways that synccheck reports as errors.
 _KERNELS = ["gated_mlp", "embedding", "linear", "attention", "choose"]
 _OURS = [option for name in _KERNELS for option in ("--kernel-name", f"kne={name}")]
 OPTIONS = {
-    # cuda-bindings asks the driver for functions that it may not have: errors of the API, not ours
+    # cuda-bindings looks for functions that the driver may not have, which are errors of the API
     "memcheck": ["--report-api-errors", "no"],
-    # of all kernels: with a filter its own error ends the program at the first one that is left out
+    # all kernels: with a filter, the tool ends with an error of its own at the first other kernel
     "racecheck": [],
-    # barriers are counted by what nvcc leaves in a module; with too few the tool breaks the launch
+    # nvcc notes the number of barriers in a module, NVRTC does not; with too few, launches fail
     "synccheck": [*_OURS, "--num-cuda-barriers", "65536"],
 }
 SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300, torch.float32, 1)]
@@ -35,34 +35,35 @@ SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300
 
 def sanitize(tool: str) -> subprocess.CompletedProcess[str]:
     """Run the calls under a tool; its status is not 0 where it finds something."""
+    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", *OPTIONS[tool]]
     return subprocess.run(
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", *OPTIONS[tool],
-         sys.executable, "-m", __spec__.name, "--calls", tool],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+        [*sanitizer, sys.executable, "-m", __spec__.name, "--calls", tool],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
 
 
 def calls(every_lane: bool) -> None:
     if every_lane:
-        plain = function.compile_kernel
-        function.compile_kernel = lambda name, defines, capability: plain(
+        compile_kernel = function.compile_kernel
+        function.compile_kernel = lambda name, defines, capability: compile_kernel(
             name, {**defines, "EVERY_LANE_ARRIVES": 1}, capability
         )
     for in_order in (False, True):
         torch.use_deterministic_algorithms(in_order)
         for D, F, dtype, batch in SHAPES:
-            inputs = make_inputs(
-                D, F, dtype=dtype, device=torch.device("cuda"), batch=batch, bias=True,
-                product_sparsity=0.3,
-            )  # fmt: skip
+            options = dict(batch=batch, bias=True, product_sparsity=0.3)
+            inputs = make_inputs(D, F, dtype=dtype, device=torch.device("cuda"), **options)
             for _ in range(2):
                 out = torch.ops.cats.gated_mlp(*inputs.args(), "cuda")
             expected = reference_in_double(inputs)
             torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)  # racecheck reports hazards inside it
-    # as few early requests as for long rows
+    # few early requests, as for long rows; private, since only tests change it
     linear._EARLY_BYTES = 128
     for config in (LlamaConfig, Gemma3TextConfig):
         for dtype in (torch.float32, torch.bfloat16):

@@ -56,12 +56,12 @@ def test_linear_shows_nan_and_inf(instruction_set, dtype, value):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_is_the_same_in_any_number_of_threads(dtype):
     inputs = linear_inputs(1031, 257, dtype=dtype, batch=2)
-    before, found = torch.get_num_threads(), []
+    before, outs = torch.get_num_threads(), []
     for count in (1, 2, 3, 8):
         torch.set_num_threads(count)
-        found += [linear(*inputs) for _ in range(5)]
+        outs += [linear(*inputs) for _ in range(5)]
     torch.set_num_threads(before)
-    assert all(torch.equal(out, found[0]) for out in found)
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @needs_cpu_kernels

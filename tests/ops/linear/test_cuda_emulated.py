@@ -30,28 +30,23 @@ def test_linear_layer_of_long_rows_is_cut_into_parts(linear, dtype, width, rows,
     out, copy = torch.full((rows,), torch.nan), torch.full((rows,), torch.nan)
     half = rows // 2  # two matrices that lie apart
     second, second_bias = weight[half:].clone(), bias[half:].clone()
-    launch = linear.launch(
-        [weight[:half], second], [bias[:half], second_bias],
-        x=x, add=add, out=out, copy=copy, multiprocessors=2,
-    )  # fmt: skip
-    function = launch.function
-    function = EmulatedFunction(
-        0, "linear/linear.cu", dict(function.defines) | {"EARLY_PARTS": early_parts},
-        threads=function.threads, shared_bytes=function.shared_bytes,
-    )  # fmt: skip
+    weights, biases = [weight[:half], second], [bias[:half], second_bias]
+    vectors = dict(x=x, add=add, out=out, copy=copy)
+    launch = linear.launch(weights, biases, **vectors, multiprocessors=2)
+    defines = launch.function.defines | {"EARLY_PARTS": early_parts}
+    size = dict(threads=launch.function.threads, shared_bytes=launch.function.shared_bytes)
+    function = EmulatedFunction(0, "linear/linear.cu", defines, **size)
     function.launch(launch.arguments, blocks=launch.blocks, stream=0, dependent=True)
-    wanted = weight.double() @ x.double() + bias.double() + add.double()
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
+    expected = weight.double() @ x.double() + bias.double() + add.double()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(copy, out)
 
 
 def test_a_wait_for_ever_is_reported(linear):
     x, out, weight = torch.ones(16), torch.zeros(4), torch.ones(4, 16)
     launch = linear.launch([weight], [None], x=x, out=out, multiprocessors=1)
-    function = EmulatedFunction(
-        0, "linear/linear.cu",
-        dict(DTYPE=2, WIDTH=16, NORMED=0, WARPS=1, STAGES=2, PARTS=1, EARLY_PARTS=1),
-        threads=32, shared_bytes=2048,  # without the warp that fills the rings
-    )  # fmt: skip
+    defines = dict(DTYPE=2, WIDTH=16, NORMED=0, WARPS=1, STAGES=2, PARTS=1, EARLY_PARTS=1)
+    # 32 threads: without the warp that fills the rings
+    function = EmulatedFunction(0, "linear/linear.cu", defines, threads=32, shared_bytes=2048)
     with pytest.raises(AssertionError, match="wait for ever"):
         function.launch(launch.arguments, blocks=1, stream=0, dependent=False)

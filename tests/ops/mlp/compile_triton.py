@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not here: ``compile_triton.py hip:gfx942 ...``."""
+"""Compile the Triton kernels for any GPU, without one: ``compile_triton.py hip:gfx942 ...``."""
 
 import sys
 
@@ -10,7 +10,7 @@ from cats.ops.mlp.triton import kernels
 
 
 def compile_for(backend: str, architecture: int | str, fn: object, **constants: object) -> set[str]:
-    """Names of the stages that compiling gave; ``constants`` fill every other argument."""
+    """Names of the stages of compilation. Arguments without a type are ``constants``, or None."""
     types = dict.fromkeys(("x", "routing", "other", "down", "out"), "*bf16")
     types |= dict.fromkeys(("thresholds", "partial"), "*fp32")
     types |= dict.fromkeys(("D", "F", "programs"), "i32")
@@ -32,15 +32,12 @@ def main(target: str) -> None:
     backend, _, name = target.partition(":")
     architecture = int(name) if backend == "cuda" else name
     dependent = backend == "cuda" and int(name) >= 90
-    stages = compile_for(
-        backend, architecture, kernels.add_partials, BATCH=1, ROWS=64, BLOCK_D=32,
-        DEPENDENT=dependent,
-    )  # fmt: skip
+    constants = dict(BATCH=1, ROWS=64, BLOCK_D=32, DEPENDENT=dependent)
+    stages = compile_for(backend, architecture, kernels.add_partials, **constants)
+    constants |= dict(ROWS=2, BLOCK_D=1024, ACTIVATION="gelu_tanh")
     for batch, gate_routes in ((1, True), (2, False)):
-        stages &= compile_for(
-            backend, architecture, kernels.stream_neurons, ACTIVATION="gelu_tanh",
-            GATE_ROUTES=gate_routes, BATCH=batch, ROWS=2, BLOCK_D=1024, DEPENDENT=dependent,
-        )  # fmt: skip
+        constants |= dict(BATCH=batch, GATE_ROUTES=gate_routes)
+        stages &= compile_for(backend, architecture, kernels.stream_neurons, **constants)
     print(target, *sorted(stages))
 
 

@@ -1,4 +1,4 @@
-"""The CPU backend beyond ``test_gated_mlp.py``: instruction sets, threads, the build."""
+"""The CPU backend: instruction sets, threads, refusals. test_gated_mlp.py tests all backends."""
 
 import threading
 from collections.abc import Iterator
@@ -44,20 +44,16 @@ def test_instruction_set_matches(instruction_set, D, F, dtype):
 def test_instruction_set_matches_in_each_batch(instruction_set, batch, dtype):
     # rows longer and shorter than a page are read in different ways
     for D in (129, 2100):
-        inputs = make_inputs(
-            D, 203, dtype=dtype, device=CPU, batch=batch, per_neuron=True, bias=True,
-            product_sparsity=0.3,
-        )  # fmt: skip
+        options = dict(batch=batch, per_neuron=True, bias=True, product_sparsity=0.3)
+        inputs = make_inputs(D, 203, dtype=dtype, device=CPU, **options)
         assert_matches("cpu", inputs)
 
 
 @pytest.mark.parametrize("router", ["gate", "up"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_instruction_set_matches_in_each_form(instruction_set, activation, router):
-    inputs = make_inputs(
-        72, 104, dtype=torch.float32, device=CPU, batch=3, activation=activation, router=router,
-        bias=True,
-    )  # fmt: skip
+    options = dict(batch=3, activation=activation, router=router, bias=True)
+    inputs = make_inputs(72, 104, dtype=torch.float32, device=CPU, **options)
     assert_matches("cpu", inputs)
 
 
@@ -89,12 +85,10 @@ def test_activation_is_accurate_at_every_size(instruction_set, activation):
         gate[:, 0] = values[some]
         x = torch.zeros(1, count)
         x[0, 0] = 1
-        one = inputs.replace(
-            x=x, gate=gate, up=(gate != 2e9).float() * x, down=identity[some].t(),
-            thresholds=torch.zeros(400),
-        )  # fmt: skip
-        actual = run("cpu", one)[0, some].double()
-        exact = reference_in_double(one)[0, some]
+        up, down = torch.ones_like(gate) * x, identity[some].t()
+        few = inputs.replace(x=x, gate=gate, up=up, down=down, thresholds=torch.zeros(400))
+        actual = run("cpu", few)[0, some].double()
+        exact = reference_in_double(few)[0, some]
         # gelu and gelu_tanh cancel for negative values, in float32 and in the unfused model too
         # and exp overflows at 88, where silu is 1e-36
         slack = 2e-7 * values[some].abs().double() if "gelu" in activation else 1e-36
@@ -159,7 +153,7 @@ def test_the_interpreter_is_free_during_a_call():
 
 
 @needs_cpu_kernels
-def test_auto_takes_what_it_can_and_leaves_the_rest_to_dense():
+def test_auto_leaves_other_batches_and_dtypes_to_dense():
     for batch, dtype, expected in (
         (1, torch.float32, "cpu"),
         (8, torch.bfloat16, "cpu"),
@@ -199,5 +193,5 @@ def test_calls_do_not_leak_tensors():
     before = process.memory_info().rss
     for _ in range(2000):
         run("cpu", inputs)
-    # each output is 64 kB: a leak of one a call would be 128 MB
+    # each output is 64 kB: a leak of one per call would be 128 MB
     assert process.memory_info().rss - before < 20e6

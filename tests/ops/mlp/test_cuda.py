@@ -8,6 +8,7 @@ from cats.errors import BackendError
 from cats.functional import ACTIVATIONS
 from cats.ops import GatedMLPArguments
 from cats.ops.mlp import cuda
+from cats.ops.mlp.cuda.arguments import MLPArguments
 from cats.ops.mlp.cuda.variant import Variant, variant_for
 from tests.ops import sanitize_cuda
 from tests.ops.cases import (
@@ -21,11 +22,10 @@ from tests.ops.cases import (
 
 SOURCE = "mlp/cuda/gated_mlp.cu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-# Compute capabilities and the shared memory that a block may have there (CUDA programming guide).
-SHARED = {
-    (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227,
-    (10, 0): 227, (10, 3): 227, (12, 0): 99, (12, 1): 99,
-}  # fmt: skip
+# KiB of shared memory per block, by compute capability (CUDA programming guide).
+SHARED = dict.fromkeys([(8, 0), (8, 7)], 163)
+SHARED |= dict.fromkeys([(8, 6), (8, 9), (12, 0), (12, 1)], 99)
+SHARED |= dict.fromkeys([(9, 0), (10, 0), (10, 3)], 227)
 CAPABILITIES = [pytest.param(c, id=f"sm_{c[0]}{c[1]}") for c in SHARED]
 
 
@@ -35,11 +35,10 @@ def cache(tmp_path, monkeypatch):
 
 
 def variant(D: int, dtype=BF16, batch=1, activation="silu", capability=(9, 0)) -> Variant:
-    found = variant_for(
-        D, dtype, batch, activation, shared_limit=1024 * SHARED[capability]
-    )  # fmt: skip
-    assert found is not None
-    return found
+    limit = 1024 * SHARED[capability]
+    chosen = variant_for(D, dtype, batch, activation, shared_limit=limit)
+    assert chosen is not None
+    return chosen
 
 
 # --- without a GPU
@@ -84,11 +83,11 @@ def test_widths_of_models_compile(D, capability):
 def test_variants_fit_the_shared_memory(capability, dtype, batch):
     limit = 1024 * SHARED[capability]
     for D in range(8, 16384 // dtype.itemsize * 2 + 1, 8):
-        found = variant_for(D, dtype, batch, "silu", shared_limit=limit)
-        assert found is not None
-        assert found.shared_bytes <= limit
-        assert found.chunks >= 2
-        assert found.threads <= 1024
+        chosen = variant_for(D, dtype, batch, "silu", shared_limit=limit)
+        assert chosen is not None
+        assert chosen.shared_bytes <= limit
+        assert chosen.chunks >= 2
+        assert chosen.threads <= 1024
 
 
 def test_rows_that_are_too_long_have_no_variant():
@@ -135,6 +134,22 @@ def in_order(request):
     return request.param
 
 
+@pytest.fixture
+def launches(monkeypatch) -> list[MLPArguments]:
+    """The arguments of the kernel's launches from here on."""
+    from cats.ops.cuda.function import Function
+
+    arguments, launch = [], Function.launch
+
+    def recording_launch(function, struct, **options):
+        assert options["dependent"] == struct.request_early
+        arguments.append(struct)
+        launch(function, struct, **options)
+
+    monkeypatch.setattr(Function, "launch", recording_launch)
+    return arguments
+
+
 def call(inputs: Inputs) -> torch.Tensor:
     return torch.ops.cats.gated_mlp(*inputs.args(), "cuda")
 
@@ -156,13 +171,13 @@ def test_odd_shapes_match(D, F, batch, dtype, gpu, in_order):
 
 
 def test_workspace_is_zero_after_each_call(gpu):
-    from cats.ops.cuda.workspace import _workspaces
+    from cats.ops.cuda.workspace import workspaces
 
     torch.use_deterministic_algorithms(False)
     call(make_inputs(1024, 3000, dtype=BF16, device=gpu, batch=2))
     torch.cuda.synchronize()
-    assert _workspaces
-    assert not any(space.any() for spaces in _workspaces.values() for space in spaces)
+    assert workspaces()
+    assert not any(space.any() for space in workspaces())
 
 
 def test_overlapping_calls_in_a_graph_match(gpu, in_order):
@@ -181,22 +196,19 @@ def test_overlapping_calls_in_a_graph_match(gpu, in_order):
             assert_right(out, inputs)
 
 
-def test_weights_are_requested_early_only_behind_this_kernel(gpu, monkeypatch):
-    from cats.ops.mlp.cuda import launch
-
+def test_weights_are_requested_early_only_right_after_this_kernel(gpu, launches):
     # in deterministic mode PyTorch fills new outputs, which is a kernel in between
     torch.use_deterministic_algorithms(False)
     inputs = make_inputs(256, 512, dtype=BF16, device=gpu)
     call(inputs)
-    seen, ask = [], launch._capture
-    monkeypatch.setattr(launch, "_capture", lambda s: seen.append(ask(s)[1]) or ask(s))
+    launches.clear()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         call(inputs)
         call(inputs)
         inputs.gate.mul_(2)
         call(inputs)
         call(inputs)
-    assert seen == [False, True, False, True]
+    assert [struct.request_early for struct in launches] == [False, True, False, True]
 
 
 def test_output_of_a_call_may_be_the_gate_of_the_next_one(gpu):
@@ -214,19 +226,14 @@ def test_output_of_a_call_may_be_the_gate_of_the_next_one(gpu):
         torch.testing.assert_close(out, expected, **TOLERANCE[BF16])
 
 
-def test_each_captured_graph_has_its_own_workspace(gpu):
-    from cats.ops.cuda.workspace import _workspaces
-
+def test_each_captured_graph_has_its_own_workspace(gpu, launches):
     inputs = make_inputs(256, 512, dtype=BF16, device=gpu)
     call(inputs)
-    before = set(_workspaces)
     graphs = [torch.cuda.CUDAGraph() for _ in range(3)]
     for graph in graphs:
         with torch.cuda.graph(graph):
             call(inputs)
-    addresses = [space.data_ptr() for spaces in _workspaces.values() for space in spaces]
-    assert len(set(_workspaces) - before) == 3
-    assert len(set(addresses)) == len(addresses)
+    assert len({struct.counters for struct in launches}) == len(launches) == 4
 
 
 def test_first_call_of_a_width_may_be_captured(gpu):
@@ -269,8 +276,11 @@ class Reserved:
         check(driver.cuMemMap(self.address, 2 * mapped * D, 0, memory, 0))
         check(driver.cuMemSetAccess(self.address, 2 * mapped * D, [access], 1))
         self.__cuda_array_interface__ = {
-            "shape": (rows, D), "typestr": "<i2", "data": (int(self.address), False), "version": 3,
-        }  # fmt: skip
+            "shape": (rows, D),
+            "typestr": "<i2",
+            "data": (int(self.address), False),
+            "version": 3,
+        }
 
     def tensor(self) -> torch.Tensor:
         return torch.as_tensor(self, device="cuda").view(BF16)
@@ -328,7 +338,7 @@ def test_every_gpu_works_at_once(gpu):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_workspace_of_a_graph_serves_another_when_the_graph_is_gone():
-    from cats.ops.cuda import workspace
+    from cats.ops.cuda.workspace import workspaces
 
     inputs = make_inputs(64, 96, dtype=torch.float32, device=torch.device("cuda"))
 
@@ -341,12 +351,11 @@ def test_workspace_of_a_graph_serves_another_when_the_graph_is_gone():
         return graph, out
 
     cuda.gated_mlp(GatedMLPArguments(*inputs.args()))
-    kept, wanted = captured()
+    first, expected = captured()
     for _ in range(300):
         graph, out = captured()
-        assert torch.equal(out, wanted)
+        assert torch.equal(out, expected)
         del graph, out
         time.sleep(0.001)  # the driver tells of it from another thread
-    assert len(workspace._graphs) < 100
-    assert sum(map(len, workspace._unused.values())) < 100
-    kept.replay()
+    assert len(workspaces()) < 100
+    first.replay()

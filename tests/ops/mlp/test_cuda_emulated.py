@@ -12,7 +12,7 @@ pytestmark = needs_emulator
 
 @pytest.fixture
 def launch(monkeypatch):
-    """One call; the workspace must be zero again behind it."""
+    """One call, after which the workspace must be zero again."""
     from cats.ops.mlp.cuda import launch as module
 
     memory = torch.zeros(64 * 1024, dtype=torch.int32)
@@ -20,6 +20,7 @@ def launch(monkeypatch):
     imagine_gpu(monkeypatch, multiprocessors=3, shared_bytes=64 * 1024)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # private in torch; the launch calls it, since the public functions are slower
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
 
     def call(inputs):

@@ -39,7 +39,7 @@ THRESHOLDS = [
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-# the other one is for another device
+# without the backend of another device
 HERE = [name for name in ops.BACKENDS if name != ("cpu" if GPU else "cuda")]
 
 
@@ -51,7 +51,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in HERE if name != "dense"])
 def sparse_backend(request: pytest.FixtureRequest) -> str:
-    """Those that read only what kept neurons need."""
+    """The backends that read only what kept neurons need."""
     skip_unavailable(request.param)
     return request.param
 
@@ -101,21 +101,16 @@ def test_each_token_keeps_its_own_mask(backend, batch, dtype, device):
 @pytest.mark.parametrize("router", ["gate", "up"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_form_matches(backend, activation, router, bias, product_sparsity, device):
-    inputs = make_inputs(
-        72, 64, dtype=F32, device=device, batch=2, activation=activation, router=router,
-        bias=bias, product_sparsity=product_sparsity,
-    )  # fmt: skip
-    assert_matches(backend, inputs)
+    form = dict(activation=activation, router=router, bias=bias, product_sparsity=product_sparsity)
+    assert_matches(backend, make_inputs(72, 64, dtype=F32, device=device, batch=2, **form))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("router", ["gate", "up"])
 def test_every_form_at_once_matches_in_each_dtype(backend, router, dtype, device, mode):
-    inputs = make_inputs(
-        129, 61, dtype=dtype, device=device, batch=3, router=router, activation="gelu_tanh",
-        bias=True, per_neuron=True, product_sparsity=0.3,
-    )  # fmt: skip
-    assert_matches(backend, inputs)
+    form = dict(router=router, activation="gelu_tanh", bias=True, product_sparsity=0.3)
+    shape = dict(dtype=dtype, device=device, batch=3)
+    assert_matches(backend, make_inputs(129, 61, **shape, **form, per_neuron=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -152,10 +147,9 @@ def one_neuron(
 ) -> Inputs:
     """One neuron of gate ``value``, up 1 and down 1, float32."""
     one = torch.ones(1, 1, device=device)
-    return Inputs(
-        x=one, gate=one * value, up=one, down=one, activation=activation,
-        thresholds=torch.full((1,), threshold, device=device),
-    )  # fmt: skip
+    thresholds = torch.full((1,), threshold, device=device)
+    weights = dict(gate=one * value, up=one, down=one)
+    return Inputs(x=one, **weights, thresholds=thresholds, activation=activation)
 
 
 @pytest.mark.parametrize("router", ["gate", "up"])
@@ -206,10 +200,8 @@ def test_one_neuron_that_overflows_shows(backend, value, device):
 @pytest.mark.parametrize("router", ["gate", "up"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_poison_in_dropped_rows_does_not_leak(sparse_backend, batch, router, poison, device):
-    inputs = make_inputs(
-        96, 90, dtype=F32, device=device, batch=batch, router=router, sparsity=0.8,
-        product_sparsity=0.5,
-    )  # fmt: skip
+    options = dict(batch=batch, router=router, sparsity=0.8, product_sparsity=0.5)
+    inputs = make_inputs(96, 90, dtype=F32, device=device, **options)
     expected = run(sparse_backend, inputs)
     routed = router_output(inputs).abs()
     unread = (routed < inputs.thresholds).all(0)
@@ -336,9 +328,9 @@ def test_two_graphs_on_two_streams_do_not_disturb_each_other(sparse_backend, dev
             with torch.cuda.stream(stream):
                 graph.replay()
     torch.cuda.synchronize()
-    for (_, outs), wanted in zip(graphs, expected, strict=True):
+    for (_, outs), reference in zip(graphs, expected, strict=True):
         for out in outs:
-            torch.testing.assert_close(out, wanted, **tolerance(backend, BF16))
+            torch.testing.assert_close(out, reference, **tolerance(backend, BF16))
 
 
 @gpu_only
@@ -349,12 +341,12 @@ def test_live_calls_on_two_streams_do_not_disturb_each_other(backend, device, mo
     torch.cuda.synchronize()
     outs = []
     for _ in range(50):
-        for inputs, stream, wanted in zip(cases, streams, expected, strict=True):
+        for inputs, stream in zip(cases, streams, strict=True):
             with torch.cuda.stream(stream):
-                outs.append((run(backend, inputs), wanted))
+                outs.append(run(backend, inputs))
     torch.cuda.synchronize()
-    for out, wanted in outs:
-        torch.testing.assert_close(out, wanted, **tolerance(backend, BF16))
+    for out, reference in zip(outs, expected * 50, strict=True):
+        torch.testing.assert_close(out, reference, **tolerance(backend, BF16))
 
 
 @gpu_only
@@ -365,7 +357,7 @@ def test_weight_written_right_before_the_call_is_seen(backend, name, graph, devi
     check_taken(backend, inputs)
     weight = getattr(inputs, name)
     versions = [torch.randn_like(weight).mul_(weight.std()) for _ in range(2)]
-    wanted = [run(backend, inputs.replace(**{name: version})) for version in versions]
+    references = [run(backend, inputs.replace(**{name: version})) for version in versions]
 
     def alternate() -> list[torch.Tensor]:
         outs = []
@@ -379,7 +371,7 @@ def test_weight_written_right_before_the_call_is_seen(backend, name, graph, devi
         replay.replay()
     else:
         outs = alternate()
-    for out, expected in zip(outs, wanted * 4, strict=True):
+    for out, expected in zip(outs, references * 4, strict=True):
         torch.testing.assert_close(out, expected, **tolerance(backend, BF16))
 
 
@@ -393,14 +385,11 @@ def test_weights_past_2_31_elements(sparse_backend, device):
     # only neurons at both ends are kept, the last ones past 2**31
     ends = [0, 1, F - 4000, F - 2, F - 1]
     thresholds[ends] = 0
-    inputs = Inputs(
-        x=torch.randn(1, D, device=device, dtype=BF16), thresholds=thresholds,
-        gate=rows[0], up=rows[1], down=rows[2].t(),
-    )  # fmt: skip
-    few = Inputs(
-        x=inputs.x, thresholds=thresholds[ends], gate=rows[0][ends], up=rows[1][ends],
-        down=rows[2][ends].t(),
-    )  # fmt: skip
+    gate, up, down = rows
+    x = torch.randn(1, D, device=device, dtype=BF16)
+    inputs = Inputs(x=x, gate=gate, up=up, down=down.t(), thresholds=thresholds)
+    weights = dict(gate=gate[ends], up=up[ends], down=down[ends].t())
+    few = Inputs(x=x, **weights, thresholds=thresholds[ends])
     torch.testing.assert_close(
         run(sparse_backend, inputs).double(),
         reference_in_double(few),
@@ -474,7 +463,7 @@ def test_backends_name_each_backend_and_reason():
 def test_device_without_kernels_gets_dense_gemms_and_a_warning():
     inputs = valid(torch.device("cpu"))
     tensors = [t.to("meta") for t in (inputs.x, inputs.gate, inputs.up, inputs.down)]
-    backends._warn_once.cache_clear()
+    backends._warn_once.cache_clear()  # private: another test may have warned in this process
     with pytest.warns(UserWarning, match="on meta.*kernels for cuda, cpu only"):
         assert ops.backend_for(*tensors) == "dense"
     arguments = ops.GatedMLPArguments(*tensors, torch.empty(12, device="meta"), "silu")
