@@ -1,4 +1,4 @@
-"""The structs that launches pass, held against those of the CUDA sources."""
+"""The structs that launches pass are those of the CUDA sources."""
 
 import ctypes
 import re
@@ -35,7 +35,7 @@ TYPES = {
 
 
 def members(source):
-    """Name and type of each member of the struct in a source, in its order."""
+    """Name and type of each member of the struct in a source, in the order of the source."""
     text = re.sub(r"//.*", "", (OPS / source).read_text())
     body = re.search(r"struct (?:Arguments : Traced|Residual) \{(.*?)\};", text, re.DOTALL)[1]
     constants = dict(re.findall(r"\b(MATRICES) = (\d+)", text))
@@ -45,8 +45,8 @@ def members(source):
         kind, name, count = re.fullmatch(
             r"\s*(.+?[ *])(\w+)(?:\[(\w+)\])?\s*", declaration
         ).groups()
-        found = Pointer if "*" in kind else TYPES[kind.removeprefix("const ").strip()]
-        yield name, found * int(constants[count]) if count else found
+        ctype = Pointer if "*" in kind else TYPES[kind.removeprefix("const ").strip()]
+        yield name, ctype * int(constants[count]) if count else ctype
 
 
 @pytest.mark.parametrize("source", STRUCTS)

@@ -1,7 +1,7 @@
 """Run our CUDA kernels on a CPU: the same sources, with other functions for what is written in PTX.
 
-It shows indices, sums, handshakes and ends of loops, without a GPU. It does not show races, missing
-fences or speed.
+It shows errors of indices, sums, handshakes and ends of loops, without a GPU. It does not show
+races, missing fences or speed.
 """
 
 import ctypes
@@ -31,10 +31,9 @@ needs_emulator = [
         importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
     ),
 ]
-_LAUNCHING = [
-    "attention.cuda", "choice.cuda", "embedding.cuda", "linear.cuda", "mlp.cuda.launch",
-    "mlp.cuda.residual",
-]  # fmt: skip
+_ONE_LAUNCH = ["attention", "choice", "embedding", "linear"]
+_OTHERS = ["linear.quantised", "mlp.cuda.launch", "mlp.cuda.residual"]
+_LAUNCHING = [*(f"{name}.cuda" for name in _ONE_LAUNCH), *_OTHERS]
 _SHARED = "extern __shared__ __align__(128) char memory[];"
 _ENTRY = """
 extern "C" const char* emulate(const void* arguments, unsigned blocks, unsigned columns,
@@ -48,7 +47,7 @@ extern "C" unsigned long size_of_arguments() {{ return sizeof(Arguments); }}
 
 
 def imagine_gpu(monkeypatch, *, multiprocessors, shared_bytes):
-    """Let torch describe such a GPU, whatever there is."""
+    """Let torch describe such a GPU instead of the real one, if any."""
     properties = SimpleNamespace(
         multi_processor_count=multiprocessors, shared_memory_per_block_optin=shared_bytes
     )
@@ -70,7 +69,7 @@ def emulated_kernels(monkeypatch):
 
 
 class EmulatedFunction:
-    """In the place of :class:`cats.ops.cuda.function.Function`; launches run at once."""
+    """Runs launches at once, instead of :class:`cats.ops.cuda.function.Function`."""
 
     handle = 0
 
@@ -107,14 +106,12 @@ def _compile(source, defines):
             for file, text in texts.items():
                 (Path(folder) / file).write_text(text)
             macros = [f"-D{macro}={value}" for macro, value in defines]
-            made = Path(folder) / "kernel.so"
-            command = [
-                COMPILER, "-std=c++17", "-O1", "-mf16c", "-w", "-shared", "-fPIC", *macros,
-                "-x", "c++", str(Path(folder) / "main.cpp"), "-o", str(made),
-            ]  # fmt: skip
+            main, output = Path(folder) / "main.cpp", Path(folder) / "kernel.so"
+            options = ["-std=c++17", "-O1", "-mf16c", "-w", "-shared", "-fPIC"]
+            command = [COMPILER, *options, *macros, "-x", "c++", main, "-o", output]
             run = subprocess.run(command, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr[:3000]
-            shutil.move(made, library)
+            shutil.move(output, library)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.restype = ctypes.c_char_p
     loaded.size_of_arguments.restype = ctypes.c_ulong
