@@ -1,4 +1,4 @@
-"""Let a traced step run our own operators for a few tokens on a CPU, in the place of torch's."""
+"""Let a traced step on a CPU run our own operators instead of torch's, for a few tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from cats.ops.rotary import cpu as rotary_cpu
 
 _ATEN = torch.ops.aten
 _CATS = torch.ops.cats
+# An operator, then its arguments, which are nodes and constants.
+Call = tuple[Any, ...]
 
-# Operator, then arguments; a name stands for any argument, for the same one wherever it occurs.
+# A pattern is an operator, then its arguments. A name stands for any argument; where a name occurs
+# twice, both are the same argument.
 _LINEAR = (_ATEN.linear.default, "x", "weight")
 _LINEAR_WITH_BIAS = (*_LINEAR, "bias")
 _SQUARE = (_ATEN.pow.Tensor_Scalar, "wide", 2)
@@ -29,11 +32,10 @@ _ROTARY = (_ATEN.add.Tensor, (_ATEN.mul.Tensor, "x", "cos"), (_ATEN.mul.Tensor, 
 
 
 def use_cpu_kernels(graph: fx.GraphModule) -> fx.GraphModule:
-    """Change a step, in place: linear layers stream their weights, and RMSNorms and rotary
-    embeddings become one operator each.
+    """Replace linear layers, RMSNorms and rotary embeddings by one operator of ours each, in place.
 
     What is on another device, or in a dtype or layout that the kernels do not take, stays as it is.
-    Weights are read where they lie, at each step.
+    No weight is copied, so that a later write into it is seen.
     """
     if cpu.unavailable() is not None:
         return graph
@@ -51,44 +53,49 @@ def use_cpu_kernels(graph: fx.GraphModule) -> fx.GraphModule:
     return graph
 
 
-def _linear(node: fx.Node) -> tuple[Any, ...] | None:
-    found = _match(_LINEAR, node) or _match(_LINEAR_WITH_BIAS, node)
-    if found is None or linear_cpu.refuses(_value(found["x"]), _value(found["weight"])):
+def _linear(node: fx.Node) -> Call | None:
+    names = _match(_LINEAR, node) or _match(_LINEAR_WITH_BIAS, node)
+    if names is None or linear_cpu.refuses(_value(names["x"]), _value(names["weight"])):
         return None
     return _CATS.linear.default, *node.args
 
 
-def _norm(node: fx.Node) -> tuple[Any, ...] | None:
-    found = _match(_NORM, node)
-    if found is None:
+def _norm(node: fx.Node) -> Call | None:
+    names = _match(_NORM, node)
+    if names is None:
         return None
-    x, weight = _before_cast(found["wide"]), found["weight"]
-    # computed in float32, rounded, then multiplied by the weight
+    x, weight = _before_cast(names["wide"]), names["weight"]
+    # only where it is computed in float32, rounded, and then multiplied by the weight
     dtypes = {_value(n).dtype for n in (x, weight, node, *node.all_input_nodes)}
-    if _value(found["wide"]).dtype != torch.float32 or len(dtypes) > 1:
+    if _value(names["wide"]).dtype != torch.float32 or len(dtypes) > 1:
         return None
     if rms_norm_cpu.refuses(_value(x), _value(weight)):
         return None
-    return _CATS.rms_norm.default, x, weight, found["eps"]
+    return _CATS.rms_norm.default, x, weight, names["eps"]
 
 
-def _rotary(node: fx.Node) -> tuple[Any, ...] | None:
-    found = _match(_ROTARY, node)
-    if found is None:
+def _rotary(node: fx.Node) -> Call | None:
+    names = _match(_ROTARY, node)
+    if names is None:
         return None
-    tensors = found["x"], found["cos"], found["sin"]
-    if 2 * found["half"] != _value(found["x"]).shape[-1]:
+    x, cos, sin = names["x"], names["cos"], names["sin"]
+    if names["half"] * 2 != _value(x).shape[-1]:
         return None
-    return None if rotary_cpu.refuses(*map(_value, tensors)) else (_CATS.rotary.default, *tensors)
+    if rotary_cpu.refuses(_value(x), _value(cos), _value(sin)):
+        return None
+    return _CATS.rotary.default, x, cos, sin
 
 
-def _match(pattern: Any, argument: Any) -> dict[str, Any] | None:
-    """What the names in a pattern stand for, or None where it does not fit; casts do not count."""
-    found: dict[str, Any] = {}
+def _match(pattern: Call, node: fx.Node) -> dict[str, Any] | None:
+    """The arguments that the names in a pattern stand for; None where it does not fit.
 
-    def fits(pattern: Any, argument: Any) -> bool:
+    Casts between two operators of the pattern are passed over.
+    """
+    names: dict[str, Any] = {}
+
+    def fits(pattern: object, argument: Any) -> bool:
         if isinstance(pattern, str):
-            return bool(found.setdefault(pattern, argument) == argument)
+            return bool(names.setdefault(pattern, argument) == argument)
         if isinstance(pattern, list):
             return len(pattern) == len(argument) and all(map(fits, pattern, argument))
         if not isinstance(pattern, tuple):
@@ -102,7 +109,7 @@ def _match(pattern: Any, argument: Any) -> dict[str, Any] | None:
             and all(map(fits, pattern[1:], node.args))
         )
 
-    return found if fits(pattern, argument) else None
+    return names if fits(pattern, node) else None
 
 
 def _before_cast(argument: Any) -> Any:
@@ -116,7 +123,7 @@ def _value(node: fx.Node) -> Tensor:
 
 
 def _erase_unused(node: fx.Node) -> None:
-    """Erase a node, and what it alone has used; inputs and weights stay."""
+    """Erase a node that nothing uses, and what only it has used; inputs and weights stay."""
     if node.users or node.op != "call_function":
         return
     inputs = node.all_input_nodes
