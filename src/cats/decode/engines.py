@@ -20,7 +20,7 @@ from cats.errors import BackendError, ConfigError
 from cats.ops import cuda
 
 ENGINES = ("eager", "compiled", "stream")
-# Among the graphs of a conversation: that none could be captured.
+# A key among the captured graphs of a conversation: it decodes with eager, since the engine failed.
 _FALLBACK = "fallback"
 
 
@@ -28,14 +28,14 @@ class Engine(Protocol):
     """What the decode loop asks of an engine.
 
     Attributes:
-        lag: Steps that may be started before the tokens of an earlier one are read.
+        lag: How many steps may start before the tokens of an earlier one are read.
     """
 
     lag: int
 
     @property
     def name(self) -> str:
-        """As given to :class:`cats.Decoder`."""
+        """The name by which :class:`cats.Decoder` is asked for this engine."""
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -50,14 +50,14 @@ class Engine(Protocol):
         """
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
-        """Run the newest tokens, which make ``length`` a row, and choose the next ones."""
+        """Run the newest tokens, at which a row has ``length`` tokens, and choose the next ones."""
 
     def reset(self) -> None:
         """Forget what was traced or compiled: the model has changed."""
 
 
 class AutoEngine:
-    """On a GPU: ``stream`` for what it takes, else ``compiled``, else ``eager``.
+    """On a GPU: ``stream`` where it can run, else ``compiled``, else ``eager``.
 
     Attributes:
         refusal: Why ``stream`` does not run this model; None where it does.
@@ -79,12 +79,12 @@ class AutoEngine:
 
     @property
     def name(self) -> str:
-        """Of the engine that runs one row without padding."""
+        """Name of the engine that runs one row without padding."""
         return self.name_for(1)
 
     def name_for(self, batch: int) -> str:
-        """Of the engine that runs so many rows without padding."""
-        return self._for(alone=batch == 1).name
+        """Name of the engine that runs ``batch`` rows without padding."""
+        return self._choice(one_row=batch == 1).name
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -98,7 +98,9 @@ class AutoEngine:
         except BackendError as error:
             if engine is self._eager:
                 raise
-            warnings.warn(f"{error}; engine='auto' goes on with eager, more slowly", stacklevel=2)
+            warnings.warn(
+                f"{error}; engine='auto' goes on with eager, which is slower", stacklevel=2
+            )
             state.captured.clear()
             state.captured[_FALLBACK] = True
             self._eager.prepare(model, state, lengths, options)
@@ -114,22 +116,23 @@ class AutoEngine:
     def _engine(self, state: State) -> Engine:
         if _FALLBACK in state.captured:
             return self._eager
-        return self._for(alone=state.batch == 1 and not state.padded)
+        return self._choice(one_row=state.batch == 1 and not state.padded)
 
-    def _for(self, *, alone: bool) -> Engine:
-        streams = alone and not must_be_deterministic()
-        return self._stream if self._stream is not None and streams else self._other
+    def _choice(self, *, one_row: bool) -> Engine:
+        if self._stream is None or not one_row or must_be_deterministic():
+            return self._other
+        return self._stream
 
 
 def make_engine(name: str, model: nn.Module, stored: Sequence[str] = ()) -> Engine:
     """The engine of that name for a model.
 
-    ``auto`` runs eagerly on a CPU; on a GPU it is :class:`AutoEngine`.
+    ``auto`` is ``eager`` on a CPU, and :class:`AutoEngine` on a GPU.
 
     Args:
         name: ``"auto"`` or one of :data:`ENGINES`.
         model: A Hugging Face causal model.
-        stored: Names of what a forward pass stores in the model's modules.
+        stored: Names of what a forward pass stores in the model's modules, which a trace would not.
 
     Raises:
         ConfigError: If there is no such engine.

@@ -1,11 +1,11 @@
-"""What is kept of a model between calls: its engine, by the model as it is now."""
+"""What is kept for a model between calls: an engine, until the model's structure changes."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,11 +24,12 @@ from cats.decode.tracing import (
     stored_names,
 )
 from cats.errors import CatsError, UnsupportedModelError
+from cats.protocols import CausalModel, ModelConfig
 
-# Tokens of the text by which a model's use of its cache is checked, and how many such texts.
+# A model's use of its cache is checked with texts of so many tokens, and at most so many texts.
 _CHECKED_TOKENS, _CHECKED_TEXTS = 6, 3
-# Largest difference of logits, as a share of these. Rounding gives less; a model that keeps
-# something else than keys and values gives far more.
+# Largest relative difference of logits. Rounding gives less; a model that remembers something else
+# than keys and values gives far more.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 5e-3}
 _TOLERANCE_OF_16_BITS = 0.15
 
@@ -38,8 +39,8 @@ class Runner:
 
     Attributes:
         engine: Runs prompts and steps.
-        marks: Of the model when this was made.
-        rule: How its rotary frequencies depend on the length; None where they do not.
+        marks: The model's marks when this runner was made.
+        rule: How the model's rotary frequencies depend on the length; None where they do not.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -48,7 +49,7 @@ class Runner:
             UnsupportedModelError: If the model cannot be decoded from cached keys and values.
             BackendError: If the engine cannot run the model.
         """
-        config: Any = model.config
+        config = cast(CausalModel, model).config
         self._config = config.get_text_config(decoder=True)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
@@ -58,27 +59,26 @@ class Runner:
         self._cache_name = cache_argument(model)
         self.rule = LengthRule.of(self._config)
         self._runs_again: bool | None = None
-        self._alone = threading.RLock()
-        self._checked: set[frozenset[str]] = set()
+        self._one_pass = threading.RLock()
+        self._checked_extras: set[frozenset[str]] = set()
         copied = copy_to_probe(model)
         before = Marks.of(copied)
         with torch.inference_mode():
             check_cache(copied, self._config)
-        # What a pass itself stores in the modules is no change that a user has made.
-        self._volatile = before.changed(Marks.of(copied))
-        self.engine = make_engine(name, model, stored_names(self._volatile, copied))
+        # what a forward pass stores in the modules itself is not a change by the user
+        self._stored_by_passes = before.changed(Marks.of(copied))
+        self.engine = make_engine(name, model, stored_names(self._stored_by_passes, copied))
         # an engine may lay out weights anew
         self.marks = self.marks_of(model)
 
     def marks_of(self, model: nn.Module) -> Marks:
-        """The marks of the model now, but for what a forward pass itself stores in its modules."""
-        return Marks.of(model).without(self._volatile)
+        """The marks of the model now, without what a forward pass stores in its modules itself."""
+        return Marks.of(model).without(self._stored_by_passes)
 
     def name_for(self, batch: int) -> str:
-        """Name of the engine that runs so many rows without padding."""
-        return (
-            self.engine.name_for(batch) if isinstance(self.engine, AutoEngine) else self.engine.name
-        )
+        """Name of the engine that runs ``batch`` rows without padding."""
+        engine = self.engine
+        return engine.name_for(batch) if isinstance(engine, AutoEngine) else engine.name
 
     @contextmanager
     def running(self, model: nn.Module, state: State) -> Iterator[None]:
@@ -87,25 +87,25 @@ class Runner:
             if self.rule is None:
                 yield
                 return
-            # a pass writes the frequencies of its length into the model
-            with self._alone:
+            # a forward pass writes the frequencies of its length into the model
+            with self._one_pass:
                 if self.rule.kind == "longrope":
                     yield
                     return
-                with frequencies_of_one_text(model, state.rotary) as stored:
+                with frequencies_of_one_text(model, state.rotary) as frequencies:
                     yield
-                state.rotary = stored
+                state.rotary = frequencies
 
     def check_extras(
         self, model: nn.Module, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
     ) -> None:
-        """Once for each kind of inputs beside ids and mask: decoding with them is right.
+        """Check that decoding with such extras is right; once per set of their names.
 
         Raises:
             UnsupportedModelError: If it is not.
         """
         names = frozenset(extras)
-        if not extras or names in self._checked:
+        if not extras or names in self._checked_extras:
             return
         with exclusion.tracing(), torch.inference_mode():
             copied = copy_to_probe(model)
@@ -115,14 +115,14 @@ class Runner:
                 f"decoding {type(model).__name__} with {', '.join(sorted(names))} differs from one "
                 f"pass over the same tokens by {difference:.1%}: use model.generate"
             )
-        self._checked.add(names)
+        self._checked_extras.add(names)
 
     def frequencies(self, length: int) -> int | None:
-        """Which rotary frequencies a pass over so many tokens uses; see :class:`LengthRule`."""
+        """A number for the rotary frequencies at this length; see :meth:`LengthRule.range_of`."""
         return 0 if self.rule is None else self.rule.range_of(length)
 
     def runs_again_at(self, model: nn.Module, length: int) -> bool:
-        """Whether the whole text must run again where it has this length, as in transformers."""
+        """Whether the whole text must run again at this length, as in transformers."""
         if self.rule is None or length != self.rule.original + 1:
             return False
         if self._runs_again is None:
@@ -130,8 +130,8 @@ class Runner:
         return self._runs_again
 
 
-# By engine and by what a thread sets around its calls. A runner holds weights, not the model, so
-# that an entry goes when its model goes.
+# Per model, by name of the engine and dtype of autocast. A runner holds weights but not the model,
+# so that an entry goes when its model goes.
 _RUNNERS: WeakKeyDictionary[nn.Module, dict[Hashable, Runner]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -141,43 +141,49 @@ def runner_of(model: nn.Module, name: str) -> tuple[Runner, Marks]:
 
     Args:
         model: A Hugging Face causal model.
-        name: Of the engine.
+        name: The name of the engine.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be decoded from cached keys and values.
+        BackendError: If the engine cannot run the model.
     """
     device = device_of(model).type
-    cast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    key = name, cast if cast[0] else None
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    key = name, autocast
     with _LOCK:
         runners = _RUNNERS.setdefault(model, {})
-    found = _current(runners, key, model)
-    if found is None:
-        # weights that are laid out anew must not become tensors of inference mode
-        with exclusion.tracing(), torch.inference_mode(False), torch.no_grad():
-            # another thread may have made it meanwhile
-            found = _current(runners, key, model)
-            if found is None:
-                if key in runners:
-                    runners.pop(key).engine.reset()
-                runner = runners[key] = Runner(model, name)
-                found = runner, runner.marks
-    return found
+    if current := _current(runners, key, model):
+        return current
+    # weights that are laid out anew must not become tensors of inference mode
+    with exclusion.tracing(), torch.inference_mode(False), torch.no_grad():
+        # another thread may have made it meanwhile
+        if current := _current(runners, key, model):
+            return current
+        if key in runners:
+            runners.pop(key).engine.reset()
+        runner = runners[key] = Runner(model, name)
+        return runner, runner.marks
 
 
 def release(model: nn.Module) -> None:
     """Forget all that was traced, compiled and captured for a model, and free its memory.
 
-    A dense model whose weights the engine ``stream`` has laid out for its kernels gets its own
-    memory layout back. Decoders that are still in use make anew what they need.
+    The engine ``stream`` changes the memory layout of a dense model's weights; here they get their
+    own layout back. Decoders that are still in use make anew what they need.
+
+    Example:
+        >>> cats.release(model)
     """
     with exclusion.tracing(), _LOCK, torch.inference_mode(False), torch.no_grad():
         for runner in _RUNNERS.pop(model, {}).values():
             runner.engine.reset()
 
 
-def check_cache(model: nn.Module, config: Any) -> None:
-    """Decoding from cached keys and values gives what one pass over the same tokens gives.
+def check_cache(model: nn.Module, config: ModelConfig) -> None:
+    """Check that cached keys and values give the logits of one pass over the same tokens.
 
     Raises:
-        UnsupportedModelError: If it does not.
+        UnsupportedModelError: If they do not.
     """
     generator = torch.Generator().manual_seed(0)
     device, differences = device_of(model), []
@@ -186,26 +192,26 @@ def check_cache(model: nn.Module, config: Any) -> None:
         ids = ids.to(device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         differences.append(_checked_difference(model, config, ids, mask, {}))
-        # in 16 bits a rounding can choose other neurons or experts for one text, not for each
+        # in 16 bits a rounding can choose other neurons or experts for one text, but not for all
         if differences[-1] <= _tolerance(model):
             return
-    ahead = "; with is_decoder=False it reads ahead: load it with is_decoder=True, or"
-    advice = ahead if getattr(config, "is_decoder", None) is False else ";"
+    reads_ahead = getattr(config, "is_decoder", None) is False
+    advice = "; with is_decoder=False it reads ahead: load it with is_decoder=True, or"
     raise UnsupportedModelError(
         f"{type(model).__name__} does not remember earlier tokens by keys and values alone: a step "
-        f"after a prompt differs from one pass over both by {min(differences):.1%}{advice} "
-        "use model.generate"
+        f"after a prompt differs from one pass over both by {min(differences):.1%}"
+        f"{advice if reads_ahead else ';'} use model.generate"
     )
 
 
 def _checked_difference(
-    model: nn.Module, config: Any, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
+    model: nn.Module, config: ModelConfig, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
 ) -> float:
     try:
         return _difference_with_cache(model, config, ids, mask, extras)
     except (CatsError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever a foreign model raises is the reason
+    except Exception as error:  # a foreign model may raise anything; the message says what
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be decoded from cached keys and values "
             f"({first_line(error)}): use model.generate"
@@ -213,36 +219,40 @@ def _checked_difference(
 
 
 def _difference_with_cache(
-    model: nn.Module, config: Any, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
+    model: nn.Module, config: ModelConfig, ids: Tensor, mask: Tensor, extras: Mapping[str, Any]
 ) -> float:
-    """Difference of a prompt's and a step's logits from those of one pass without a cache, as a
-    share of these.
+    """Relative difference between the logits of a prompt and a step, and those of one pass over
+    both without a cache.
     """
     state = State(model, config, len(ids), ids.shape[1] + 1)
     state.valid[:, :-1] = mask
     state.padded = not bool(mask.all())
-    first = prefill(model, state, ids, 0, extras)
-    newest = first.argmax(-1, keepdim=True)
-    found = torch.stack([first, prefill(model, state, newest, ids.shape[1])], dim=1)
-    wanted = _without_cache(model, torch.cat([ids, newest], dim=1), state, extras)
-    return relative_difference(found.float(), wanted.float())
+    of_prompt = prefill(model, state, ids, 0, extras)
+    newest = of_prompt.argmax(-1, keepdim=True)
+    of_step = prefill(model, state, newest, ids.shape[1])
+    with_cache = torch.stack([of_prompt, of_step], dim=1)
+    without_cache = _without_cache(model, torch.cat([ids, newest], dim=1), state, extras)
+    return relative_difference(with_cache.float(), without_cache.float())
 
 
-def _without_cache(model: Any, ids: Tensor, state: State, extras: Mapping[str, Any]) -> Tensor:
+def _without_cache(
+    model: nn.Module, ids: Tensor, state: State, extras: Mapping[str, Any]
+) -> Tensor:
     """Logits of the last two tokens, ``[B, 2, V]``, of one pass over ``[B, T]``."""
-    given: dict[str, Any] = {"use_cache": False, "logits_to_keep": 2}
+    arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": 2}
     if state.padded:
-        given["attention_mask"] = state.valid
-        given["position_ids"] = (state.valid.cumsum(1) - 1).clamp(min=0)
+        arguments["attention_mask"] = state.valid
+        arguments["position_ids"] = (state.valid.cumsum(1) - 1).clamp(min=0)
     for name, value in extras.items():
         if isinstance(value, Tensor) and value.shape[:2] == (len(ids), ids.shape[1] - 1):
-            # one entry per token
+            # one entry per token of the prompt: one more for the step
             value = torch.cat([value, torch.zeros_like(value[:, :1])], dim=1)
-        given[name] = value
-    takes = arguments_of(model)
-    output = model(input_ids=ids, **{name: v for name, v in given.items() if name in takes})
-    logits: Tensor = output.logits[:, -2:]
-    return logits.to(state.device)
+        arguments[name] = value
+    accepted = arguments_of(model)
+    output = cast(CausalModel, model)(
+        input_ids=ids, **{name: value for name, value in arguments.items() if name in accepted}
+    )
+    return output.logits[:, -2:].to(state.device)
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -252,7 +262,7 @@ def _tolerance(model: nn.Module) -> float:
 def _current(
     runners: dict[Hashable, Runner], key: Hashable, model: nn.Module
 ) -> tuple[Runner, Marks] | None:
-    """The runner of that key and the marks of the model, if they are of the same structure."""
+    """The runner of this key and the model's marks, if the structure is still the runner's."""
     runner = runners.get(key)
     if runner is None:
         return None
