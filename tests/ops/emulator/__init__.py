@@ -31,9 +31,15 @@ needs_emulator = [
         importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
     ),
 ]
-_ONE_LAUNCH = ["attention", "choice", "embedding", "linear"]
-_OTHERS = ["linear.quantised", "mlp.cuda.launch", "mlp.cuda.residual"]
-_LAUNCHING = [*(f"{name}.cuda" for name in _ONE_LAUNCH), *_OTHERS]
+_LAUNCHING = [
+    "attention.cuda",
+    "choice.cuda",
+    "embedding.cuda",
+    "linear.cuda",
+    "linear.quantised",
+    "mlp.cuda.launch",
+    "mlp.cuda.residual",
+]
 _SHARED = "extern __shared__ __align__(128) char memory[];"
 _ENTRY = """
 extern "C" const char* emulate(const void* arguments, unsigned blocks, unsigned columns,

@@ -1,23 +1,23 @@
 // Attention of one new token: norms of its heads, rotary embedding, write to the cache, and attention over the slots in
 // sight, split along their length.
 //
-// The grid is [splits, key heads * parts]; blocks that a short context does not need end at once. A block handles up to
-// HEADS query heads that share a key head, over its share of the slots. A team of LANES lanes holds a key, 16 bytes a lane,
-// and takes UNROLL slots a turn. Adding up a dot product over its lanes, the team shares out the slots and heads of the
-// turn: each lane is left with the scores of its own ones, and alone computes their exponentials. The next keys are asked
-// for when the scores are there, the next values when the sums are. Each team keeps its own running maximum and sums;
-// they are merged over the warp, the block, and, by the block that arrives last, over the splits.
+// The grid is [splits, key heads * parts]. Blocks that a short context does not need end at once. A block handles up to
+// HEADS query heads that share a key head, over its share of the slots. A team of LANES lanes reads a key, 16 bytes per lane,
+// and handles UNROLL slots per turn. While the team adds up dot products over its lanes, it divides the slots and heads of
+// the turn: each lane ends with the scores of its own slots and heads, and alone computes their exponentials. The next keys
+// are requested after the scores, the next values after the sums. Each team has its own running maximum and sums. They are
+// merged over the warp, over the block, and, by the block that arrives last, over the splits.
 //
-// The new key and value are rounded as the cache holds them, and read from shared memory: no block depends on another
-// one's write to the cache. Older ones, and where the new token goes, are the work of earlier tokens: they are read before
-// the kernel in front has ended, the first turn into registers and the next ones as far as the L2 cache.
+// The new key and value are rounded as in the cache, and read from shared memory, so that no block depends on another
+// block's write to the cache. Older keys and values, and the slot of the new token, were written by earlier tokens. They are
+// read before the previous kernel has ended, the first turn into registers and the next turns into the L2 cache.
 //
-// The kernel behind may start at once. Until its own wait it reads weights, and that wait ends with this kernel, which has
-// waited for the one in front.
+// The next kernel may start at once. Until its own wait it reads only weights. That wait ends with this kernel, which has
+// waited for the previous one.
 //
-// The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), HEADS and QUERIES (query heads of a key
-// head), UNSPLIT_SLOTS (one block takes so many), SPLIT_SLOTS (of more, a block gets about so many, or more where blocks run
-// out), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
+// The loader defines DTYPE, HEAD (size of a head), ROTARY (its rotated columns), QUERIES (query heads per key head), HEADS
+// (query heads per block), UNSPLIT_SLOTS (the most slots that one block takes alone), SPLIT_SLOTS (about the slots per block
+// beyond that; more where blocks run out), MAX_SPLITS, and the switches HEAD_NORM and SOFTCAP.
 #include "primitives.cuh"
 #include "trace.cuh"
 
@@ -35,8 +35,8 @@ __device__ constexpr int lanes_of_a_slot() {
 constexpr int LANES = lanes_of_a_slot(), SLOTS = 32 / LANES, VECTORS = (HEAD_VECTORS + LANES - 1) / LANES;
 constexpr int OWNED = VECTORS * VECTOR, EACH = (HEAD + 31) / 32, ROW_BYTES = HEAD * ELEMENT_BYTES;
 
-// Of the slots and the heads of a turn, a lane is left with HELD_SLOTS and HELD_HEADS: each halving takes a bit of its place
-// in the team, the highest first.
+// Of the slots and heads of a turn, a lane ends with HELD_SLOTS and HELD_HEADS. Each halving uses one bit of the lane's index
+// in its team, the highest bit first.
 __device__ constexpr int halvings(int count, int lanes) {
     return count % 2 || lanes < 2 ? 0 : 1 + halvings(count / 2, lanes / 2);
 }
@@ -44,21 +44,21 @@ constexpr int SLOT_BITS = halvings(UNROLL, LANES), HEAD_BITS = halvings(HEADS, L
 constexpr int HELD_SLOTS = UNROLL >> SLOT_BITS, HELD_HEADS = HEADS >> HEAD_BITS;
 
 constexpr float LOG2_E = 1.4426950408889634f;
-// The peak before anything was seen, far below the scores of a model, so that no comparison tells the two apart. In the place
-// of a score that is not there stands NONE, below it.
+// LOWEST is the peak before the first score: far below the scores of a model, so that no comparison needs a special case.
+// NONE stands for a score that does not exist, and is below LOWEST.
 constexpr float LOWEST = -1e30f, NONE = -3.402823466e38f;
 
 struct Arguments : Traced {
     const float* qkv;       // [QH + 2 KH, HEAD]: queries, keys, values of the new token
     const float* cosines;   // [capacity, ROTARY]
     const float* sines;     // [capacity, ROTARY]
-    const char* q_weight;   // [HEAD], of the norm of each query, for HEAD_NORM
+    const char* q_weight;   // [HEAD], weights of the norm of each query, for HEAD_NORM
     const char* k_weight;   // [HEAD]
     char* keys;             // [KH, capacity, HEAD]
     char* values;           // [KH, capacity, HEAD]
     char* out;              // [QH, HEAD]
-    const int64* slot;      // where the new token goes
-    const int64* position;  // its position
+    const int64* slot;      // the slot of the new token
+    const int64* position;  // the position of the new token
     float* partials;        // [splits, QH, HEAD + 2] for more than one split
     unsigned* counters;     // [key heads * parts], zero between calls
     int key_heads;
@@ -76,19 +76,19 @@ struct Shared {
     uint4 new_key[HEAD_VECTORS], new_value[HEAD_VECTORS];
     float peak[WARPS][HEADS], total[WARPS][HEADS];
     float sums[WARPS][HEADS][HEAD];
-    float factors[HEADS][MAX_SPLITS], norms[HEADS];  // of the splits, for the block that comes last
+    float factors[HEADS][MAX_SPLITS], norms[HEADS];  // of the splits, for the block that arrives last
     bool last;
 };
 
-// Keys or values of one turn of a lane, on their way from memory.
+// Keys or values of one turn of a lane, while they are loaded.
 struct Fetched {
     uint4 vectors[UNROLL][VECTORS];
 };
 
-// Scores and what is made of them are logarithms to the base of 2.
+// Scores are logarithms to the base of 2.
 __device__ __forceinline__ float factor_of(float score, float peak) { return exp2f(score - peak); }
 
-// What softmax and the weighted sum of values have come to.
+// Softmax and the weighted sum of values, so far.
 struct Running {
     float peak, total;
     float sums[OWNED];
@@ -110,7 +110,7 @@ struct Block {
     const int key_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS;
     const int first_query = key_head * QUERIES + part * HEADS;
     const int heads = min(HEADS, QUERIES - part * HEADS);
-    // written by another kernel of the token before: not from the L1 cache
+    // written by another kernel, for the previous token: not from the L1 cache
     const int newest = load_word_from_l2(a.slot), position = load_word_from_l2(a.position);  // the low halves
     int splits, begin, end;  // slots of this block
     float cosines[EACH], sines[EACH];  // of this lane's columns: lane, lane + 32, ...
@@ -213,7 +213,7 @@ struct Block {
             }
     }
 
-    // What the turns behind the first one read, up to UNSPLIT_SLOTS.
+    // What the turns after the first one read, up to UNSPLIT_SLOTS slots.
     __device__ void prefetch_later_turns() {
         int at = begin + UNROLL * STEP, count = min(min(end, newest) - at, UNSPLIT_SLOTS);
         if (part > 0 || lane > 0 || warp > 1 || count <= 0) return;
@@ -231,30 +231,30 @@ struct Block {
             }
     }
 
-    // The first slot of the turn that this lane is left with, and the lane of its team that is left with a slot and a head.
+    // The first slot of the turn that this lane ends with, and the lane of its team that ends with a slot and a head.
     __device__ int first_slot_held() { return lane % LANES / (LANES >> SLOT_BITS) * HELD_SLOTS; }
     __device__ int lane_of(int u, int h) {
-        int place = u / HELD_SLOTS * (LANES >> SLOT_BITS) + h / HELD_HEADS * (LANES >> (SLOT_BITS + HEAD_BITS));
-        return lane / LANES * LANES + place;
+        int member = u / HELD_SLOTS * (LANES >> SLOT_BITS) + h / HELD_HEADS * (LANES >> (SLOT_BITS + HEAD_BITS));
+        return lane / LANES * LANES + member;
     }
 
-    // Adds up over the lanes of a team; what a lane is left with comes first.
+    // Adds up over the lanes of a team. The scores that a lane ends with come first in its array.
     __device__ void share_out(float (&scores)[UNROLL][HEADS]) {
         int distance = LANES / 2;
 #pragma unroll
-        for (int rest = UNROLL / 2; rest >= HELD_SLOTS; rest /= 2, distance /= 2)
+        for (int half = UNROLL / 2; half >= HELD_SLOTS; half /= 2, distance /= 2)
 #pragma unroll
-            for (int u = 0; u < rest; ++u)
+            for (int u = 0; u < half; ++u)
 #pragma unroll
                 for (int h = 0; h < HEADS; ++h)
-                    scores[u][h] = exchanged_sum(scores[u][h], scores[u + rest][h], distance);
+                    scores[u][h] = exchanged_sum(scores[u][h], scores[u + half][h], distance);
 #pragma unroll
-        for (int rest = HEADS / 2; rest >= HELD_HEADS; rest /= 2, distance /= 2)
+        for (int half = HEADS / 2; half >= HELD_HEADS; half /= 2, distance /= 2)
 #pragma unroll
             for (int u = 0; u < HELD_SLOTS; ++u)
 #pragma unroll
-                for (int h = 0; h < rest; ++h)
-                    scores[u][h] = exchanged_sum(scores[u][h], scores[u][h + rest], distance);
+                for (int h = 0; h < half; ++h)
+                    scores[u][h] = exchanged_sum(scores[u][h], scores[u][h + half], distance);
 #pragma unroll
         for (; distance; distance /= 2)
 #pragma unroll
@@ -263,7 +263,7 @@ struct Block {
                 for (int h = 0; h < HELD_HEADS; ++h) scores[u][h] += __shfl_xor_sync(~0u, scores[u][h], distance);
     }
 
-    // `keys` and `values` hold the first turn, but for the new token.
+    // `keys` and `values` hold the first turn, without the new token.
     __device__ void attend(Fetched& keys, Fetched& values) {
         const int member = lane % LANES;
         const float scale = SOFTCAP ? a.scale : a.scale * LOG2_E;
@@ -346,8 +346,8 @@ struct Block {
         return value;
     }
 
-    // Turns the scores that a lane is left with into weights, and brings what was summed up before to their peak. `left` slots
-    // are there from the lane's first one on.
+    // Turns the scores that a lane ends with into weights, and scales the earlier sums to the new peak. `left` slots exist
+    // from the lane's first slot on.
     __device__ void weigh(float (&scores)[UNROLL][HEADS], int left, float (&peak)[HELD_HEADS], float (&total)[HELD_HEADS],
                           float (&sums)[HEADS][OWNED]) {
         float old[HELD_HEADS];
@@ -406,7 +406,7 @@ struct Block {
         }
     }
 
-    // Over the splits, by the block that comes last.
+    // Over the splits, by the block that arrives last.
     __device__ void merge_splits() {
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -427,7 +427,7 @@ struct Block {
         }
     }
 
-    // What each split of a head counts, by one warp: a lane a split.
+    // The factor of each split of a head, by one warp, one lane per split.
     __device__ void weigh_splits(int h) {
         float highest = LOWEST, total[1] = {0.f};
         for (int s = lane; s < splits; s += 32) highest = fmaxf(highest, load_float_from_l2(partial(s, h) + HEAD));

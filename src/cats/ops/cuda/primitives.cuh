@@ -16,7 +16,7 @@ __device__ __forceinline__ void store_four(float* target, const float* v) {
 
 // ---- sums
 
-// Of two lanes `distance` apart the lower is left with the sum of their `first`, the upper with that of their `second`.
+// Of two lanes `distance` apart, the lower one gets the sum of their `first`, the upper one that of their `second`.
 __device__ __forceinline__ float exchanged_sum(const float& first, const float& second, int distance) {
     bool upper = threadIdx.x % 32 & distance;
     float mine = upper ? second : first;
@@ -30,7 +30,7 @@ template <int COUNT>
 __device__ __forceinline__ float warp_sums(float (&values)[COUNT]) {
 #pragma unroll
     for (int step = 0; step < 5; ++step) {
-        // step by step half as many values in lanes half as far apart
+        // each step has half as many values, and half the distance between lanes
         int half = COUNT >> (step + 1), distance = 16 >> step;
 #pragma unroll
         for (int i = 0; i < COUNT / 2; ++i) {
@@ -39,7 +39,8 @@ __device__ __forceinline__ float warp_sums(float (&values)[COUNT]) {
         }
     }
 #pragma unroll
-    for (int rest = 16 / COUNT; rest > 0; rest /= 2) values[0] += __shfl_xor_sync(~0u, values[0], rest);
+    for (int distance = 16 / COUNT; distance > 0; distance /= 2)
+        values[0] += __shfl_xor_sync(~0u, values[0], distance);
     return values[0];
 }
 

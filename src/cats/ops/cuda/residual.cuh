@@ -1,15 +1,16 @@
 // The residual stream of one token, float32, and the norms on the way into a branch of a layer.
 //
-// A branch reads norm(base + delta). Every block computes it for itself, which costs less than a launch. `delta` is what
-// the branch before gave where that goes through a norm of its own (a sum over the whole vector, so that it cannot be
-// added row by row); one block keeps base + delta for later kernels, in a buffer that no block of this launch reads.
+// A branch reads norm(base + delta). Every block computes it for itself, which costs less than a launch. `delta` is the
+// output of the previous branch, where it goes through a norm of its own: that needs a sum over all columns, so that the
+// output cannot be added row by row. One block writes base + delta for later kernels, into a buffer that this launch does
+// not read.
 #pragma once
 #include "primitives.cuh"
 
 struct Residual {
     const float* base;         // [D]
     const float* delta;        // [D] or null
-    const char* delta_weight;  // [D], weights of the norm that delta goes through
+    const char* delta_weight;  // [D], weights of the norm of delta
     float* sum;                // [D], gets base + delta; null without delta
     const char* weight;        // [D], weights of the norm into the branch
     float epsilon;
@@ -34,7 +35,7 @@ struct Team {
     __device__ void wait() const { named_barrier(barrier, warps * 32); }
 };
 
-// The vectors of VECTOR columns that one thread of a team owns, of a vector of SIZE columns: thread, thread + TEAM, ...
+// The vectors of VECTOR columns that one thread of a team owns, of SIZE columns: thread, thread + TEAM, ...
 template <int SIZE, int TEAM>
 struct Columns {
     static constexpr int ALL = SIZE / VECTOR, COUNT = (ALL + TEAM - 1) / TEAM, OWNED = COUNT * VECTOR;
@@ -84,8 +85,8 @@ __device__ __forceinline__ void apply_norm(float (&values)[COUNT * VECTOR], cons
     }
 }
 
-// x = norm(base + delta), in the columns of this thread. Waits for the kernel before this one; weights are asked for
-// before that where `early` is set.
+// x = norm(base + delta), in the columns of this thread. Waits for the previous kernel. With `early`, requests weights before
+// that.
 template <int SIZE, int TEAM>
 __device__ __forceinline__ void load_normed(const Residual& r, const Columns<SIZE, TEAM>& columns, const Team& team,
                                             bool early, bool keeps_sum,

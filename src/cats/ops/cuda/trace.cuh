@@ -1,4 +1,4 @@
-// When a warp comes to which place of its kernel, for measurements: nothing unless the loader defines TRACE.
+// The times at which a warp reaches points of its kernel, for measurements. Does nothing unless the loader defines TRACE.
 #pragma once
 #include "hardware.cuh"
 
@@ -6,12 +6,12 @@
 #define TRACE 0
 #endif
 
-// Where a warp is: it starts, has the input of its kernel, has worked on its last weights, has sent its last result, which
-// may arrive later. The clock's steps differ between GPUs.
+// A warp starts, has the input of its kernel, has worked on its last weights, has sent its last result (which may arrive
+// later). The resolution of the clock differs between GPUs.
 enum Event { START, INPUT, LAST, END, EVENTS };
 constexpr int TRACED_WARPS = 32;
 
-// What the arguments of a kernel begin with.
+// The first members of the arguments of a kernel.
 struct Traced {
 #if TRACE
     uint64* stamps;  // [blocks, TRACED_WARPS, EVENTS], nanoseconds

@@ -1,7 +1,7 @@
 // The start of a token: its embedding as the residual stream, in float32, and the counters of its MLPs set to zero.
 //
-// It is launched in the ordinary way, so that all before it on the stream is complete when it runs, and what follows may
-// ask for weights at once.
+// It is launched in the ordinary way: all earlier work on the stream is complete when it runs, so that later kernels may
+// request weights at once.
 //
 // The loader defines DTYPE and WIDTH.
 #include "primitives.cuh"

@@ -1,15 +1,15 @@
 // A linear layer of one token as a stream of rows: out[n] = dot(row n, x), where x is the norm of the residual stream
 // (NORMED) or a vector of the weights' type.
 //
-// The rows of up to three matrices are one list: q, k and v are one launch. Each worker warp takes rows by its index and
-// owns a ring of STAGES parts of rows in shared memory. It asks for a part again as soon as its lanes have read it, so
-// that the ring stays full.
+// The rows of up to three matrices are one list: q, k and v are one launch. Each worker warp takes rows by its index, and
+// owns a ring of STAGES parts of rows in shared memory. As soon as its lanes have read a part, it requests the next one into
+// the same stage, so that the ring stays full.
 //
-// One warp more fills the rings for the first time, before the kernel in front has ended: weights depend on nothing. It
-// keeps few parts on their way at once, because what that kernel still reads and adds would wait behind them.
+// One more warp fills the rings for the first time. It does so before the previous kernel has ended, since weights do not
+// depend on it. Few parts are in flight at once, because they delay what that kernel still reads and adds.
 //
-// The loader defines DTYPE, WIDTH (columns), NORMED, WARPS (workers), STAGES, PARTS (of a row) and EARLY_PARTS (on their
-// way before the input is there).
+// The loader defines DTYPE, WIDTH (columns), NORMED, WARPS (workers), STAGES, PARTS (per row) and EARLY_PARTS (in flight
+// before the input has arrived).
 #include "primitives.cuh"
 #include "residual.cuh"
 #include "trace.cuh"
@@ -25,9 +25,9 @@ struct Arguments : Traced {
     const char* biases[MATRICES];   // [rows of the matrix] or null
     const float* add;               // [rows] or null: out = add + W x
     float* out;                     // [rows]
-    float* copy;                    // [rows] or null: also gets the output, or 0 where there is no `add`
-    int ends[MATRICES];             // rows up to the end of each matrix; the last is their number
-    int request_early;              // the kernel before this one writes no weights
+    float* copy;                    // [rows] or null: also gets the output, or 0 without `add`
+    int ends[MATRICES];             // rows up to the end of each matrix; the last is the number of rows
+    int request_early;              // the previous kernel writes no weights
 };
 
 struct __align__(128) Shared {
@@ -41,7 +41,7 @@ __device__ __forceinline__ int matrix_of(const Arguments& a, int row) { return (
 
 __device__ __forceinline__ int first_row(const Arguments& a, int matrix) { return matrix ? a.ends[matrix - 1] : 0; }
 
-// A worker's parts of rows are numbered from 0; number n has its place in stage n % STAGES.
+// A worker's parts of rows are numbered from 0. Part n goes into stage n % STAGES.
 struct Warp {
     const Arguments& a;
     Shared& shared;
@@ -65,9 +65,9 @@ struct Warp {
         copy_by_warp(shared.parts[worker][stage], source_of(row, part), bytes_of(part), &shared.full[worker][stage]);
     }
 
-    // Part i is number i / WARPS of worker i % WARPS. A lane asks for one part, since a single lane that asks for all of them
-    // is slower than the memory: for half of what may be on its way, so that one half comes while the other is asked for.
-    // Parts come about in order, so the last of a half stands for it.
+    // Part i is number i / WARPS of worker i % WARPS. Each lane requests one part, since a single lane that requests all of
+    // them is slower than the memory. The warp requests half of the parts that may be in flight: one half arrives while the
+    // other is requested. Parts arrive about in order, so a half has arrived when its last part has.
     __device__ void fill_rings() {
         if (!a.request_early) wait_for_previous_kernel();
         constexpr int ALL = WARPS * STAGES, AT_ONCE = EARLY_PARTS < 2 ? 1 : EARLY_PARTS < 64 ? EARLY_PARTS / 2 : 32;
@@ -82,7 +82,7 @@ struct Warp {
         wait_for_own_copies();
     }
 
-    // Until the part is there, or the input is.
+    // Until the part or the input has arrived.
     __device__ void wait_for_part(int i) {
         if (row_of(i % WARPS, i / WARPS) >= rows) return;
         while (!barrier_test(&shared.full[i % WARPS][i / WARPS], 0) && !barrier_test(&shared.input_there, 0)) {}
@@ -111,7 +111,7 @@ struct Warp {
         float sum = 0.f, added = 0.f;
         int stage = 0, parity = 0;
         for (int n = 0, row; (row = row_of(warp, n)) < rows; ++n) {
-            // of 32 rows ahead, a row a lane: a read for each row when it is written would be waited for each time
+            // of the next 32 rows, one row per lane: a read before each write would be waited for each time
             if (n % (32 * PARTS) == 0) added = added_to(row_of(warp, n + lane * PARTS));
             barrier_wait(&shared.full[warp][stage], parity);
             sum += dot(stage, n % PARTS);

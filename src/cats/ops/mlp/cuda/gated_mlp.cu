@@ -1,27 +1,26 @@
 // The gated MLP of one or two tokens as one launch: out = down @ (keep(act(gate @ x)) * (up @ x)).
 //
-// The "router" is the matrix that is read whole and compared with the thresholds (gate, or up), the "other" matrix
-// and `down` are read where a neuron is kept. A neuron's weights are one contiguous row of each of the three.
+// The "router" is the matrix whose outputs are compared with the thresholds (gate, or up). All its rows are read. Rows of
+// the "other" matrix and of `down` are read where a neuron is kept. Each neuron has one contiguous row in each of the three.
 //
-// A block is GROUPS groups. A group is one scheduler warp and WARPS worker warps around a ring of CHUNKS chunks of ROWS
-// rows in shared memory, and works on its own share of the router rows:
+// A block is GROUPS groups. A group is one scheduler warp (scheduler.cuh) and WARPS worker warps (worker.cuh) around a ring
+// of CHUNKS chunks of ROWS rows in shared memory. It works on its own share of the router rows:
 //
 //   scheduler   fills free chunks: requests the down rows of neurons whose product is known, else the other rows of
 //               kept neurons, else further router rows; adds up the workers' partial dot products, applies activation
-//               and threshold, and queues what was kept
-//   worker      owns a slice of the columns: keeps its slice of x and of the output in registers, and takes part in
-//               every row, so that there is neither a copy of x nor a sum of outputs for each warp
+//               and threshold, and queues the kept neurons
+//   worker      owns a slice of the columns: holds its slice of x and of the output in registers, and takes part in
+//               every row, so that no warp needs its own copy of x or its own sum of outputs
 //
-// Chunks are filled, worked on and evaluated in ring order, each in its turn even when there is nothing to put into it.
-// `full` says that a chunk's rows arrived, `done` that all workers have read them. At the end each warp adds its slice
-// of the output to global memory; the last one to arrive there converts the sums and leaves the workspace as it found
-// it, zero.
+// Chunks are filled, worked on and evaluated in the order of the ring, even where there is nothing to put into a chunk.
+// `full` says that the rows of a chunk have arrived, `done` that all workers have read them. At the end, each warp adds its
+// slice of the output to global memory. The last warp to arrive there converts the sums and sets the workspace back to zero.
 //
-// Weights depend on nothing, so where the kernel before this one is known to write none, the ring is filled before that
-// kernel has ended. All else waits for its end.
+// Weights do not depend on the previous kernel. Where that kernel is known to write no weights, the ring is filled before it
+// has ended. Everything else waits for its end.
 //
-// In a chain of launches that is a whole token (RESIDUAL), x is the norm of the residual stream and the output is added
-// to it: no sums to convert, no workspace to clean.
+// In the chain of launches of a token (RESIDUAL), x is the norm of the residual stream, and the output is added to the
+// stream: there are no sums to convert and no workspace to reset.
 //
 // The loader defines DTYPE, HIDDEN (D), BATCH (B), ACTIVATION, GROUPS, ROWS, CHUNKS, WARPS, COPIES, SHARED_BYTES and
 // RESIDUAL.
@@ -40,8 +39,8 @@ constexpr int WORKERS = WARPS * 32, GROUP_THREADS = WORKERS + 32;
 // 16-byte vectors of a row that one worker thread owns: tid, tid + WORKERS, ...
 constexpr int VECTORS = (ROW_VECTORS + WORKERS - 1) / WORKERS;
 constexpr int OWNED = VECTORS * VECTOR;
-// Never more wait in a queue than the ring holds and two chunks more, because what waits is requested first. A power of
-// two, for a cheap modulo.
+// No more neurons wait in a queue than the ring and two more chunks hold, because they are requested first. A power of two,
+// for a cheap modulo.
 __device__ constexpr int queue_size() {
     int size = 1;
     while (size < (CHUNKS + 2) * ROWS) size *= 2;
@@ -55,7 +54,7 @@ __device__ constexpr int rows_at_once() {
     return rows;
 }
 
-// What a chunk holds: rows to multiply with x, down rows, nothing for now, nothing any more.
+// What a chunk holds: rows to multiply by x, down rows, nothing this time, or nothing until the end.
 enum Kind { DOT, DOWN, NOTHING, STOP };
 
 struct Arguments : Traced {
@@ -73,15 +72,15 @@ struct Arguments : Traced {
     float* partials;                   // [blocks, B, D] for sums in a fixed order, else null
     unsigned* counters;                // COUNTERS of them, zero between calls
     int neurons;                       // F
-    int fixed_runs;                    // runs of ROWS router rows that each group takes before it asks for more
-    int long_tickets;                  // answers that are worth ROWS rows; later ones are worth fewer
+    int fixed_runs;                    // runs of ROWS router rows that each group takes before it takes tickets
+    int long_tickets;                  // tickets that stand for ROWS rows; later ones stand for `short_rows`
     int short_rows;
     int gate_is_router;
-    int request_early;                 // the kernel before this one writes no weights
-    Residual residual;                 // in place of x, for RESIDUAL; then `out` is null, and `sums` [D] is added to
+    int request_early;                 // the previous kernel writes no weights
+    Residual residual;                 // instead of x, for RESIDUAL; then `out` is null, and the output is added to `sums` [D]
 };
 
-// Counters: the next run of router rows, then arrivals of blocks, one counter a warp and a team of TEAM blocks.
+// Counters: the next ticket, then arrivals of blocks. For each warp: one for all blocks, one per team of TEAM blocks.
 constexpr int TICKET = 0, ALL_ARRIVED = 32, TEAM_ARRIVED = 64, TEAM = 16, MAX_WARPS = 32;
 static_assert(GROUPS * WARPS <= MAX_WARPS);
 
@@ -90,7 +89,7 @@ struct __align__(128) Group {
     uint64 full[CHUNKS], done[CHUNKS];
     int kind[CHUNKS];
     float dots[CHUNKS][WARPS][BATCH][ROWS];  // partial dot products, from the workers
-    float factor[CHUNKS][BATCH][ROWS];       // what down rows are multiplied with, from the scheduler
+    float factor[CHUNKS][BATCH][ROWS];       // what down rows are multiplied by, from the scheduler
     // first-in, first-out queues of the scheduler: neurons that wait for their other row, and for their down row
     int neuron[2][QUEUE];
     float value[2][BATCH][QUEUE];  // the router's value, and the product

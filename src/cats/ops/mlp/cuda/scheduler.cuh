@@ -1,4 +1,4 @@
-// The scheduler warp of a group. A part of gated_mlp.cu, which defines what stands in capitals, Arguments and Group.
+// The scheduler warp of a group: a part of gated_mlp.cu, which defines the sizes, Arguments and Group.
 #pragma once
 
 __device__ __forceinline__ float activate(float x) {
@@ -16,28 +16,28 @@ __device__ __forceinline__ float activate(float x) {
 // NaN is kept.
 __device__ __forceinline__ bool dropped(float value, float threshold) { return fabsf(value) < threshold; }
 
-// One lane handles one row of a chunk. The loop over the ring is unrolled, so that what is known of the rows in flight
-// stays in registers. A single warp does all this for a stream of many gigabytes a second: count instructions here.
+// One lane handles one row of a chunk. The loop over the ring is unrolled, so that the state of rows in flight stays in
+// registers. A single warp does all this for a stream of many gigabytes per second: count instructions here.
 struct Scheduler {
     const Arguments& a;
     Group& shared;
-    const int first_run, run_step;  // this group's runs of router rows, before it asks for more
+    const int first_run, run_step;  // this group's runs of router rows, before it takes tickets
     const int lane = threadIdx.x % 32;
 
-    // of this lane's row in each chunk; limit and bias are still on their way from memory when they are set
+    // of this lane's row in each chunk; the loads of limit and bias are still in flight when these are set
     bool is_router[CHUNKS], is_other[CHUNKS];
     int neuron[CHUNKS];
     float routed[CHUNKS][BATCH], limit[CHUNKS];
     uint32 bias[CHUNKS];
 
-    // the same in every lane: entries of the queues that were written, and read
+    // the same in every lane: how many entries were written to each queue, and how many were read
     int others_in = 0, others_out = 0, downs_in = 0, downs_out = 0;
     Kind holds[CHUNKS];
     int dots_in_flight = 0, downs_in_flight = 0;  // chunks
-    // rows [row, row_end) of the current run of router rows are not requested yet
+    // rows [row, row_end) of the current run are not requested yet
     int row = 0, row_end = 0, runs_taken = 0;
     bool router_left = true, may_ask = false;
-    int next_ticket = 0;  // in lane 0 alone: asked for one run ahead, because the answer takes long
+    int next_ticket = 0;  // in lane 0 alone: taken one run ahead, because the answer takes long
 
     __device__ Scheduler(const Arguments& a, Group& shared, int group)
         : a(a), shared(shared), first_run(group * gridDim.x + blockIdx.x), run_step(GROUPS * gridDim.x) {}
@@ -46,7 +46,7 @@ struct Scheduler {
         if (!a.request_early) wait_for_previous_kernel();
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-            // one chunk after the other: more requests would delay the last sums of the kernel before this one
+            // one chunk after the other: more requests would delay the last sums of the previous kernel
             if (a.request_early && chunk > 0 && holds[chunk - 1] == DOT) barrier_wait(&shared.full[chunk - 1], 0);
             if (fill(chunk) == STOP) return;
         }
@@ -60,8 +60,8 @@ struct Scheduler {
                 if (holds[chunk] == DOT) evaluate(chunk);
                 if (holds[chunk] == DOWN) --downs_in_flight;
                 if (fill(chunk) == STOP) return;
-                // Only after our own wait, so that the next kernel knows that all kernels before this one are complete;
-                // and only when all rows are requested, because its own requests would delay them.
+                // Only after our own wait, so that the next kernel knows that all kernels before this one are complete.
+                // Only when all rows are requested, because the next kernel's requests would delay them.
                 if (!router_left && dots_in_flight == 0 && queued() == 0) allow_next_kernel();
             }
         }
@@ -73,8 +73,8 @@ struct Scheduler {
         if (lane == 0) next_ticket = take_ticket(a.counters + TICKET);
     }
 
-    // The next run: by this group's index at first, and by asking at the end, so that groups that kept few rows take
-    // more of them. The last answers are short, so that all groups end together.
+    // The next run: at first by this group's index, then by tickets, so that groups that kept few rows take more runs.
+    // The last runs are short, so that all groups end together.
     __device__ void take_run() {
         int rows = ROWS;
         if (runs_taken < a.fixed_runs) {
@@ -127,7 +127,7 @@ struct Scheduler {
         __syncwarp();
     }
 
-    // Requests into a free chunk what is most urgent: down rows, else other rows, else further router rows.
+    // Requests the most urgent rows for a free chunk: down rows, else other rows, else further router rows.
     __device__ Kind fill(int chunk) {
         if (row == row_end && router_left) take_run();
         int down_rows = min(downs_in - downs_out, ROWS);

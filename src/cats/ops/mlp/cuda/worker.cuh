@@ -1,8 +1,7 @@
-// A thread of the worker warps of a group. A part of gated_mlp.cu, which defines what stands in capitals, Arguments and
-// Group.
+// The worker warps of a group: a part of gated_mlp.cu, which defines the sizes, Arguments and Group.
 #pragma once
 
-// One thread of the workers: the columns of its vectors, of every row.
+// One thread of the workers. It handles the columns of its vectors, in every row.
 struct Worker {
     const Arguments& a;
     Group& shared;
@@ -49,7 +48,7 @@ struct Worker {
         a.stamp(END);
     }
 
-    // Adds up the groups of the block: each is left with the sums of its own share of the vectors.
+    // Adds up the groups of the block. Afterwards, each has the sums of its own share of the vectors.
     __device__ void share_sums() {
         Group* groups = &shared - group;
         static_assert(GROUPS == 1 || sizeof(shared.rows) >= BATCH * HIDDEN * sizeof(float));
@@ -83,13 +82,13 @@ struct Worker {
     __device__ void load_residual() {
 #if RESIDUAL
         static_assert(BATCH == 1 && COPIES == 1);
-        // no dot product is there yet
+        // the slots of dot products are still unused
         Team team{&shared.dots[0][0][0][0], warp, WARPS, 2 + group};
         Columns<HIDDEN, WORKERS> columns{thread};
         load_normed(a.residual, columns, team, a.request_early, blockIdx.x == 0 && group == 0, x[0]);
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            // as the layers of a model see it
+            // rounded, as the layers of a model read it
             unpack(pack(&x[0][v * VECTOR]), &x[0][v * VECTOR]);
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) y[0][v * VECTOR + i] = 0.f;
@@ -109,7 +108,7 @@ struct Worker {
             }
     }
 
-    // Places of a chunk that hold no row give sums that nobody reads.
+    // Where a chunk holds fewer rows, the other sums are not read.
     template <int N>
     __device__ void dot(const uint4 (&rows)[N][VECTORS], int chunk, int first) {
         float sums[N * BATCH];
@@ -173,7 +172,7 @@ struct Worker {
                         f(b * HIDDEN + vector(v) * VECTOR + i, &y[b][v * VECTOR + i]);
     }
 
-    // True in the warp that is the last of `count` to come; it then sees what the others wrote before they came.
+    // True in the last of `count` warps to arrive. It then sees what the others wrote before they arrived.
     __device__ bool last_to_arrive(int counter, int count) {
         unsigned before = 0;
         __syncwarp();
@@ -184,7 +183,7 @@ struct Worker {
         return true;
     }
 
-    // Copies of the sums, because many additions to one address wait for each other.
+    // Several copies of the sums, because many additions to one address wait for each other.
     __device__ void finish() {
         float* copy = a.sums + blockIdx.x % COPIES * (BATCH * HIDDEN);
         each_four(true, [&](int at, float* v) { add_to_global(copy + at, v); });
@@ -205,7 +204,7 @@ struct Worker {
         write_out();
     }
 
-    // The same sums in an order that does not depend on who comes when: first over teams of blocks, then over teams.
+    // The same sums in a fixed order: first over the blocks of a team, then over teams.
     __device__ void finish_in_order() {
         int team = blockIdx.x / TEAM, first = team * TEAM;
         int teams = (gridDim.x + TEAM - 1) / TEAM, members = min(TEAM, gridDim.x - first);
