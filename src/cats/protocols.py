@@ -83,7 +83,11 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    chat_template: object
     is_fast: bool
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
 
     @property
     def special_tokens_map(self) -> dict[str, Any]: ...
@@ -93,6 +97,8 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any, **kwargs: Any) -> str: ...
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
+
+    def clean_up_tokenization(self, text: str) -> str: ...
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 

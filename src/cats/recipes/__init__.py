@@ -1,7 +1,7 @@
 """What the commands do, callable from Python: long runs made of the library's parts.
 
 A recipe takes a loaded model and texts as strings, tells a :class:`Progress` what it is doing, and
-returns a dataclass. It writes files only where it is given a place for them.
+returns a dataclass. It writes files only into a folder or file that is an argument.
 """
 
 from typing import TYPE_CHECKING

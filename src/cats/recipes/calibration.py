@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats.apply import sparsify_
 from cats.config import CatsConfig, check_target
@@ -28,10 +27,10 @@ class Calibration:
 
     Attributes:
         config: The thresholds.
-        perplexity_dense: On the held-out blocks.
-        perplexity_sparse: On the held-out blocks.
+        perplexity_dense: Perplexity of the dense model on the held-out blocks.
+        perplexity_sparse: Perplexity of the sparse model on the held-out blocks.
         realized_sparsity: Name of each MLP to the share of neurons that it drops there.
-        held_out_tokens: How many these were.
+        held_out_tokens: Number of held-out tokens.
     """
 
     config: CatsConfig
@@ -42,7 +41,7 @@ class Calibration:
 
 
 def calibrate(
-    model: Any,
+    model: nn.Module,
     blocks: Tensor,
     held_out: Tensor,
     *,
@@ -56,8 +55,9 @@ def calibrate(
 ) -> Calibration | None:
     """Find thresholds on some blocks, apply them, and compare with the dense model on others.
 
-    All processes of a group share the calibration, see :func:`cats.recipes.count`. The first one
-    alone measures, and its model is sparse afterwards; the others return None with a dense model.
+    All processes of a group share the calibration, see :func:`cats.recipes.count`. Only the first
+    process measures, and its model is sparse afterwards. The others return None, and their models
+    stay dense.
 
     Args:
         model: A dense model; changed in place.
@@ -68,9 +68,9 @@ def calibrate(
         max_loss: Instead of a target: see :func:`cats.recipes.largest_sparsity`.
         method: ``"cats"`` or ``"relu"``.
         exclude: Patterns of MLPs that stay dense.
-        batch_size: Blocks of a forward pass.
-        statistics: A file for the counts, continued from if it is there.
-        progress: Told what is going on.
+        batch_size: Blocks per forward pass.
+        statistics: A file for the counts; if it exists, the calibration continues from it.
+        progress: Shows the passes over the blocks.
 
     Raises:
         ConfigError: If the options contradict each other, or ``max_loss`` allows no sparsity.
@@ -92,8 +92,8 @@ def calibrate(
     if max_loss is None:
         dense = perplexity(model, progress.track(batches, "dense perplexity"))
     else:
-        found = largest_sparsity(model, counted, batches, max_loss=max_loss, progress=progress)
-        target, dense = found.target_sparsity, found.perplexity_dense
+        largest = largest_sparsity(model, counted, batches, max_loss=max_loss, progress=progress)
+        target, dense = largest.target_sparsity, largest.perplexity_dense
     config = counted.config(target)
     sparsify_(model, config)
     sparse, realized = perplexity_and_sparsity(model, progress.track(batches, "sparse perplexity"))
@@ -107,10 +107,10 @@ def calibrate(
 
 
 def check_goal(method: str, target: float | None, max_loss: float | None) -> float | None:
-    """The target sparsity; None where the method has none, or a loss decides.
+    """The target sparsity; None where the method has none, or ``max_loss`` decides.
 
     Raises:
-        ConfigError: If these three contradict each other.
+        ConfigError: If the arguments contradict each other.
     """
     if target is not None and max_loss is not None:
         raise ConfigError("--max-loss looks for the sparsity: leave out --sparsity, or --max-loss")

@@ -1,4 +1,4 @@
-"""What a demo found: numbers of the dense and of the sparse model, results, and a page."""
+"""The results of a demo: numbers of the dense and of the sparse model, records, and a page."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cats.results import DemoTime, Perplexity, Result, environment
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """What was measured of the dense model, or of the sparse one.
+    """Measurements of the dense model, or of the sparse model.
 
     Attributes:
-        perplexity: On the held-out text.
+        perplexity: Perplexity on the held-out text.
         mlp_share: Share of the MLPs' weights that a token reads.
         token_bytes: Bytes that a token reads.
-        answer: To the prompt, the first one through ``cats.generate``.
-        rounds: Tokens per second through ``cats.generate``, of each round.
-        transformers_rounds: The same through ``model.generate``.
+        answer: The first answer of ``cats.generate`` to the prompt.
+        rounds: Tokens per second of ``cats.generate``, of each round.
+        transformers_rounds: Tokens per second of ``model.generate``, of each round.
     """
 
     perplexity: float
@@ -36,16 +36,16 @@ class Side:
 
     @property
     def tokens_per_second(self) -> float:
-        """Through ``cats.generate``: the median of the rounds."""
+        """Of ``cats.generate``: the median of the rounds."""
         return median(self.rounds)
 
     @property
     def transformers_tokens_per_second(self) -> float:
-        """Through ``model.generate``: the median of the rounds."""
+        """Of ``model.generate``: the median of the rounds."""
         return median(self.transformers_rounds)
 
     def to_dict(self) -> dict[str, Any]:
-        """All in one level, as ``cats demo --json`` prints it."""
+        """All fields in one level, as ``cats demo --json`` prints them."""
         return {
             "perplexity": self.perplexity,
             "mlp_share": self.mlp_share,
@@ -60,25 +60,25 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demonstration:
-    """What :func:`demonstrate` found.
+    """The result of :func:`demonstrate`.
 
     Attributes:
         model: Name of the model.
         text: Name of the text.
-        dtype: Of the weights.
-        device: Where it ran.
-        block: Tokens of a block.
-        seed: Of the draw of blocks.
-        target_sparsity: What was aimed at.
-        calibration_tokens: How many were calibrated on.
-        calibration_hash: Of these.
-        held_out_tokens: How many perplexity was measured on.
+        dtype: Dtype of the weights.
+        device: Device of the model.
+        block: Tokens per block.
+        seed: Seed of the draw of blocks.
+        target_sparsity: Target of the calibration.
+        calibration_tokens: Number of calibration tokens.
+        calibration_hash: Hash of the calibration tokens.
+        held_out_tokens: Number of tokens for perplexity.
         thresholds: Name of each MLP to its threshold.
         realized_sparsity: Name of each MLP to the share of neurons that it dropped.
-        prompt: What both answered.
-        dense: The model as it was.
-        cats: The sparse one.
-        profiles: Activations by ``"dense"`` and ``"cats"``, where they were asked for.
+        prompt: Prompt of both models.
+        dense: The dense model.
+        cats: The sparse model.
+        profiles: Activations of ``"dense"`` and ``"cats"``, where they were profiled.
     """
 
     model: str
@@ -106,19 +106,14 @@ class Demonstration:
 
     def results(self) -> list[Result]:
         """Perplexity, and the time of a token through both loops, dense and sparse."""
-        found = []
-        for side, name, target in (
-            (self.dense, "dense", None),
-            (self.cats, "cats", self.target_sparsity),
-        ):
-            found += self._results_of(side, name, target)
-        return found
+        dense = self._results_of(self.dense, "dense", None)
+        return dense + self._results_of(self.cats, "cats", self.target_sparsity)
 
     def save(self, folder: Path) -> Path:
-        """Write results and profiles, instead of those of an earlier run, and a page of them.
+        """Write results, profiles and a page of them; files of an earlier run are replaced.
 
         Returns:
-            The page.
+            Path of the page.
         """
         from cats.report import Material, write_page
 
@@ -126,16 +121,16 @@ class Demonstration:
         write_results(files[0], self.results())
         about = {"model": self.model, "text": self.text, "block": self.block}
         sparse = {"method": "cats", "target_sparsity": self.target_sparsity}
-        for name, found in self.profiles.items():
+        for name, profile in self.profiles.items():
             files.append(folder / f"profile-{name}.json")
-            found.save(files[-1], **about, cats=sparse if name == "cats" else None)
+            profile.save(files[-1], **about, cats=sparse if name == "cats" else None)
         page = folder / "report.html"
         write_page(Material.read(files), page, title=f"CATS on {self.model}: a demo")
         return page
 
     def _results_of(self, side: Side, name: str, target: float | None) -> list[Result]:
         dropped = sum(self.realized_sparsity.values()) / len(self.realized_sparsity)
-        where = environment(self.device)
+        measured_on = environment(self.device)
         common = {
             "model": self.model,
             "dtype": self.dtype,
@@ -150,7 +145,7 @@ class Demonstration:
                 "low": low,
                 "high": high,
                 "samples": len(values),
-                "environment": where,
+                "environment": measured_on,
                 **common,
             }
 

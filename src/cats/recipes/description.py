@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from cats.checkpoint import first_line
 from cats.errors import UnsupportedModelError
@@ -20,14 +20,14 @@ class Architecture:
 
     Attributes:
         model: Name of its class.
-        layers: How many it has.
+        layers: Number of layers.
         hidden_size: ``D``.
-        parameters: How many, tied ones once.
-        dtype: In which it is stored; None where its configuration does not say.
-        gated_mlps: How many MLPs can be made sparse.
-        intermediate_sizes: Each ``F`` that occurs among them.
-        activations: Each activation that occurs among them.
-        refusal: Why there are none; empty where there are some.
+        parameters: Number of parameters; tied ones count once.
+        dtype: Dtype in which it is stored; None where its configuration does not say.
+        gated_mlps: Number of MLPs that can be made sparse.
+        intermediate_sizes: Each ``F`` that occurs among these MLPs.
+        activations: Each activation that occurs among these MLPs.
+        refusal: Why no MLP can be made sparse; empty where some can.
     """
 
     model: str
@@ -41,15 +41,15 @@ class Architecture:
     refusal: str = ""
 
 
-def architecture(config: Any, *, trust_remote_code: bool = False) -> Architecture:
-    """Sizes of the model that a configuration makes.
+def architecture(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Architecture:
+    """Sizes of the model that a configuration describes.
 
     Args:
-        config: Of a Hugging Face model.
+        config: Configuration of a Hugging Face model.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        UnsupportedModelError: If it is no causal model.
+        UnsupportedModelError: If it is not a causal model.
     """
     try:
         with torch.device("meta"):
@@ -64,19 +64,19 @@ def architecture(config: Any, *, trust_remote_code: bool = False) -> Architectur
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype else None,
     }
-    alike: dict[Hashable, list[str]] = {}
+    same_kind: dict[Hashable, list[str]] = {}
     for name, module in model.named_modules():
         shapes = tuple(p.shape for p in module.parameters())
-        alike.setdefault((type(module), shapes), []).append(name)
-    # one of each kind is probed: with large weights it takes a second
-    numbers = {names[0]: len(names) for names in alike.values()}
+        same_kind.setdefault((type(module), shapes), []).append(name)
+    # only one module of each kind is probed, since a probe of large weights takes a second
+    counts = {names[0]: len(names) for names in same_kind.values()}
     try:
-        mlps = find_gated_mlps(model, names=numbers)
+        mlps = find_gated_mlps(model, names=counts)
     except UnsupportedModelError as error:
         return Architecture(**common, refusal=str(error))
     return Architecture(
         **common,
-        gated_mlps=sum(numbers[mlp.name] for mlp in mlps),
+        gated_mlps=sum(counts[mlp.name] for mlp in mlps),
         intermediate_sizes=tuple(dict.fromkeys(mlp.intermediate_size for mlp in mlps)),
         activations=tuple(dict.fromkeys(mlp.activation for mlp in mlps)),
     )

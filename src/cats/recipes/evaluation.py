@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats.apply import densify_
 from cats.evaluation.answers import Value
@@ -16,6 +15,7 @@ from cats.evaluation.run import answer_tasks
 from cats.evaluation.run import results as results_of
 from cats.evaluation.variants import Variant
 from cats.metrics import perplexity, perplexity_and_sparsity
+from cats.protocols import Tokenizer
 from cats.recipes.progress import Progress
 from cats.results import Result, TaskScore
 from cats.storage import replacing
@@ -41,7 +41,7 @@ class Perplexities:
 
 
 def compare_perplexities(
-    model: Any, batches: Sequence[Tensor], *, progress: Progress | None = None
+    model: nn.Module, batches: Sequence[Tensor], *, progress: Progress | None = None
 ) -> Perplexities:
     """Perplexity of a model, and of its sparse form beside it.
 
@@ -66,8 +66,8 @@ def compare_perplexities(
 
 
 def ask_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     variants: Iterable[Variant],
     tasks: Sequence[str],
     *,

@@ -7,23 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats.decode import Decoder
 from cats.decode.text import Detokenizer
 from cats.errors import DataError
+from cats.protocols import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What a model said.
+    """The answer of a model.
 
     Attributes:
-        text: Without the prompt and special tokens.
-        new_tokens: How many tokens it has.
-        engine: What decoded it.
-        tokens_per_second: Of the tokens after the first, so that the pass over the prompt is left
-            out; 0 where one token came.
+        text: The text, without the prompt and special tokens.
+        new_tokens: Number of its tokens.
+        engine: Engine that decoded it.
+        tokens_per_second: Speed after the first token, so that the pass over the prompt is left
+            out; 0 if there is only one token.
     """
 
     text: str
@@ -33,8 +34,8 @@ class Answer:
 
 
 def answer(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     chat: bool = True,
@@ -48,10 +49,10 @@ def answer(
     Args:
         model: A model, on its device.
         tokenizer: Its tokenizer.
-        prompt: What is continued or answered.
+        prompt: The text to continue or to answer.
         chat: Put the prompt into the tokenizer's chat template, if it has one.
         engine: As for :func:`cats.generate`.
-        on_text: Called with each piece of text. The pieces join to the text of the answer.
+        on_text: Called with each piece of text. Joined, the pieces are the text of the answer.
         on_token: Called after each token.
         **options: As for :func:`cats.generate`.
 
@@ -82,20 +83,20 @@ def answer(
 
 
 def tokens_per_second(times: Sequence[float]) -> float:
-    """Of the tokens after the first; 0 where one token came.
+    """Speed after the first token; 0 if there is only one token.
 
     Args:
-        times: When each token was there, in seconds.
+        times: Time of each token, in seconds.
     """
     seconds = times[-1] - times[0]
     return (len(times) - 1) / seconds if seconds > 0 else 0.0
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool) -> Tensor:
-    """Token ids ``[1, T]`` of a prompt, in the chat template where there is one.
+def encode(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> Tensor:
+    """Token ids ``[1, T]`` of a prompt, in the chat template if the tokenizer has one.
 
     Raises:
-        DataError: If there are none.
+        DataError: If the prompt has no tokens.
     """
     ids: Tensor
     if chat and tokenizer.chat_template:

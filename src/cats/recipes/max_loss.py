@@ -1,4 +1,4 @@
-"""The largest sparsity that a model bears: its perplexity rises by no more than a limit."""
+"""The largest sparsity at which the perplexity of a model rises by no more than a limit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats.apply import densify_, sparsify_
 from cats.calibration import Statistics
@@ -16,17 +15,17 @@ from cats.errors import ConfigError
 from cats.metrics import perplexity
 from cats.recipes.progress import Progress, duration
 
-# The search starts on one batch of so many.
+# The search starts on this share of the batches, 1 / 4.
 _PART = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LargestSparsity:
-    """What the search found.
+    """The result of :func:`largest_sparsity`.
 
     Attributes:
-        target_sparsity: A whole percentage, as a share.
-        perplexity_dense: Of the dense model, on the whole text.
+        target_sparsity: The sparsity, a multiple of 0.01.
+        perplexity_dense: Perplexity of the dense model on all batches.
     """
 
     target_sparsity: float
@@ -34,7 +33,7 @@ class LargestSparsity:
 
 
 def largest_sparsity(
-    model: Any,
+    model: nn.Module,
     statistics: Statistics,
     batches: Sequence[Tensor],
     *,
@@ -43,24 +42,24 @@ def largest_sparsity(
 ) -> LargestSparsity:
     """The largest whole percentage whose perplexity is within the limit.
 
-    Percentages are compared on a part of the text. What is found there is confirmed on the whole:
-    it is within the limit, and one percent more is not; otherwise the search goes on there.
+    A first search runs on a part of the text. A second one starts from its result and runs on all
+    of the text, until one percentage is within the limit and the next one is not.
 
     Args:
-        model: The dense model, and dense again afterwards.
-        statistics: Of the model, see :func:`cats.collect`; of a method that has a target.
+        model: The dense model; it is dense again afterwards.
+        statistics: Statistics of the model, see :func:`cats.collect`; the method needs a target.
         batches: Held-out token ids ``[B, T]`` each.
-        max_loss: How much the perplexity may rise, as a share of that of the dense model.
-        progress: Told how long the search will take, and of each perplexity.
+        max_loss: Allowed rise of the perplexity, as a share of that of the dense model.
+        progress: Shows how long the search will take, and each perplexity.
 
     Raises:
-        ConfigError: If even 1 % is too much.
+        ConfigError: If 1 % of sparsity exceeds the limit.
     """
     measured = _Perplexities(model, statistics, batches, progress or Progress())
     try:
         measured.of_part(0)
         measured.announce()
-        dense = measured.of_whole(0)
+        dense = measured.of_all(0)
         percent = _search(measured, max_loss)
     finally:
         densify_(model)
@@ -73,65 +72,71 @@ def largest_sparsity(
 
 
 def _search(measured: _Perplexities, max_loss: float) -> int:
+    # low is within the limit, high is not
     low, high = 0, 100
 
-    def look(percent: int, of: Callable[[int], float]) -> None:
+    def compare(percent: int, perplexity_at: Callable[[int], float]) -> None:
         nonlocal low, high
-        within = of(percent) / of(0) - 1 <= max_loss
+        within = perplexity_at(percent) / perplexity_at(0) - 1 <= max_loss
         low, high = (percent, high) if within else (low, percent)
 
     while high - low > 1:
-        look((low + high) // 2, measured.of_part)
+        compare((low + high) // 2, measured.of_part)
     guess, low, high = max(low, 1), 0, 100
     # from the guess in steps of 1, 2, 4, ... percent until the limit lies between two of them
-    look(guess, measured.of_whole)
+    compare(guess, measured.of_all)
     step = 1 if low == guess else -1
     while (high if step > 0 else low) in (0, 100) and high - low > 1:
         start = low if step > 0 else high
-        look(min(99, max(1, start + step)), measured.of_whole)
+        compare(min(99, max(1, start + step)), measured.of_all)
         step *= 2
     while high - low > 1:
-        look((low + high) // 2, measured.of_whole)
+        compare((low + high) // 2, measured.of_all)
     return low
 
 
 class _Perplexities:
     """Perplexity of a model at a percentage of sparsity, on a part of a text and on all of it.
 
-    Nothing is measured twice: what the part gave counts for the whole as well.
+    Nothing is measured twice: the value of the part is used for all of the text as well.
     """
 
     def __init__(
-        self, model: Any, statistics: Statistics, batches: Sequence[Tensor], progress: Progress
+        self,
+        model: nn.Module,
+        statistics: Statistics,
+        batches: Sequence[Tensor],
+        progress: Progress,
     ) -> None:
         self._model, self._statistics, self._progress = model, statistics, progress
         cut = max(1, len(batches) // _PART)
         self._pieces = [piece for piece in (batches[:cut], batches[cut:]) if piece]
-        # predicted tokens: of all but the first of each block
+        # the first token of a block is not predicted
         self._tokens = [sum(b[:, 1:].numel() for b in piece) for piece in self._pieces]
-        self._found: dict[tuple[int, int], float] = {}
+        self._known: dict[tuple[int, int], float] = {}
         self._seconds = 0.0
 
     def of_part(self, percent: int) -> float:
-        """On the part; 0 % is the dense model."""
-        return self._of(percent, 0)
+        """Perplexity on the part; 0 % is the dense model."""
+        return self._of_piece(percent, 0)
 
-    def of_whole(self, percent: int) -> float:
-        """On the whole text; 0 % is the dense model."""
-        losses = [math.log(self._of(percent, i)) for i in range(len(self._pieces))]
+    def of_all(self, percent: int) -> float:
+        """Perplexity on all of the text; 0 % is the dense model."""
+        losses = [math.log(self._of_piece(percent, i)) for i in range(len(self._pieces))]
         total = sum(loss * n for loss, n in zip(losses, self._tokens, strict=True))
         return math.exp(total / sum(self._tokens))
 
     def announce(self) -> None:
-        """Say how long one perplexity takes, by the one that was measured last."""
-        whole = self._seconds * sum(self._tokens) / self._tokens[0]
+        """Say how long one perplexity takes, estimated from the last one."""
+        of_part = duration(self._seconds)
+        of_all = duration(self._seconds * sum(self._tokens) / self._tokens[0])
         self._progress.say(
-            f"One perplexity takes about {duration(self._seconds)} on a part of the held-out text "
-            f"and {duration(whole)} on all of it. The search needs about 8 of a part and 3 of all."
+            f"One perplexity takes about {of_part} on a part of the held-out text and {of_all} on "
+            "all of it. The search needs about 8 on the part and 3 on all."
         )
 
-    def _of(self, percent: int, i: int) -> float:
-        if (percent, i) not in self._found:
+    def _of_piece(self, percent: int, i: int) -> float:
+        if (percent, i) not in self._known:
             if percent:
                 sparsify_(self._model, self._statistics.config(percent / 100))
             else:
@@ -139,6 +144,6 @@ class _Perplexities:
             start = time.perf_counter()
             text = f"at {percent} %, " + ("a part" if i == 0 else "the rest")
             batches = self._progress.track(self._pieces[i], text)
-            self._found[percent, i] = perplexity(self._model, batches)
+            self._known[percent, i] = perplexity(self._model, batches)
             self._seconds = time.perf_counter() - start
-        return self._found[percent, i]
+        return self._known[percent, i]

@@ -1,4 +1,4 @@
-"""How a recipe tells what it is doing: a terminal, a notebook or nobody listens."""
+"""How a recipe tells what it is doing: to a terminal, to a notebook or to nobody."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Progress:
     """Shows nothing. A subclass overrides what it wants to show."""
 
     def say(self, text: str) -> None:
-        """One line that is worth keeping, such as how long the rest will take."""
+        """One line that stays, such as how long the recipe will take."""
 
     def track(self, items: Sequence[T], text: str) -> Iterable[T]:
-        """The same items, which are taken one by one while ``text`` is done."""
+        """The same items; ``text`` says what is done with them."""
         return items
 
     def count(self, text: str, total: int) -> AbstractContextManager[Callable[[], None]]:
-        """Something of ``total`` steps: a context whose function is called at each."""
+        """Work of ``total`` steps: a context whose function is called at each step."""
         return nullcontext(lambda: None)
 
     def stage(self) -> AbstractContextManager[Callable[[str], None]]:
-        """Something that cannot be counted: a context whose function is told what begins now.
+        """Work that cannot be counted: a context whose function is told what begins now.
 
-        It is timed meanwhile: what runs in the background here would change the result.
+        The work may be timed, so nothing may run in the background meanwhile.
         """
         return nullcontext(lambda text: None)
 

@@ -1,4 +1,4 @@
-"""The steps of the paper's recipe on one model; each keeps what it finds in a folder."""
+"""The steps of the paper's recipe on one model; each step writes its results into a folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats import fingerprint
 from cats.benchmarks import decode as decode_benchmark
@@ -24,41 +24,43 @@ from cats.evaluation.inputs import InputCounts
 from cats.evaluation.profile import profile
 from cats.evaluation.variants import Dense, Sparse, Variant
 from cats.model import find_gated_mlps
+from cats.protocols import CausalModel, Tokenizer
 from cats.recipes.counting import check_text
 from cats.recipes.evaluation import ask_tasks
 from cats.recipes.progress import Progress
 from cats.recipes.recipe_folder import Folder
 from cats.recipes.text import REFINED_WEB, refined_web, shuffled
+from cats.results import Result
 from cats.storage import load_json
 
 _BATCH = 4
 _HELD_OUT_BLOCKS = 20
 _PROFILE_BLOCKS = 32
-# Settings of answers that all variants of a table have in common.
-_ASKED = ("limit", "seed", "data", "harness")
+# Settings of answers that all variants of a table share.
+_SHARED = ("limit", "seed", "data", "harness")
 
 
 @dataclass(kw_only=True, slots=True)
 class Recipe:
-    """One run of the recipe; each step keeps what it finds in ``folder``.
+    """One run of the recipe; each step writes its results into ``folder``.
 
     Attributes:
         model: The dense model.
         tokenizer: Its tokenizer.
-        folder: Where everything is kept.
-        name: What results call the model.
+        folder: Folder of all results.
+        name: Name of the model in results.
         targets: Target sparsities of CATS.
-        samples: Blocks of calibration text.
-        length: Tokens of a block.
-        seed: Of all that is drawn.
+        samples: Number of calibration blocks.
+        length: Tokens per block.
+        seed: Seed of all random draws.
         bos: As for :func:`cats.data.token_blocks`.
-        source: What results call the calibration text.
-        revision: Of the model on the hub.
-        progress: Told what is going on.
+        source: Name of the calibration text in results.
+        revision: Revision of the model on the hub.
+        progress: Shows each step.
     """
 
-    model: Any
-    tokenizer: Any
+    model: nn.Module
+    tokenizer: Tokenizer
     folder: Path
     name: str
     targets: Sequence[float] = (0.5, 0.7, 0.9)
@@ -70,18 +72,18 @@ class Recipe:
     revision: str | None = None
     progress: Progress = field(default_factory=Progress)
     _identity: dict[str, Value] = field(init=False, repr=False)
-    _kept: Folder = field(init=False, repr=False)
+    _results: Folder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for target in self.targets:
             check_target(target)
-        # once: it reads all weights
+        # only once, since it reads all weights
         self._identity = evaluation_run.identity(self.model, self.tokenizer)
-        self._kept = Folder(self.folder, self.progress)
+        self._results = Folder(self.folder, self.progress)
 
     @property
     def settings(self) -> dict[str, Value]:
-        """What every number depends on."""
+        """Settings that every result depends on."""
         return {
             "model": self.name,
             **self._identity,
@@ -90,7 +92,7 @@ class Recipe:
             "calibration_samples": self.samples,
             "calibration_length": self.length,
             "calibration_seed": self.seed,
-            # None, as in folders from before there was the choice
+            # None instead of False, as in folders of releases without this option
             "bos": bool(text_start(self.tokenizer, self.bos)) or None,
         }
 
@@ -98,12 +100,15 @@ class Recipe:
         """Calibration blocks ``[N, T]`` and held-out ones, drawn by the seed.
 
         Args:
-            text: What is cut; None streams RefinedWeb from the hub.
+            text: Text to cut into blocks; None streams RefinedWeb from the hub.
+
+        Raises:
+            DataError: If the text fills fewer than two blocks.
         """
-        wanted = self.samples + _HELD_OUT_BLOCKS
-        # a document is shorter than a block more often than not
-        texts = [text] if text is not None else refined_web(20 * wanted, self.seed)
-        limit = None if text is not None else wanted
+        count = self.samples + _HELD_OUT_BLOCKS
+        # most documents are shorter than a block
+        texts = [text] if text is not None else refined_web(20 * count, self.seed)
+        limit = None if text is not None else count
         blocks = token_blocks(self.tokenizer, texts, length=self.length, limit=limit, bos=self.bos)
         if len(blocks) < 2:
             raise DataError(f"the text fills {len(blocks)} block of {self.length}, 2 are needed")
@@ -124,10 +129,10 @@ class Recipe:
             "calibration_hash": fingerprint.of_tokens(blocks),
             "held_out_hash": fingerprint.of_tokens(held_out),
         }
-        self._kept.check(self.settings | hashes)
+        self._results.check(self.settings | hashes)
 
     def eval_blocks(self, texts: Mapping[str, str], tokens: int | None) -> dict[str, Tensor]:
-        """Name of each text to its blocks, of at most so many tokens."""
+        """Name of each text to its blocks ``[N, T]``, of at most ``tokens`` tokens."""
         limit = None if tokens is None else tokens // self.length
         return {
             name: token_blocks(self.tokenizer, text, length=self.length, limit=limit, bos=self.bos)
@@ -139,9 +144,9 @@ class Recipe:
         methods = {*methods}
         yield Dense()
         if "cats" in methods:
-            counted = self._statistics("cats", blocks)
+            statistics = self._statistics("cats", blocks)
             for target in self.targets:
-                yield Sparse(counted.config(target))
+                yield Sparse(statistics.config(target))
         if "relu" in methods:
             yield Sparse(self._statistics("relu", blocks).config())
         if not {"input", "teal"} & methods:
@@ -149,7 +154,7 @@ class Recipe:
         batches = self.progress.track(blocks.split(_BATCH), "counting inputs")
         inputs = InputCounts.collect(self.model, batches)
         for target in self.targets:
-            # gate is read whole: of three matrices, two leave the share unread
+            # CATS reads all of gate, and leaves the share unread in two of three matrices
             equal_bytes = 2 / 3 * target
             if "input" in methods:
                 yield inputs.uniform(equal_bytes)
@@ -157,39 +162,37 @@ class Recipe:
                 yield inputs.teal(equal_bytes)
 
     def perplexity(self, variant: Variant, text: str, blocks: Tensor) -> None:
-        """Of one variant on one text."""
+        """Measure the perplexity of one variant on one text."""
         file = f"perplexity/{variant.label}-{text.replace('/', '-').replace(', ', '-')}.jsonl"
         batches = blocks.split(_BATCH)
-        wanted = self.settings | variant.settings | evaluation_run.text_settings(batches)
-        self._kept.keep(
-            file.replace(" ", "-"),
-            lambda: [
-                evaluation_run.measure_perplexity(
-                    self.model,
-                    variant,
-                    batches,
-                    text=text,
-                    settings=self.settings,
-                    track=lambda batches: self.progress.track(batches, variant.label),
-                )
-            ],
-            wanted,
-        )
+        settings = self.settings | variant.settings | evaluation_run.text_settings(batches)
+
+        def measure() -> Iterator[Result]:
+            yield evaluation_run.measure_perplexity(
+                self.model,
+                variant,
+                batches,
+                text=text,
+                settings=self.settings,
+                track=lambda batches: self.progress.track(batches, variant.label),
+            )
+
+        self._results.keep(file.replace(" ", "-"), measure, settings)
 
     def profiles(self, variants: Sequence[Variant], blocks: Tensor) -> None:
-        """Activations of the dense model and of the sparse one of the first target."""
+        """Profile the activations of each variant."""
         batches = blocks[:_PROFILE_BLOCKS].split(8)
         for variant in variants:
             path = self.folder / f"profile-{variant.label}.json"
-            wanted = self.settings | variant.settings | evaluation_run.text_settings(batches)
+            settings = self.settings | variant.settings | evaluation_run.text_settings(batches)
             if path.exists():
                 before = load_json(path, "profile").get("settings", {})
-                evaluation_run.check_same(path, "activations", before, wanted)
+                evaluation_run.check_same(path, "activations", before, settings)
                 continue
             with variant.on(self.model) as model:
                 about = {"cats": getattr(model.config, "cats", None), "text": self.source}
-                seen = profile(model, self.progress.track(batches, "profiling"))
-            seen.save(path, model=self.name, block=self.length, settings=wanted, **about)
+                measured = profile(model, self.progress.track(batches, "profiling"))
+            measured.save(path, model=self.name, block=self.length, settings=settings, **about)
 
     def tasks(
         self,
@@ -201,7 +204,7 @@ class Recipe:
         data_dir: Path | None = None,
     ) -> None:
         """Zero-shot tasks of every variant, resumed task by task."""
-        found = ask_tasks(
+        scores = ask_tasks(
             self.model,
             self.tokenizer,
             variants,
@@ -214,36 +217,36 @@ class Recipe:
             data_dir=data_dir,
             progress=self.progress,
         )
-        self._kept.add_variants("tasks.jsonl", found, {*self.settings, *_ASKED})
+        self._results.add_variants("tasks.jsonl", scores, {*self.settings, *_SHARED})
 
     def mlp_times(self) -> None:
-        """One MLP of the model's shape, in float32 as in the paper and in the model's dtype."""
+        """Time one MLP of the model, in float32 as in the paper and in the model's dtype."""
         mlp = find_gated_mlps(self.model)[0]
         device = next(self.model.parameters()).device
         on_cpu = device.type == "cpu"
-        for dtype in dict.fromkeys((torch.float32, self.model.dtype)):
+        for dtype in dict.fromkeys((torch.float32, cast(CausalModel, self.model).dtype)):
             name = str(dtype).removeprefix("torch.")
             file = f"mlp-{name}.jsonl"
-            targets = self._kept.targets_in(file, self.targets)
+            targets = self._results.targets_in(file, self.targets)
             case = mlp_benchmark.Case(
                 hidden_size=mlp.hidden_size,
                 intermediate_size=mlp.intermediate_size,
                 dtype=dtype,
                 device=str(device),
                 sparsities=tuple(targets),
-                # a CPU reads slower, and its compiler takes minutes
+                # a CPU reads more slowly, and its compiler takes minutes
                 rounds=5 if on_cpu else 50,
                 size=2**28 if on_cpu else 2**32,
                 compiled=not on_cpu,
             )
             with self.progress.stage() as show:
                 show(f"timing one MLP in {name}")
-                self._kept.keep(file, partial(mlp_benchmark.measure, case), sparsities=targets)
+                self._results.keep(file, partial(mlp_benchmark.measure, case), sparsities=targets)
 
     def token_times(self, blocks: Tensor) -> None:
-        """A decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
+        """Time a decoded token at batch 1: dense, and sparse at every target with fused MLPs."""
         on_cpu = next(self.model.parameters()).device.type == "cpu"
-        targets = self._kept.targets_in("tokens.jsonl", self.targets)
+        targets = self._results.targets_in("tokens.jsonl", self.targets)
         case = decode_benchmark.Case(
             model=self.name,
             sparsities=(0.0, *targets),
@@ -260,10 +263,10 @@ class Recipe:
                 case,
                 on_stage=lambda text: show(f"timing tokens: {text}"),
             )
-            self._kept.keep("tokens.jsonl", measure, sparsities=targets)
+            self._results.keep("tokens.jsonl", measure, sparsities=targets)
 
     def report(self) -> Path:
-        """Write the page of all that lies in the folder; gives its path."""
+        """Write a page of all results in the folder; returns its path."""
         from cats.report import Material, write_page
 
         page = self.folder / "report.html"
@@ -273,13 +276,12 @@ class Recipe:
     def _statistics(self, method: str, blocks: Tensor) -> Statistics:
         path = self.folder / f"statistics-{method}.safetensors"
         if path.exists():
-            # added to nothing of this model: counts of another one are refused
-            found = collect(self.model, [], method=method) + Statistics.load(path)
-            check_text(
-                found, blocks, f"{path}: counts of another text or seed; name another folder"
-            )
-            return found
+            # adding to empty statistics of this model refuses counts of another model
+            statistics = collect(self.model, [], method=method) + Statistics.load(path)
+            message = f"{path}: counts of another text or seed; name another folder"
+            check_text(statistics, blocks, message)
+            return statistics
         batches = self.progress.track(blocks.split(_BATCH), f"calibrating {method}")
-        found = collect(self.model, batches, method=method)
-        found.save(path)
-        return found
+        statistics = collect(self.model, batches, method=method)
+        statistics.save(path)
+        return statistics

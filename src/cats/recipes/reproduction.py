@@ -12,7 +12,7 @@ METHODS = ("cats", "relu", "input", "teal")
 
 
 def check_methods(methods: Iterable[str]) -> None:
-    """Complain about a method that the recipe does not compare."""
+    """Raise ConfigError for a method that the recipe does not compare."""
     if unknown := [name for name in methods if name not in METHODS]:
         raise ConfigError(f"--methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
 
@@ -30,22 +30,22 @@ def reproduce(
     data_dir: Path | None = None,
     speed: bool = True,
 ) -> Path:
-    """Run a whole recipe; what is in its folder already is not measured again.
+    """Run all steps of a recipe; results that are in its folder already are not measured again.
 
     Args:
         recipe: Model, targets and calibration.
         text: Calibration text; None streams RefinedWeb from the hub.
         eval_texts: Name to text for perplexity, beside held-out calibration text.
-        eval_tokens: Of each such text, at most, in whole blocks; None: all.
-        methods: What is compared with the dense model, of ``METHODS``.
+        eval_tokens: Most tokens of each such text, in whole blocks; None: all.
+        methods: Methods to compare with the dense model, of ``METHODS``.
         tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
-        limit: Questions a task; None: all.
-        batch_size: Questions of a forward pass, or ``"auto"``.
+        limit: Questions per task; None: all.
+        batch_size: Questions per forward pass, or ``"auto"``.
         data_dir: Folder of the tasks' parquet files.
         speed: Time one MLP and whole tokens too.
 
     Returns:
-        The page that it ends in.
+        Path of the report.
     """
     check_methods(methods)
     with recipe.progress.stage() as show:

@@ -1,23 +1,23 @@
-"""Text of a recipe: blocks to calibrate on, blocks held out to measure on, the paper's data."""
+"""Text of a recipe: blocks for calibration, held-out blocks, and the paper's data."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cats.data import token_blocks
 from cats.errors import ConfigError, DataError
+from cats.protocols import Tokenizer
 from cats.recipes.tokens import check_tokens
 
 REFINED_WEB = "tiiuae/falcon-refinedweb"
 
 
 def split(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: str | Iterable[str],
     *,
     block: int = 512,
@@ -30,28 +30,29 @@ def split(
     """Blocks ``[N, T]`` for calibration and held-out ones, drawn from the text by the seed.
 
     Args:
-        tokenizer: Of the model.
-        texts: What is cut into blocks.
-        block: Tokens of a block.
-        tokens: For calibration, at most, in whole blocks.
-        held_out_tokens: Held out, at most, in whole blocks, and no more than a fifth of the text.
-        held_out_text: Where the held-out blocks come from instead.
-        seed: Of the draw.
+        tokenizer: Tokenizer of the model.
+        texts: Texts to cut into blocks.
+        block: Tokens per block.
+        tokens: Most tokens for calibration, in whole blocks.
+        held_out_tokens: Most held-out tokens, in whole blocks, and no more than a fifth of the
+            text.
+        held_out_text: Another text for the held-out blocks.
+        seed: Seed of the draw.
         bos: As for :func:`cats.data.token_blocks`.
 
     Raises:
-        ConfigError: If the tokens are fewer than one block has.
+        ConfigError: If a number of tokens is less than one block.
         DataError: If the text is too short.
     """
     check_tokens(tokens, block, "tokens")
     check_tokens(held_out_tokens, block, "held_out_tokens")
     blocks = shuffled(token_blocks(tokenizer, texts, length=block, bos=bos), seed)
-    wanted = held_out_tokens // block
+    count = held_out_tokens // block
     if held_out_text is not None:
-        held_out = token_blocks(tokenizer, held_out_text, length=block, bos=bos)[:wanted]
+        held_out = token_blocks(tokenizer, held_out_text, length=block, bos=bos)[:count]
     else:
-        wanted = min(wanted, max(1, len(blocks) // 5))
-        blocks, held_out = blocks[wanted:], blocks[:wanted]
+        count = min(count, max(1, len(blocks) // 5))
+        blocks, held_out = blocks[count:], blocks[:count]
     if not len(blocks):
         raise DataError(
             f"the text fills one block of {block} tokens, and one is held out: give more text, "
@@ -61,12 +62,16 @@ def split(
 
 
 def shuffled(blocks: Tensor, seed: int) -> Tensor:
-    """The rows in an order that the seed draws."""
+    """The rows in a random order; the seed decides which."""
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
 
 
 def refined_web(documents: int, seed: int) -> Iterator[str]:
-    """So many documents of RefinedWeb, drawn by the seed and streamed from the hub."""
+    """This number of documents of RefinedWeb, drawn by the seed and streamed from the hub.
+
+    Raises:
+        ConfigError: If the package ``datasets`` is not installed.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:

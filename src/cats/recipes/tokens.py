@@ -6,7 +6,11 @@ from cats.errors import ConfigError
 
 
 def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> None:
-    """Complain about fewer tokens than one block has."""
+    """Refuse fewer tokens than one block has.
+
+    Raises:
+        ConfigError: If there are fewer.
+    """
     if tokens is not None and tokens < block:
         raise ConfigError(
             f"{option} {tokens} is less than one block of {block}: give more, or a smaller block"
@@ -16,6 +20,6 @@ def check_tokens(tokens: int | None, block: int, option: str = "--tokens") -> No
 def tokens_or_default(
     tokens: int | None, default: int, block: int, option: str = "--tokens"
 ) -> int:
-    """The given number of tokens, checked; without one the default, which is at least a block."""
+    """The number of tokens, checked; if it is None, the default, but at least one block."""
     check_tokens(tokens, block, option)
     return max(default, block) if tokens is None else tokens

@@ -1,4 +1,4 @@
-"""From the names of data to what a fine-tuning takes: rows, a sparse model, a number of steps."""
+"""Prepare a fine-tuning: read its data, make the model sparse, count the steps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats.apply import sparsify_
 from cats.calibration import calibrate
@@ -17,6 +16,7 @@ from cats.finetuning import FinetuneOptions, Pairs, StreamedBlocks
 from cats.finetuning.data import Blocks, Examples
 from cats.finetuning.run import differences, options_that_count
 from cats.history import History
+from cats.protocols import Tokenizer
 from cats.recipes.progress import Progress
 from cats.recipes.training_data import TrainingData
 
@@ -25,13 +25,13 @@ _BATCH = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What :func:`cats.finetuning.finetune` takes beside the model.
+    """Arguments of :func:`cats.finetuning.finetune` beside the model.
 
     Attributes:
-        train: What is learnt.
+        train: Examples to learn.
         evaluations: Name to held-out examples.
         calibration: Token ids ``[N, T]`` for thresholds; None where none are set.
-        options: With the steps of the epochs, where these were given.
+        options: The options; epochs are converted to steps.
     """
 
     train: Examples
@@ -41,12 +41,12 @@ class Prepared:
 
     @property
     def pairs(self) -> dict[str, Pairs]:
-        """Those evaluations that have answers."""
+        """The evaluations that have answers."""
         return {name: e for name, e in self.evaluations.items() if isinstance(e, Pairs)}
 
 
 def read(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     data: TrainingData,
     options: FinetuneOptions,
     *,
@@ -57,15 +57,15 @@ def read(
     """Read the data of a fine-tuning.
 
     Args:
-        tokenizer: Of the model.
-        data: What to read.
-        options: Of the fine-tuning.
-        epochs: Passes over the data, instead of the options' steps.
+        tokenizer: Tokenizer of the model.
+        data: Names of the data.
+        options: Options of the fine-tuning.
+        epochs: Passes over the data, instead of the steps of ``options``.
         calibrated: Whether thresholds will be set.
-        progress: Told that data is read.
+        progress: Shows that data is read.
 
     Raises:
-        ConfigError: If text for calibration has no use, or a stream has no end to count epochs by.
+        ConfigError: If a text for calibration has no use, or epochs are to be counted in a stream.
     """
     check_epochs(epochs)
     with (progress or Progress()).stage() as show:
@@ -83,8 +83,8 @@ def read(
 
 
 def prepare_(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     data: TrainingData,
     options: FinetuneOptions,
     *,
@@ -96,14 +96,14 @@ def prepare_(
     """:func:`read` the data, and make a model sparse in place where it has no thresholds yet.
 
     Args:
-        model: Dense or sparse.
+        model: A dense or sparse model.
         tokenizer: Its tokenizer.
-        data: What to read.
-        options: Of the fine-tuning.
+        data: Names of the data.
+        options: Options of the fine-tuning.
         method: ``"cats"``, ``"relu"`` or ``"dense"``, for a dense model; None: ``"cats"``.
-        target_sparsity: Of the method ``"cats"``; None: 0.5.
-        epochs: Passes over the data, instead of the options' steps.
-        progress: Told of reading and of the calibration.
+        target_sparsity: Target of the method ``"cats"``; None: 0.5.
+        epochs: Passes over the data, instead of the steps of ``options``.
+        progress: Shows the reading and the calibration.
     """
     progress = progress or Progress()
     sparsify = not hasattr(model.config, "cats") and method != "dense"
@@ -125,31 +125,32 @@ def prepare_(
 
 
 def check_epochs(epochs: float | None) -> None:
-    """Complain about a number of epochs that is none, before the data is read."""
+    """Raise ConfigError unless the number of epochs is positive or None."""
     if epochs is not None and not 0 < epochs < float("inf"):
         raise ConfigError(f"--epochs must be positive, got {epochs}")
 
 
 def with_epochs(options: FinetuneOptions, epochs: float | None, train: Examples) -> FinetuneOptions:
-    """The options with the steps of so many passes over the data, where they were asked for."""
+    """The options with the steps of this number of passes over the data, unless it is None."""
     if epochs is None:
         return options
     if isinstance(train, StreamedBlocks):
         raise ConfigError("a stream has no --epochs: give --steps")
-    rows_a_step = options.batch_size * options.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
-    steps = max(1, round(epochs * (len(train) // rows_a_step)))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_per_step = options.batch_size * options.accumulate * processes
+    steps = max(1, round(epochs * (len(train) // rows_per_step)))
     return dataclasses.replace(options, steps=steps)
 
 
 def changed_options(
     output: Path, options: FinetuneOptions, *, without_steps: bool = False
-) -> dict[str, tuple[Any, Any]]:
-    """Name of each option that the run in a folder had otherwise: what it was, and what it is now.
+) -> dict[str, tuple[object, object]]:
+    """Options in which the run in a folder differs: name to the value then and the value now.
 
     Args:
-        output: Folder of a run, or one where none is yet.
-        options: Those of now.
-        without_steps: Leave out the steps, as where epochs will decide them.
+        output: Folder of a run; it need not exist yet.
+        options: The options now.
+        without_steps: Leave out the steps, such as where epochs will decide them.
     """
     path = output / "history.jsonl"
     if not path.exists():
