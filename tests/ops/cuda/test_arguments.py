@@ -13,8 +13,10 @@ from cats.ops.attention.cuda import AttentionArguments
 from cats.ops.choice.cuda import ChoiceArguments
 from cats.ops.cuda.arguments import Arguments, Pointer, address, with_stamps
 from cats.ops.cuda.residual import Residual
+from cats.ops.cuda.runs import Deal
 from cats.ops.embedding.cuda import EmbeddingArguments
 from cats.ops.linear.cuda import LinearArguments
+from cats.ops.linear.quantised import QuantisedLinearArguments
 from cats.ops.mlp.cuda.arguments import MLPArguments
 
 OPS = Path(cats.ops.__file__).parent
@@ -23,21 +25,24 @@ STRUCTS = {
     "choice/choose.cu": ChoiceArguments,
     "embedding/embedding.cu": EmbeddingArguments,
     "linear/linear.cu": LinearArguments,
+    "linear/quantised.cu": QuantisedLinearArguments,
     "mlp/cuda/gated_mlp.cu": MLPArguments,
     "cuda/residual.cuh": Residual,
+    "cuda/runs.cuh": Deal,
 }
 TYPES = {
     "int": ctypes.c_int,
     "float": ctypes.c_float,
     "int64": ctypes.c_int64,
     "Residual": Residual,
+    "Deal": Deal,
 }
 
 
 def members(source):
     """Name and type of each member of the struct in a source, in the order of the source."""
     text = re.sub(r"//.*", "", (OPS / source).read_text())
-    body = re.search(r"struct (?:Arguments : Traced|Residual) \{(.*?)\};", text, re.DOTALL)[1]
+    body = re.search(r"struct (?:Arguments : Traced|Residual|Deal) \{(.*?)\};", text, re.DOTALL)[1]
     constants = dict(re.findall(r"\b(MATRICES) = (\d+)", text))
     for declaration in body.split(";"):
         if not declaration.strip():

@@ -207,6 +207,10 @@ __device__ __forceinline__ float load_float_from_l2(const float* source) {
     return v;
 }
 
+__device__ __forceinline__ void load_two_words_from_l2(const void* source, uint32* out) {
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(out[0]), "=r"(out[1]) : "l"(source) : "memory");
+}
+
 __device__ __forceinline__ uint32 load_word_from_l2(const void* source) {
     uint32 word;
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(source) : "memory");

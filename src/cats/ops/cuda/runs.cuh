@@ -38,9 +38,10 @@ struct Runs {
     // The run of ticket i, for which another is asked; false where nothing is left.
     __device__ bool take(int i) {
         if (!deal.counter) return set(2 * deal.runs, 2);
-        const int ticket = __shfl_sync(~0u, tickets[i], 0), behind = max(ticket - deal.long_tickets, 0);
+        const int ticket = __shfl_sync(~0u, tickets[i], 0);
         ask(i);
-        return set(2 * (deal.fixed * gridDim.x + min(ticket, deal.long_tickets)) + behind, behind || ticket == deal.long_tickets ? 1 : 2);
+        const int whole = deal.fixed * gridDim.x + min(ticket, deal.long_tickets);
+        return set(2 * whole + max(ticket - deal.long_tickets, 0), ticket < deal.long_tickets ? 2 : 1);
     }
 
     __device__ bool set(int half, int count) {

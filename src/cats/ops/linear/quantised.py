@@ -1,0 +1,182 @@
+"""``quantised.cu``: its arguments, the size of its ring, and its launch."""
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from cats.errors import ShapeError, UnsupportedModelError
+from cats.ops.cuda.arguments import Arguments, Pointer, address
+from cats.ops.cuda.device import DTYPES, VECTOR_BYTES, shared_memory
+from cats.ops.cuda.function import Function, Launch
+from cats.ops.cuda.residual import Residual
+from cats.ops.cuda.runs import Deal
+from cats.ops.quantised import PackedRows, RowLayout
+
+__all__ = ["QuantisedLinearArguments", "launch"]
+
+_MATRICES = 3  # of one launch: those of queries, keys and values
+_SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_MIN_CHUNKS, _MAX_CHUNKS = 4, 8
+# As in cuda.py: on their way to a multiprocessor while the kernel in front still runs, and what a
+# ring leaves to the block of attention beside it.
+_EARLY_BYTES = 32 * 1024
+_SPARE_BYTES = 24 * 1024
+
+
+class QuantisedLinearArguments(Arguments):
+    """``struct Arguments`` of the source."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("residual", Residual),
+        ("x", Pointer),
+        ("rows", Pointer * _MATRICES),
+        ("biases", Pointer * _MATRICES),
+        ("add", Pointer),
+        ("out", Pointer),
+        ("copy", Pointer),
+        ("deal", Deal),
+        ("ends", ctypes.c_int * _MATRICES),
+        ("run_ends", ctypes.c_int * _MATRICES),
+        ("request_early", ctypes.c_int),
+    )
+
+
+def launch(
+    matrices: Sequence[PackedRows],
+    biases: Sequence[Tensor | None],
+    *,
+    x: Tensor | Residual,
+    dtype: torch.dtype,
+    out: Tensor,
+    add: Tensor | None = None,
+    copy: Tensor | None = None,
+    counter: Tensor | None = None,
+    early: bool = True,
+    multiprocessors: int,
+    traced: bool = False,
+) -> Launch:
+    """``out = add + concatenated(matrix @ x + bias)`` for up to three packed matrices.
+
+    Args:
+        matrices: Of one layout.
+        biases: ``[rows]`` in ``dtype`` or None, one for each matrix.
+        x: ``[columns]`` in ``dtype``, or the norm of a residual stream.
+        dtype: Of the model: float32, bfloat16 or float16.
+        out: ``[all rows]``, float32.
+        add: The same shape and dtype.
+        copy: The same shape and dtype; also gets the output, or 0 where there is no ``add``.
+        counter: One int32 that is zero when the launch starts, and which it leaves at something
+            else: blocks that are faster then take more rows. None: rows are dealt out by index.
+        early: Whether weights may be requested before the kernel in front has ended.
+        multiprocessors: Of the GPU.
+        traced: Whether warps note times.
+
+    Raises:
+        ShapeError: If the matrices differ in their layout.
+        UnsupportedModelError: If a row does not fit.
+    """
+    layout = matrices[0].layout
+    if any(matrix.layout != layout for matrix in matrices):
+        raise ShapeError(
+            "matrices of one launch must have the same columns, bits, groups and zero points, "
+            f"got {[matrix.layout for matrix in matrices]}: launch them one by one"
+        )
+    normed = isinstance(x, Residual)
+    device = matrices[0].rows.get_device()
+    function, rows_of_run = _function(device, layout, dtype, normed, traced)
+    ends = _ends(matrix.count for matrix in matrices)
+    run_ends = _ends(-(-matrix.count // rows_of_run) for matrix in matrices)
+    blocks = min(multiprocessors, run_ends[-1])
+    arguments = QuantisedLinearArguments(
+        rows=tuple(address(matrix.rows) for matrix in matrices),
+        biases=tuple(address(bias, 1) for bias in biases),
+        add=address(add),
+        out=address(out),
+        copy=address(copy),
+        deal=Deal.of(run_ends[-1], blocks, counter),
+        ends=ends,
+        run_ends=run_ends,
+        request_early=early,
+    )
+    if isinstance(x, Residual):
+        arguments.residual = x
+    else:
+        arguments.x = address(x)
+    return Launch(function, arguments, blocks)
+
+
+def _ends(counts: Iterable[int]) -> tuple[int, ...]:
+    ends = list(accumulate(counts))
+    return tuple(ends + ends[-1:] * (_MATRICES - len(ends)))
+
+
+@cache
+def _function(
+    device: int, layout: RowLayout, dtype: torch.dtype, normed: bool, traced: bool
+) -> tuple[Function, int]:
+    """The kernel, and how many rows a run has."""
+    defines = _defines(layout, dtype, normed, traced, shared_limit=shared_memory(device))
+    threads = 32 * (layout.warps + 2)  # workers, the copier and the reducer
+    function = Function(
+        device,
+        "linear/quantised.cu",
+        defines,
+        threads=threads,
+        shared_bytes=defines["SHARED_BYTES"],
+    )
+    return function, defines["ROWS_OF_CHUNK"]
+
+
+def _defines(
+    layout: RowLayout, dtype: torch.dtype, normed: bool, traced: bool, *, shared_limit: int
+) -> dict[str, int]:
+    if normed and layout.columns * dtype.itemsize % VECTOR_BYTES:
+        raise UnsupportedModelError(
+            f"the residual stream must be a multiple of {VECTOR_BYTES} bytes in {dtype}, "
+            f"got {layout.columns} elements"
+        )
+    # x, barriers and what alignment may add
+    fixed = (4 * layout.width if normed else 0) + 512
+    rows, chunks = _ring(layout, shared_limit - fixed)
+    chunk = _chunk_bytes(layout, rows)
+    return dict(
+        BITS=layout.bits,
+        WIDTH=layout.width,
+        GROUP=layout.group_size,
+        SCALE=_SCALES[layout.scale_dtype],
+        ZERO_MODE=int(layout.zero_mode),
+        CONSTANT_ZERO=layout.zero,
+        WARPS=layout.warps,
+        ROWS_OF_CHUNK=rows,
+        DTYPE=DTYPES[dtype],
+        INPUTS=layout.columns,
+        NORMED=int(normed),
+        CHUNKS=chunks,
+        EARLY_CHUNKS=max(1, _EARLY_BYTES // chunk),
+        SHARED_BYTES=fixed + chunks * chunk,
+        TRACE=int(traced),
+    )
+
+
+def _ring(layout: RowLayout, room: int) -> tuple[int, int]:
+    """Rows of a chunk, and chunks: many rows, as products take 16 at once, but in flight too."""
+    for rows in (16, 8, 4)[layout.bits // 8 :]:
+        chunks = (room - _SPARE_BYTES) // _chunk_bytes(layout, rows)
+        if chunks >= _MIN_CHUNKS:
+            return rows, min(chunks, _MAX_CHUNKS)
+    chunks = room // _chunk_bytes(layout, 4)
+    if chunks < 1:
+        raise UnsupportedModelError(
+            f"rows of {layout.pitch} bytes are too long for the shared memory"
+        )
+    return 4, chunks
+
+
+def _chunk_bytes(layout: RowLayout, rows: int) -> int:
+    # rows, the sums of each warp, three barriers, what the chunk holds
+    return rows * layout.pitch + 4 * layout.warps * rows + 3 * 8 + 2 * 4
