@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import cats
-from cats.benchmarks import decode
+from cats.benchmarks import decode, decode_variants
+from cats.benchmarks.copies import copy_for_fusion
 from cats.benchmarks.decode import Case, measure
+from cats.benchmarks.decode_check import divergence
 from cats.benchmarks.decode_runs import run_loop, run_transformers
 from cats.benchmarks.launches import profile_steps, summarize
 from cats.benchmarks.shapes import random_model
@@ -13,10 +15,8 @@ from cats.errors import BackendError, ConfigError
 from cats.results import Result
 from tests.models import make_ids, make_model
 
-TINY = dict(
-    model="tiny", sparsities=(0.0, 0.5), prompt_length=8, new_tokens=6, rounds=2,
-    read_bytes=2**20,
-)  # fmt: skip
+LENGTHS = dict(prompt_length=8, new_tokens=6, rounds=2, read_bytes=2**20)
+TINY = dict(model="tiny", sparsities=(0.0, 0.5)) | LENGTHS
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def times(results):
 
 def test_every_variant_is_measured_with_its_limit(results):
     assert [Result.from_json(r.to_json()) for r in results] == results
-    found = times(results)
-    assert found.keys() == {("eager", 0.0), ("generate", 0.0), ("eager", 0.5), ("generate", 0.5)}
-    dense, sparse = found["eager", 0.0].settings, found["eager", 0.5].settings
+    timed = times(results)
+    assert timed.keys() == {("eager", 0.0), ("generate", 0.0), ("eager", 0.5), ("generate", 0.5)}
+    dense, sparse = timed["eager", 0.0].settings, timed["eager", 0.5].settings
     assert dense["realized_sparsity"] == 0
     assert 0.2 < sparse["realized_sparsity"] < 0.8
     # of each neuron that is dropped, a row of up and a column of down are not read
@@ -47,18 +47,24 @@ def test_each_stage_is_named_before_it_begins():
     stages = []
     case = Case(**TINY | {"generate": False})
     list(measure(make_model(), make_ids(8), case, on_stage=stages.append))
-    dense, sparse = (
-        [f"{name}: running the modules, for the check", f"{name}, auto: making the engine",
-         f"{name}, eager: first run"]
-        for name in ("dense", "cats-50")
-    )  # fmt: skip
-    rounds = [f"eager: round {number} of 2" for number in (1, 2)]
-    assert stages == [
-        "timing a read of memory", "calibrating on 256 tokens",
-        *dense, *(f"dense, {r}" for r in rounds), "dense, eager: check",
-        *sparse, *(f"{name}, {r}" for r in rounds for name in ("cats-50", "dense")),
-        "cats-50, eager: check",
-    ]  # fmt: skip
+    expected = """\
+timing a read of memory
+calibrating on 256 tokens
+dense: running the modules, for the check
+dense, auto: making the engine
+dense, eager: first run
+dense, eager: round 1 of 2
+dense, eager: round 2 of 2
+dense, eager: check
+cats-50: running the modules, for the check
+cats-50, auto: making the engine
+cats-50, eager: first run
+cats-50, eager: round 1 of 2
+dense, eager: round 1 of 2
+cats-50, eager: round 2 of 2
+dense, eager: round 2 of 2
+cats-50, eager: check"""
+    assert stages == expected.splitlines()
 
 
 def test_every_engine_is_checked_against_the_modules(results):
@@ -82,9 +88,9 @@ def test_engine_that_computes_something_else_shows_in_its_check(monkeypatch):
 def test_divergence_of_nan_is_nan_and_of_equals_is_zero():
     logits = torch.randn(1, 3, 5)
     exact = logits.log_softmax(-1)
-    assert decode._divergence(exact, logits) == pytest.approx(0, abs=1e-6)
+    assert divergence(exact, logits) == pytest.approx(0, abs=1e-6)
     logits[0, 1, 2] = torch.nan
-    assert math.isnan(decode._divergence(exact, logits))
+    assert math.isnan(divergence(exact, logits))
 
 
 def test_start_up_is_a_time_that_passed(results):
@@ -94,9 +100,9 @@ def test_start_up_is_a_time_that_passed(results):
 
 
 def test_dense_loop_of_the_same_minute_is_compared_with(results):
-    found = times(results)
-    assert found["eager", 0.0].settings["dense_ms"] == found["eager", 0.0].value
-    assert found["eager", 0.5].settings["dense_ms"] > 0
+    timed = times(results)
+    assert timed["eager", 0.0].settings["dense_ms"] == timed["eager", 0.0].value
+    assert timed["eager", 0.5].settings["dense_ms"] > 0
     first = {
         r.settings["sparsity"]: r
         for r in results
@@ -113,23 +119,20 @@ def test_results_of_a_sparsity_come_before_the_next_one_is_run(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(decode, "copy_for_fusion", stop)
-    found = []
+    results = []
     with pytest.raises(KeyboardInterrupt):
-        found.extend(measure(make_model(), make_ids(8), Case(**TINY)))
-    assert times(found).keys() == {("eager", 0.0), ("generate", 0.0)}
+        results.extend(measure(make_model(), make_ids(8), Case(**TINY)))
+    assert times(results).keys() == {("eager", 0.0), ("generate", 0.0)}
 
 
 def test_engine_that_cannot_run_a_model_is_left_out_with_the_reason(monkeypatch):
-    def refuse(variant, device):
-        if variant.decoder is not None:
-            raise BackendError("not this one")
-        return started(variant, device)
+    def refuse(*_, **options):
+        raise BackendError("not this one")
 
-    started = decode._started
-    monkeypatch.setattr(decode, "_started", refuse)
+    monkeypatch.setattr(decode_variants, "run_loop", refuse)
     with pytest.warns(UserWarning, match="eager at 0% is left out: not this one"):
-        found = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.0,)})))
-    assert found.keys() == {("generate", 0.0)}
+        timed = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.0,)})))
+    assert timed.keys() == {("generate", 0.0)}
 
 
 def test_engine_that_refuses_a_model_is_left_out_before_it_is_run(monkeypatch):
@@ -138,14 +141,14 @@ def test_engine_that_refuses_a_model_is_left_out_before_it_is_run(monkeypatch):
 
     monkeypatch.setattr("cats.decode.runner.make_engine", refuse)
     with pytest.warns(UserWarning, match="auto at 0% is left out: not this one"):
-        found = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.0,)})))
-    assert found.keys() == {("generate", 0.0)}
+        timed = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.0,)})))
+    assert timed.keys() == {("generate", 0.0)}
 
 
 def test_sparse_copies_share_what_fusing_leaves_alone():
     model = make_model()
     down = model.model.layers[0].mlp.down_proj
-    copied = decode.copy_for_fusion(model)
+    copied = copy_for_fusion(model)
     ours = {id(p) for p in model.parameters()}
     own = {n for n, p in copied.named_parameters() if id(p) not in ours}
     assert own == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
@@ -164,7 +167,7 @@ def test_a_head_that_is_no_embedding_counts_and_the_embedding_does_not():
     assert result.settings["bytes"] == weights + cache
 
 
-def test_transformers_is_timed_once_a_token():
+def test_transformers_is_timed_once_per_token():
     run = run_transformers(make_model(), make_ids(1, 5), min_new_tokens=4, max_new_tokens=4)
     assert run.tokens.shape == (1, 9)
     assert run.times == sorted(run.times)
@@ -186,10 +189,10 @@ def test_each_run_of_the_loop_runs_the_whole_prompt():
 
 @pytest.mark.parametrize(
     "change",
-    [{"rounds": 1}, {"generate_rounds": 1}, {"sparsities": (1.0,)}, {"sparsities": ()},
-     {"batch": 0}],
+    [{name: 1} for name in ("rounds", "generate_rounds")]
+    + [{"sparsities": (1.0,)}, {"sparsities": ()}, {"batch": 0}],
     ids=str,
-)  # fmt: skip
+)
 def test_cases_that_cannot_be_right_are_errors(change):
     with pytest.raises(ConfigError):
         Case(**TINY | change)
@@ -219,11 +222,11 @@ def test_launches_are_summed_by_name_and_gaps_are_what_no_kernel_fills():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_launches_and_memory_of_a_gpu_are_measured(device):
     case = Case(**TINY | {"launches": True, "generate": False})
-    found = list(measure(make_model().to(device), make_ids(8), case))
-    launches = [r for r in found if r.quantity == "launch" and r.settings["sparsity"] == 0]
+    results = list(measure(make_model().to(device), make_ids(8), case))
+    launches = [r for r in results if r.quantity == "launch" and r.settings["sparsity"] == 0]
     assert sum(r.settings["share"] for r in launches) == pytest.approx(1)
     assert launches[0].value > 0
-    peaks = {r.settings["sparsity"]: r for r in found if r.quantity == "peak_memory"}
+    peaks = {r.settings["sparsity"]: r for r in results if r.quantity == "peak_memory"}
     assert peaks.keys() == {0.0, 0.5}
     assert peaks[0.0].settings["over_dense_weights"] > 0
 

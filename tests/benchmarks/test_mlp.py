@@ -3,7 +3,7 @@ import torch
 from typer.testing import CliRunner
 
 from cats import ops
-from cats.benchmarks import mlp, timing
+from cats.benchmarks import mlp, mlp_variants, timing
 from cats.benchmarks.mlp import Case, Weights, check, measure
 from cats.cli import bench
 from cats.errors import BackendError, ConfigError
@@ -12,12 +12,10 @@ from cats.results import read_results
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tiny_case(**changes: object) -> Case:
-    options: dict[str, object] = dict(
-        hidden_size=32, intermediate_size=64, dtype=torch.float32, device=DEVICE,
-        backends=("reference",), sparsities=(0.5,), rounds=2, size=2**20, compiled=False,
-    )  # fmt: skip
-    return Case(**options | changes)
+def tiny_case(**changes):
+    shape = dict(hidden_size=32, intermediate_size=64, dtype=torch.float32, device=DEVICE)
+    variants = dict(backends=("reference",), sparsities=(0.5,), compiled=False)
+    return Case(**shape | variants | dict(rounds=2, size=2**20) | changes)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +38,8 @@ def test_every_variant_and_sparsity_is_measured_beside_the_limit(results):
         for r in times
         if r.settings["neighbour"] == "none"
     }
-    assert measured == {
-        ("reference", 0.0), ("reference", 0.5), ("dense_eager", 0.0), ("dense_merged", 0.0),
-    }  # fmt: skip
+    at_zero = {(name, 0.0) for name in ("reference", "dense_eager", "dense_merged")}
+    assert measured == at_zero | {("reference", 0.5)}
     assert all(0 < r.low <= r.value <= r.high for r in times if r.settings["neighbour"] == "none")
 
 
@@ -56,17 +53,17 @@ def test_the_limit_counts_the_kept_neurons(results):
     assert ratio == pytest.approx((1 + 2 * half) / 3)
 
 
-def test_weights_are_rotated_beyond_the_cache():
-    case = tiny_case()
-    one = 3 * 32 * 64 * 4
-    assert mlp._copies(case, cache=10 * one) == 40
-    assert mlp._copies(case, cache=1) == 2
+@pytest.mark.parametrize(("cache", "copies"), [(10 * 3 * 32 * 64 * 4, 40), (1, 2)])
+def test_weights_are_rotated_beyond_the_cache(monkeypatch, cache, copies):
+    monkeypatch.setattr(mlp, "cache_size", lambda device: cache)
+    _, *times = measure(tiny_case())
+    assert {r.settings["copies"] for r in times} == {copies}
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     case = tiny_case()
     right = ops.gated_mlp
-    monkeypatch.setattr(mlp.ops, "gated_mlp", lambda *a, **k: right(*a, **k) * 1.001)
+    monkeypatch.setattr(ops, "gated_mlp", lambda *a, **k: right(*a, **k) * 1.001)
     with pytest.raises(BackendError, match=r"reference is wrong .* it is not timed"):
         list(measure(case))
 
@@ -84,7 +81,7 @@ def test_the_papers_kernels_are_right():
         case = tiny_case(hidden_size=D, intermediate_size=F)
         x = torch.randn(1, D, device=DEVICE)
         for sparsity in (0.0, 0.5):
-            check(mlp.PAPER, mlp._paper, x, Weights.random(case).at(x, sparsity))
+            check(mlp.PAPER, mlp_variants.paper, x, Weights.random(case).at(x, sparsity))
 
 
 def test_the_papers_kernels_take_one_token():
@@ -93,23 +90,22 @@ def test_the_papers_kernels_take_one_token():
 
 
 def test_default_backends_are_those_that_take_the_case(monkeypatch):
-    monkeypatch.setattr(mlp, "why_refused", lambda *_: "not live")
-    x, weights = torch.randn(1, 32, device=DEVICE), Weights.random(tiny_case())
+    monkeypatch.setattr(mlp_variants, "why_refused", lambda *_: "not live")
     with pytest.raises(BackendError, match=r"no sparse backend takes this case.*not live"):
-        mlp._default_backends(x, weights)
+        list(measure(tiny_case(backends=())))
 
 
 def test_command_appends_a_sweep_to_the_file(tmp_path):
     file = tmp_path / "results.jsonl"
-    arguments = [
-        "mlp", "--shape", "16x24", "--shape", "8x8", "--batch", "1,2", "--sparsity", "0.5",
-        "--dtype", "float32", "--backend", "reference", "--device", DEVICE, "--rounds", "2",
-        "--read-mib", "1", "--no-compiled", "-o", str(file),
-    ]  # fmt: skip
+    command = (
+        "mlp --shape 16x24 --shape 8x8 --batch 1,2 --sparsity 0.5 --dtype float32 --rounds 2 "
+        "--backend reference --read-mib 1 --no-compiled --device"
+    )
+    arguments = [*command.split(), DEVICE, "-o", str(file)]
     outcome = CliRunner().invoke(bench.app, arguments)
     assert outcome.exit_code == 0, outcome.output
-    found = {(r.settings["hidden_size"], r.settings["batch"]) for r in read_results(file)}
-    assert found == {(16, 1), (16, 2), (8, 1), (8, 2)}
+    measured = {(r.settings["hidden_size"], r.settings["batch"]) for r in read_results(file)}
+    assert measured == {(16, 1), (16, 2), (8, 1), (8, 2)}
     shown = CliRunner().invoke(bench.app, ["results", "show", str(file)])
     assert shown.exit_code == 0
     assert "16x24" in shown.output
@@ -117,12 +113,16 @@ def test_command_appends_a_sweep_to_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--shape", "16"], ["--shape", "16x24", "--dtype", "int8"],
-     ["--shape", "16x24", "--sparsity", "half"], ["--shape", "16x24", "--sparsity", "1"],
-     ["--shape", "16x24", "--batch", "0"]],
-)  # fmt: skip
+    [
+        "--shape 16",
+        "--shape 16x24 --dtype int8",
+        "--shape 16x24 --sparsity half",
+        "--shape 16x24 --sparsity 1",
+        "--shape 16x24 --batch 0",
+    ],
+)
 def test_options_that_cannot_be_right_are_refused(arguments):
-    outcome = CliRunner().invoke(bench.app, ["mlp", *arguments])
+    outcome = CliRunner().invoke(bench.app, ["mlp", *arguments.split()])
     assert isinstance(outcome.exception, ConfigError)
 
 

@@ -13,15 +13,14 @@ from torch.profiler import ProfilerActivity
 from cats.decode import Decoder
 from cats.errors import ConfigError
 
-_CUDA: Any = torch._C._autograd.DeviceType.CUDA
-# Steps before the profiler starts, and those that it sees.
+# Steps before the profiler starts, and steps that it sees.
 _BEFORE = 4
 _STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, copy or fill: microseconds and number of launches a token."""
+    """A kernel, copy or fill: microseconds and number of launches per token."""
 
     name: str
     time: float
@@ -33,8 +32,8 @@ class Step:
     """A step as the device sees it.
 
     Attributes:
-        launches: By time, the longest first; two kernels may overlap.
-        gaps: Microseconds a token in which nothing ran.
+        launches: The longest first; two kernels may overlap.
+        gaps: Microseconds per token in which nothing ran.
     """
 
     launches: list[Launch]
@@ -42,14 +41,14 @@ class Step:
 
 
 def profile_steps(decoder: Decoder, ids: Tensor, **options: Any) -> Step:
-    """Profile some steps of a generation on a GPU, all of which the decoder has run before.
+    """Profile some steps of a generation on a GPU. The decoder must have run such steps before.
 
     Raises:
         ConfigError: If the model is not on a CUDA device.
     """
     if not ids.is_cuda:
         raise ConfigError("launches can be timed on a CUDA device only")
-    profiler: Any = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
     count = 0
 
     def watch(_: Tensor) -> None:
@@ -67,13 +66,13 @@ def profile_steps(decoder: Decoder, ids: Tensor, **options: Any) -> Step:
     events = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == _CUDA and not event.is_user_annotation
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
     return summarize(events, steps=_STEPS)
 
 
 def summarize(events: Iterable[tuple[str, float, float]], *, steps: int) -> Step:
-    """Add up launches ``(name, start, end)``, in microseconds, of so many steps."""
+    """Add up the launches ``(name, start, end)`` of several steps, in microseconds."""
     times: dict[str, list[float]] = {}
     gaps, busy_until = 0.0, None
     for name, start, end in sorted(events, key=lambda event: event[1]):

@@ -5,22 +5,31 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 
 from cats import ops
 
 Key = TypeVar("Key", bound=Hashable)
-# Of one GPU graph or CPU pass, so that the cost of starting it disappears.
+# Calls in one GPU graph or CPU pass, so that the cost of starting it disappears.
 MIN_CALLS = 32
 # As large as the last-level cache of a desktop or a rented core's share of a server.
 _UNKNOWN_CACHE = 64 * 2**20
 
 
+class Quartiles(TypedDict):
+    """The fields that every result has of a timing, in the unit of the result."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Median and quartiles of one call, in seconds."""
+    """Median and quartiles of some samples, in seconds or in the unit of a result."""
 
     median: float
     low: float
@@ -28,26 +37,40 @@ class Timing:
     samples: int
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Timing":
-        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median=median, low=low, high=high, samples=len(seconds))
+    def of(cls, samples: list[float]) -> "Timing":
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median=median, low=low, high=high, samples=len(samples))
+
+    @classmethod
+    def once(cls, value: float) -> "Timing":
+        """Of something that was measured once."""
+        return cls(median=value, low=value, high=value, samples=1)
 
     @property
-    def quartiles(self) -> dict[str, Any]:
-        """The fields of a result that it fills, in its own unit."""
-        return {
-            "value": self.median,
-            "low": self.low,
-            "high": self.high,
-            "samples": self.samples,
-        }
+    def quartiles(self) -> Quartiles:
+        return {"value": self.median, "low": self.low, "high": self.high, "samples": self.samples}
+
+    def scaled(self, factor: float) -> "Timing":
+        return self._map(lambda value: value * factor)
 
     def less(self, seconds: float) -> "Timing":
-        """The rest after something that was timed with it."""
+        """What is left without something else that was timed with it."""
+        return self._map(lambda value: value - seconds)
+
+    def as_rate(self, amount: float) -> "Timing":
+        """The amount per second, if one sample is the time of the whole amount."""
         return Timing(
-            median=self.median - seconds,
-            low=self.low - seconds,
-            high=self.high - seconds,
+            median=amount / self.median,
+            low=amount / self.high,
+            high=amount / self.low,
+            samples=self.samples,
+        )
+
+    def _map(self, change: Callable[[float], float]) -> "Timing":
+        return Timing(
+            median=change(self.median),
+            low=change(self.low),
+            high=change(self.high),
             samples=self.samples,
         )
 
@@ -77,11 +100,11 @@ def time_passes(
 
 
 def read_bandwidth(device: torch.device, *, size: int, rounds: int) -> Timing:
-    """Seconds to read ``size`` bytes, far more than any cache holds: the fastest of some ways.
+    """Seconds to read ``size`` bytes, far more than any cache holds, in the fastest of some ways.
 
-    A sum over the buffer, and its product with a vector (on a CPU a sum alone may be bound by
-    arithmetic); where it is live, also our own CUDA kernel with every neuron kept, which streams
-    the buffer through bulk copies.
+    One way is a sum over the buffer. Another is its product with a vector, since arithmetic may
+    bound a sum on a CPU. Where it is live, the third is our own CUDA kernel with every neuron kept,
+    which streams the buffer through bulk copies.
     """
     columns = 4096
     rows = max(1, size // (4 * columns))
@@ -91,18 +114,12 @@ def read_bandwidth(device: torch.device, *, size: int, rounds: int) -> Timing:
         "sum": lambda: buffer.sum(),
         "product": lambda: buffer @ vector,
     }
-    read = dict.fromkeys(passes, 4 * buffer.numel())
+    read = dict.fromkeys(passes, buffer.nbytes)
     if device.type == "cuda" and ops.backends()["cuda"] == "live":
         passes["kernel"], read["kernel"] = _kernel_read(buffer)
     timings = time_passes(passes, 1, device=device, rounds=rounds)
-    best = min(timings, key=lambda name: timings[name].median / read[name])
-    scale, timing = size / read[best], timings[best]
-    return Timing(
-        median=timing.median * scale,
-        low=timing.low * scale,
-        high=timing.high * scale,
-        samples=timing.samples,
-    )
+    fastest = min(timings, key=lambda name: timings[name].median / read[name])
+    return timings[fastest].scaled(size / read[fastest])
 
 
 def _kernel_read(buffer: torch.Tensor) -> tuple[Callable[[], object], int]:

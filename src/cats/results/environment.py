@@ -45,13 +45,13 @@ def environment(device: str, *, commit: str | None = None) -> dict[str, Value]:
         "hip": torch.version.hip,
         **versions,
         "commit": commit or os.environ.get("CATS_COMMIT") or _checkout_commit(),
-        "kernel_sources": _kernel_source_hash(),
+        "kernel_sources": kernel_source_hash(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 @cache
-def _kernel_source_hash() -> str:
+def kernel_source_hash() -> str:
     return hash_sources(_SOURCES / "ops")
 
 
