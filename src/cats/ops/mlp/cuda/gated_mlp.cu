@@ -77,7 +77,7 @@ struct Arguments : Traced {
     int short_rows;
     int gate_is_router;
     int request_early;                 // the previous kernel writes no weights
-    Residual residual;                 // instead of x, for RESIDUAL; then `out` is null, and the output is added to `sums` [D]
+    Residual residual;                 // for RESIDUAL, instead of x; then `out` is null, and `sums` [D] is added to
 };
 
 // Counters: the next ticket, then arrivals of blocks. For each warp: one for all blocks, one per team of TEAM blocks.
