@@ -1,5 +1,5 @@
 // What the operators of this backend (gated_mlp.cpp and so on) and their registration (library.cpp) share: torch's
-// functions, found by name, and what is made of them.
+// functions, found by name, and helpers that call them.
 #pragma once
 
 #include <stdexcept>
@@ -27,7 +27,7 @@ struct InstructionSet {
   LinearKernel linear;
 };
 
-// The one in use.
+// The instruction set in use.
 const InstructionSet& instruction_set();
 
 // The operators as torch's dispatcher calls them.
@@ -110,7 +110,7 @@ inline void run_in_torch(int64_t count, Threads::Body body, void* context) {
 }
 
 inline void run_in_threads(int64_t count, Threads::Body body, void* context) {
-  // one for the whole process, as the threads are
+  // one per process, like the threads
   static Helpers helpers;
   helpers.run(count, body, context, run_in_torch);
 }

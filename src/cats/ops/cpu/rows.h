@@ -1,6 +1,6 @@
-// What the kernels are built of, once for all instruction sets: dot products with rows of weights, and threads that share
-// the rows of a call. Decode is bound by the bytes of weights that are read, so everything here serves one aim: many loads of
-// the right rows in flight.
+// What the kernels are made of, for all instruction sets: dot products with rows of weights, and threads that share the rows
+// of a call. The time of a decode step is that of reading weights, so everything here serves one aim: many loads of the right
+// rows in flight.
 //
 // `Lanes`, a template parameter, is what an instruction set does with weights of one type:
 //
@@ -9,8 +9,8 @@
 //   kDotStep, load_dot, dot       a dot product of kDotStep weights with as many inputs, added to a Vector
 //   kAccumulators                 Vectors that fit in registers beside the operands
 //
-// Each including file is compiled for another instruction set, so all of this has internal linkage: the linker must not
-// merge two versions of one function.
+// Each file that includes this is compiled for another instruction set, so all of this has internal linkage: the linker must
+// not merge two versions of one function.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
-// into the second-level cache: a group of rows does not fit into the first
+// into the second-level cache, since a group of rows does not fit into the first
 inline void prefetch(const void* address) {
 #if defined(_MSC_VER)
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
@@ -81,7 +81,7 @@ struct WideningLanes : Instructions {
   }
 };
 
-// Rows that are read at once, so that many loads are in flight: as many as there are registers for sums.
+// Rows that are read at once, so that many loads are in flight; limited by the registers for sums.
 template <class Lanes, int B>
 constexpr int rows_at_once() {
   int rows = 8;
@@ -128,7 +128,7 @@ void dot(const typename Lanes::Weight* const (&rows)[R], const typename Lanes::W
 template <class Lanes, int R, int B, class Row>
 void dot_rows(const Row& row, int64_t count, const typename Lanes::Input* x, int64_t D, float (*out)[B]) {
   for (int64_t i = 0; i < count; i += R) {
-    // past the end, a group repeats the last row: that is in the cache, and what it gives is not copied
+    // past the end, a group repeats the last row, which is in the cache; its result is not copied
     const typename Lanes::Weight *rows[R], *next[R];
     for (int r = 0; r < R; ++r) {
       rows[r] = row(std::min(i + r, count - 1));
@@ -140,21 +140,22 @@ void dot_rows(const Row& row, int64_t count, const typename Lanes::Input* x, int
   }
 }
 
-// Rows shorter than a page: such as follow each other are one stream, which the hardware prefetches better than several.
+// Whether rows are shorter than a page. Short rows that follow each other are read one after the other, as one stream, which
+// the hardware prefetches better than several streams.
 template <class Weight>
 bool are_short(int64_t D) {
   return D * static_cast<int64_t>(sizeof(Weight)) < 4096;
 }
 
-// x as `dot` reads it: as it is, or in float32, in `memory`.
+// x as `dot` reads it: x itself, or its float32 copy in `memory`.
 template <class Lanes>
 const typename Lanes::Input* inputs_of(const void* x, int64_t count, std::vector<float>& memory) {
-  const auto* given = static_cast<const typename Lanes::Weight*>(x);
+  const auto* stored = static_cast<const typename Lanes::Weight*>(x);
   if constexpr (std::is_same_v<typename Lanes::Input, typename Lanes::Weight>) {
-    return given;
+    return stored;
   } else {
     float* wide = at_least(memory, count);
-    for (int64_t i = 0; i < count; ++i) wide[i] = to_float(given[i]);
+    for (int64_t i = 0; i < count; ++i) wide[i] = to_float(stored[i]);
     return wide;
   }
 }

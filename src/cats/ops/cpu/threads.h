@@ -1,5 +1,5 @@
-// Whether other threads help a call. Where other programs use the processors, a parallel region waits until the system runs
-// the last of its threads, which can take far longer than the work. Then calls run in the calling thread for a while.
+// Whether other threads help a call. Where other programs use the processors, a call waits until the system has run the last
+// of its threads, which can take much longer than the work. Then calls run in the calling thread alone for a while.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,9 @@ class Helpers {
   using Clock = std::chrono::steady_clock;
   using Duration = Clock::duration;
 
-  // Alone for so many times what was lost by waiting: trying again costs a twentieth of the time at most.
+  // How many times the wait calls then run alone: a new try costs a twentieth of the time at most.
   static constexpr int kPause = 20;
-  // so that a machine that has become quiet is noticed
+  // an upper bound, so that threads help again soon after a machine has become quiet
   static constexpr Duration kLongest = std::chrono::seconds(10);
 
   // Whether calls that start now run alone.
@@ -26,12 +26,12 @@ class Helpers {
 
   // Takes note of a call in threads: how long the calling thread worked, and how long it then waited for the others.
   void note(int64_t threads, Duration worked, Duration waited, Clock::time_point now) {
-    // alone, it would have taken about `threads` times the work of one: no longer than it took in threads
+    // alone, the call would have taken about `threads` times the work of one thread: less than it took in threads
     if (waited > worked * (threads - 1))
       until_.store((now + std::min(waited * kPause, kLongest)).time_since_epoch().count(), std::memory_order_relaxed);
   }
 
-  // Calls `body`, of which one call does all the work that is left, from up to `count` threads.
+  // Calls `body` from up to `count` threads. Each call takes work until none is left, so that one call is enough.
   void run(int64_t count, Threads::Body body, void* context, void (*in_threads)(int64_t, Threads::Body, void*)) {
     struct Call {
       Threads::Body body;

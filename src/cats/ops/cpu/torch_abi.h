@@ -1,6 +1,6 @@
-// The part of torch's stable C interface that the operator uses, of torch 2.10, unchanged since. Restated, because then
-// building needs no torch (an isolated build would download one), and looked up by name in the torch that is loaded, so
-// that one binary serves all later versions. A test compiles this file beside torch's own headers.
+// The part of torch's stable C interface that the operators use: that of torch 2.10, unchanged since. It is restated, so that
+// building does not need torch (an isolated build would download it). The functions are looked up by name in the torch that
+// is loaded, so that one binary serves all later versions. A test compiles this file beside torch's own headers.
 //
 // Source: torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable/c/shim.h of PyTorch (BSD-3-Clause).
 #pragma once

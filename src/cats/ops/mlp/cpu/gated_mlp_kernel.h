@@ -2,12 +2,12 @@
 //
 //   1. Neurons are dealt to threads in chunks. For a chunk, read the router's rows one after the other, list the neurons
 //      that some token keeps, then read the listed rows of the other branch, several at once.
-//   2. Read the rows of `down` of all neurons that some token needs. Tasks are pieces of the output (columns) times pieces
-//      of the list, each with an accumulator of its own: which thread runs a task does not change the result.
+//   2. Read the rows of `down` of all neurons that some token needs. A task is a piece of the output (columns) and a piece
+//      of the list, with its own accumulator: which thread runs a task does not change the result.
 //   3. Add the accumulators in a fixed order.
 //
-// Kept rows lie at random distances, which no hardware prefetcher follows: while a group of rows is read, the same line of
-// each row of the next group is prefetched into the second-level cache.
+// The distances between kept rows are random, which no hardware prefetcher follows. So, while a group of rows is read, the
+// same line of each row of the next group is prefetched into the second-level cache.
 #pragma once
 
 #include <cmath>
@@ -97,12 +97,12 @@ void add_scaled(const typename Lanes::Weight* const (&rows)[R], const typename L
 
 // --- the steps
 
-// Memory of one call, kept by the thread that calls for its next one.
+// Memory of a call. The calling thread keeps it for its next call.
 struct Workspace {
   std::vector<float> inputs;        // [B, D]: x in float32, where the kernel reads it so
   std::vector<int64_t> counts;      // [chunks]
-  std::vector<int64_t> neurons;     // [F]: those needed, first at the start of each chunk, then packed
-  std::vector<float> products;      // [F, B]: act(gate) * up of those
+  std::vector<int64_t> neurons;     // [F]: the needed ones, first at the start of each chunk, then packed
+  std::vector<float> products;      // [F, B]: act(gate) * up of these neurons
   std::vector<float> accumulators;  // [pieces, B, D]
 };
 
@@ -113,7 +113,7 @@ struct GatedMlp {
 
   static constexpr int kRows = rows_at_once<Lanes, B>();
   static constexpr int64_t kMaxChunk = 64;
-  // at most 32 KiB of accumulators, in whole lines of weights: rows as long as possible, sums near the processor
+  // at most 32 KiB of accumulators, in whole lines of weights: long pieces of rows, and sums in the first-level cache
   static constexpr int64_t kColumns = 8192 / B / 32 * 32;
 
   const GatedMlpCall& call;
@@ -121,7 +121,7 @@ struct GatedMlp {
 
   static const Weight* weights(const void* pointer) { return static_cast<const Weight*>(pointer); }
 
-  // out[i][b] = bias + row listed[i] of the matrix times x[b]; the list is of `count` of `total` rows that follow each other.
+  // out[i][b] = bias + row listed[i] of the matrix times x[b]. The list has `count` of `total` rows that follow each other.
   void dot_listed(const Weight* matrix, const Weight* bias, const int64_t* listed, int64_t count, int64_t total,
                   float (*out)[B]) const {
     const auto row = [&](int64_t i) { return matrix + listed[i] * call.D; };
@@ -134,7 +134,7 @@ struct GatedMlp {
       for (float& value : out[i]) value += to_float(bias[listed[i]]);
   }
 
-  // The chunk's needed neurons into `neurons`, and their products into `products`; returns how many there are.
+  // Writes the chunk's needed neurons and their products; returns how many there are.
   int64_t route(int64_t first, int64_t last, int64_t* neurons, float* products) const {
     const int64_t D = call.D;
     const bool gate_is_router = call.gate_is_router;
@@ -159,7 +159,7 @@ struct GatedMlp {
         if (!keeps(value, call.thresholds[j])) value = 0.0f;
         any |= value != 0.0f;
       }
-      // no branch: whether a neuron is kept is not predictable
+      // without a branch, which the processor could not predict
       listed[count] = j;
       count += any;
     }
@@ -231,8 +231,8 @@ struct GatedMlp {
     }
 
     const int64_t blocks = ceil_div(D, kColumns);
-    const int64_t tasks_wanted = workers == 1 ? 1 : 4 * workers;
-    const int64_t pieces = ceil_div(tasks_wanted, blocks);
+    const int64_t tasks = workers == 1 ? 1 : 4 * workers;
+    const int64_t pieces = ceil_div(tasks, blocks);
     const int64_t piece = ceil_div(std::max<int64_t>(needed, 1), pieces);
     float* accumulators = at_least(memory.accumulators, pieces * B * D);
     for_each(threads, workers, blocks * pieces, [&](int64_t task) {
