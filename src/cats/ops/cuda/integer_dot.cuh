@@ -35,7 +35,7 @@ static_assert(ROWS == 16 || ROWS == 8 || ROWS == 4);
 
 // Units whose sums are added up as integers: those that share a scale. A warp owns whole segments; the last warps may own
 // fewer, or none.
-constexpr int up_to_multiple(int value, int step) { return (value + step - 1) / step * step; }
+__device__ constexpr int up_to_multiple(int value, int step) { return (value + step - 1) / step * step; }
 constexpr int UNITS = up_to_multiple((ALL_UNITS + WARPS - 1) / WARPS, GROUP == 128 && BITS == 8 ? 2 : 1);
 constexpr int COLUMNS = UNITS * UNIT;  // of a warp
 
