@@ -68,6 +68,7 @@ def test_another_release_of_transformers_has_a_folder_of_its_own(folder, tmp_pat
         (target / "sha256.json").write_text("{}")
 
     monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
+    # private, since unpacking the real model takes minutes
     monkeypatch.setattr(smollm2, "_unpack", unpack)
     assert smollm2.checkpoint().name == folder.name
     monkeypatch.setattr(smollm2.metadata, "version", lambda name: "0.0")
@@ -76,6 +77,7 @@ def test_another_release_of_transformers_has_a_folder_of_its_own(folder, tmp_pat
 
 def test_damaged_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
+    # private, since the installed package cannot be damaged in a test
     monkeypatch.setattr(smollm2, "_GGUF_SHA256", "0" * 64)
     with pytest.raises(FormatError, match="force-reinstall"):
         smollm2.checkpoint()

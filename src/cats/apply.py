@@ -13,12 +13,13 @@ from cats.errors import ConfigError, ModelMismatchError
 from cats.fusion import restore_layout_, take_out_
 from cats.methods import get_method
 from cats.model import CatsActivation, GatedMLP, find_gated_mlps
+from cats.protocols import ModelConfig
 from cats.undo import unchanged_on_error
 from cats.weights.placement import has_weights
 
 M = TypeVar("M", bound=nn.Module)
 
-# Another dtype moves a weight by less than one part in 100; another model's weights differ by more.
+# A change of dtype moves a weight by less than 1 %; weights of another model differ by more.
 _FINGERPRINT_TOLERANCE = 0.02
 
 
@@ -27,8 +28,8 @@ def sparsify_(model: M, config: CatsConfig) -> M:
 
     Weights and their names do not change: ``model.save_pretrained`` still writes a checkpoint that
     plain transformers loads as the dense model, beside float32 tensors ``<mlp>.act_fn.threshold``.
-    MLPs that the config does not name stay dense. A sparse model gets the new thresholds; a fused
-    one is no longer fused. A call that fails leaves the model as it was.
+    MLPs that the config does not name stay dense. In a sparse model, the new thresholds replace the
+    old ones; a fused model is unfused. A call that fails leaves the model as it was.
 
     Returns:
         The same model.
@@ -53,8 +54,8 @@ def sparsify_(model: M, config: CatsConfig) -> M:
             )
     with unchanged_on_error(model):
         fused = take_out_(model)
-        mlps = _check_fits(model, config)
-        _put_back_dense(model, except_for=config.tensors)
+        mlps = _matching_mlps(model, config)
+        _restore_activations(model, except_for=config.tensors)
         for name, tensors in config.tensors.items():
             method.apply_(mlps[name], tensors)
         _record(model, config.to_dict())
@@ -69,14 +70,14 @@ def densify_(model: M) -> M:
     """
     with unchanged_on_error(model):
         fused = take_out_(model)
-        _put_back_dense(model)
+        _restore_activations(model)
         _record(model, None)
         restore_layout_(fused)
     return model
 
 
-def _put_back_dense(model: nn.Module, except_for: Container[str] = ()) -> None:
-    """Give MLPs back the activation that they had before, except for those that are named."""
+def _restore_activations(model: nn.Module, except_for: Container[str] = ()) -> None:
+    """Make MLPs dense again, except for those that are named."""
     for name, module in list(model.named_modules()):
         for child, act in list(module.named_children()):
             if isinstance(act, CatsActivation) and name not in except_for:
@@ -85,7 +86,7 @@ def _put_back_dense(model: nn.Module, except_for: Container[str] = ()) -> None:
 
 def _record(model: nn.Module, block: dict[str, Any] | None) -> None:
     """Record what is applied in ``model.config.cats``; None removes the record."""
-    config: Any = getattr(model, "config", None)
+    config: ModelConfig | None = getattr(model, "config", None)
     if config is None:
         return
     if block is not None:
@@ -94,9 +95,13 @@ def _record(model: nn.Module, block: dict[str, Any] | None) -> None:
         del config.cats
 
 
-def _check_fits(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
-    """The MLPs that the config names, if their sizes and weights are the right ones."""
-    advice = "calibrate this model with cats calibrate, or load the one that the thresholds are of"
+def _matching_mlps(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
+    """The MLPs that the config names.
+
+    Raises:
+        ModelMismatchError: If one is missing, or its size or weights differ.
+    """
+    advice = "calibrate this model with cats calibrate, or load the model of the thresholds"
     modules = dict(model.named_modules())
     if missing := [name for name in config.tensors if name not in modules]:
         raise ModelMismatchError(
@@ -113,12 +118,13 @@ def _check_fits(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
                 raise ModelMismatchError(
                     f"{name}.{key} has {tensor.numel()} entries for {size} neurons: {advice}"
                 )
-        stored = config.fingerprints.get(name)
-        if stored is None or not has_weights(mlps[name].module):
+        expected = config.fingerprints.get(name)
+        if expected is None or not has_weights(mlps[name].module):
             continue
-        here = mlps[name].fingerprint()
-        if here.shape != stored.shape or not torch.allclose(
-            here, stored, rtol=0, atol=_FINGERPRINT_TOLERANCE * float(stored.abs().max())
+        actual = mlps[name].fingerprint()
+        tolerance = _FINGERPRINT_TOLERANCE * float(expected.abs().max())
+        if actual.shape != expected.shape or not torch.allclose(
+            actual, expected, rtol=0, atol=tolerance
         ):
             raise ModelMismatchError(f"the weights of {name} are not the calibrated ones: {advice}")
     return mlps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import safetensors
@@ -25,16 +25,16 @@ from cats import smollm2
 from cats.apply import sparsify_
 from cats.config import CatsConfig
 from cats.errors import ConfigError, FormatError, StorageError
+from cats.protocols import ModelConfig, Tokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
 # Options that say which files of the hub are meant and how to get them. They hold for every file.
-_HUB_OPTIONS = (
-    "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies",
-    "trust_remote_code", "code_revision",
-)  # fmt: skip
-# Files that tell the folder of a fine-tuning from that of a model.
-_TELLING_FILES = ("adapter_config.json", "history.jsonl", "config.json")
+_CODE_OPTIONS = ("trust_remote_code", "code_revision")
+_FILE_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+_HUB_OPTIONS = (*_FILE_OPTIONS, "force_download", "proxies", *_CODE_OPTIONS)
+# Files by which the folder of a model, of an adapter and of a fine-tuning are told apart.
+_MARKER_FILES = ("adapter_config.json", "history.jsonl", "config.json")
 
 
 def from_pretrained(
@@ -75,10 +75,10 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
     """
     folder = locate(path, **hub_options(kwargs))
     verbosity = hf_logging.get_verbosity()
-    # the load report names the thresholds as unexpected; what else is wrong is raised below
+    # transformers would report the thresholds as unexpected; other faults are raised below
     hf_logging.set_verbosity_error()
     try:
-        load: Any = AutoModelForCausalLM.from_pretrained
+        load: Any = AutoModelForCausalLM.from_pretrained  # its type knows no output_loading_info
         model, info = load(folder, output_loading_info=True, **kwargs)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
@@ -90,7 +90,9 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
         hf_logging.set_verbosity(verbosity)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])]
-        raise FormatError(f"{path}: {len(wrong)} weights are missing or misfit, such as {wrong[0]}")
+        raise FormatError(
+            f"{path}: {len(wrong)} weights are missing or have the wrong size, such as {wrong[0]}"
+        )
     if hasattr(model.config, "cats"):
         del model.config.cats
     return model
@@ -133,8 +135,8 @@ def is_sparse_checkpoint(path: str | Path, **hub_options: Any) -> bool:
     return getattr(config, "cats", None) is not None
 
 
-def load_config(path: str | Path, **hub_options: Any) -> Any:
-    """The configuration of a model, as transformers has it.
+def load_config(path: str | Path, **hub_options: Any) -> ModelConfig:
+    """The configuration of a model, as transformers loads it.
 
     Raises:
         StorageError: If there is none.
@@ -142,15 +144,14 @@ def load_config(path: str | Path, **hub_options: Any) -> Any:
     return _load_config(locate(path, **hub_options), hub_options)
 
 
-def load_tokenizer(path: str | Path, **hub_options: Any) -> Any:
-    """The tokenizer of a model.
-
+def load_tokenizer(path: str | Path, **hub_options: Any) -> Tokenizer:
+    """
     Raises:
         StorageError: If there is none, or it cannot be read.
     """
     folder = locate(path, **hub_options)
     try:
-        return AutoTokenizer.from_pretrained(folder, **hub_options)
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, **hub_options))
     except (OSError, ValueError) as error:
         raise StorageError(
             f"cannot load the tokenizer of {path}: {first_line(error).rstrip(': ')}. If there is "
@@ -166,11 +167,11 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 def locate(path: str | Path, **hub_options: Any) -> str:
     """The folder or Hugging Face id behind the name of a model.
 
-    Only this function knows the built-in name: the string ``"smollm2"`` is the model of
-    :mod:`cats.smollm2`, even if there is a folder of that name; ``"./smollm2"`` is the folder.
+    The string ``"smollm2"`` is the built-in model of :mod:`cats.smollm2`, even if there is a folder
+    of that name; ``"./smollm2"`` is the folder.
 
     Args:
-        path: What a user calls the model.
+        path: Folder, Hugging Face id, or ``"smollm2"``.
         **hub_options: As for ``from_pretrained``: revision, token, cache_dir, ...
 
     Raises:
@@ -209,7 +210,7 @@ def _missing_on_hub(
 ) -> str | None:
     """Why a model is neither in the cache nor on the hub; the hub is asked once.
 
-    transformers would ask six times in half a minute before it says that there was no answer.
+    Without a network, transformers would try for half a minute before it fails.
     """
     file = f"{subfolder}/config.json" if subfolder else "config.json"
     try:
@@ -224,7 +225,7 @@ def _missing_on_hub(
     except OfflineModeIsEnabled:
         return "not in the cache of the Hugging Face hub, which HF_HUB_OFFLINE forbids to ask"
     except HfHubHTTPError as error:
-        # for all other answers, transformers asks again or says what to do
+        # transformers handles all other answers: it tries again or says what to do
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             return "not on the Hugging Face hub (a private model needs a token)"
     except HTTPError as error:
@@ -232,18 +233,18 @@ def _missing_on_hub(
     return None
 
 
-def _load_config(path: str, hub_options: dict[str, Any]) -> Any:
+def _load_config(path: str, hub_options: dict[str, Any]) -> ModelConfig:
     folder = Path(path) / hub_options.get("subfolder", "")
-    has = {name for name in _TELLING_FILES if (folder / name).is_file()}
-    if has == {"adapter_config.json"}:
+    markers = {name for name in _MARKER_FILES if (folder / name).is_file()}
+    if markers == {"adapter_config.json"}:
         raise StorageError(
             f"{path}: holds an adapter, not a model: cats.finetuning.load_adapter puts it on its "
             "base, cats finetune --merge writes both as one"
         )
-    if has == {"history.jsonl"}:
+    if markers == {"history.jsonl"}:
         raise StorageError(f"{path}: the folder of a fine-tuning: name merged/ or model/ in it")
     try:
-        return AutoConfig.from_pretrained(path, **hub_options)
+        return cast(ModelConfig, AutoConfig.from_pretrained(path, **hub_options))
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
 
@@ -263,18 +264,16 @@ def _read_thresholds(
 
 
 def _stored_keys(path: str, variant: str | None, hub_options: dict[str, Any]) -> dict[str, str]:
-    """Each stored tensor's name to the file that holds it."""
+    """Name of each stored tensor to its file."""
     single_name, index_name = _SINGLE, _INDEX
     if variant is not None:
         single_name = f"model.{variant}.safetensors"
         index_name = f"model.safetensors.index.{variant}.json"
-    # these two are about code, not about weights
-    of_code = ("trust_remote_code", "code_revision")
-    of_file = {name: value for name, value in hub_options.items() if name not in of_code}
+    file_options = {n: value for n, value in hub_options.items() if n not in _CODE_OPTIONS}
 
     def find(name: str) -> str | None:
         file: str | None = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, **of_file
+            path, name, _raise_exceptions_for_missing_entries=False, **file_options
         )
         return file
 

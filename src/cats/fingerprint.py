@@ -1,7 +1,7 @@
 """Short hashes of what results depend on: weights, thresholds, tokenizer, data.
 
-What is kept and used again is kept with these, so that nothing of another model, other thresholds
-or other data is taken for it, whatever they are called.
+Results that are stored for later use are stored with these hashes, not only with names. So a result
+of another model, other thresholds or other data is never mistaken for them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cats.config import CatsConfig
 from cats.errors import StorageError
+from cats.protocols import Tokenizer
 from cats.weights import plain_tensors
 
 _DIGITS = 16
-# Elements of each weight that are hashed one by one; all of them are in its checksum.
+# Elements of each weight that are hashed one by one; its checksum covers all of them.
 _SAMPLES = 64
 _THRESHOLD = ".threshold"
 
@@ -28,28 +28,28 @@ _THRESHOLD = ".threshold"
 def of_model(model: nn.Module) -> str:
     """Hash of the weights of a model: the same on every device, dense or sparse.
 
-    Every weight is in it: name, shape, dtype, some elements, and a checksum of all elements.
+    Of every weight it covers name, shape, dtype, some elements, and a checksum of all elements.
     Thresholds are left out. It takes about as long as reading the weights once.
 
-    Weights on the ``meta`` device have no values: of them only name, shape and dtype count.
+    Weights on the ``meta`` device have no values: only name, shape and dtype count.
     """
-    parts: list[Tensor] = []
-    names: list[Any] = []
+    values: list[Tensor] = []
+    descriptions: list[list[object]] = []
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or name.endswith(_THRESHOLD):
             continue
         for plain in plain_tensors(tensor.detach()):
-            names.append([name, list(plain.shape), str(plain.dtype), plain.is_meta])
+            descriptions.append([name, list(plain.shape), str(plain.dtype), plain.is_meta])
             if plain.numel() and not plain.is_meta:
-                parts += [part.cpu() for part in _numbers(plain)]
-    digest = hashlib.sha256(json.dumps(names).encode())
-    for part in parts:
-        digest.update(part.numpy().tobytes())
+                values += [value.cpu() for value in _sample_and_checksum(plain)]
+    digest = hashlib.sha256(json.dumps(descriptions).encode())
+    for value in values:
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()[:_DIGITS]
 
 
 def of_thresholds(config: CatsConfig) -> str:
-    """Hash of all that a config does to a model: method, router, and every tensor."""
+    """Hash of a config's method, router and tensors."""
     digest = hashlib.sha256(json.dumps([config.method, config.router]).encode())
     for mlp, tensors in sorted(config.tensors.items()):
         for name, tensor in sorted(tensors.items()):
@@ -58,16 +58,17 @@ def of_thresholds(config: CatsConfig) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def of_tokenizer(tokenizer: Any) -> str:
+def of_tokenizer(tokenizer: Tokenizer) -> str:
     """Hash of a Hugging Face tokenizer: how it splits, its special tokens, its chat template."""
-    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if hasattr(fast, "to_str"):
-        rules = json.loads(fast.to_str())
-        # these change with every call that pads or cuts
-        rules = {k: v for k, v in rules.items() if k not in ("padding", "truncation")}
+    rules: object
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        content = json.loads(backend.to_str())
+        # these two change with every call that pads or cuts
+        rules = {k: v for k, v in content.items() if k not in ("padding", "truncation")}
     else:
         rules = sorted(tokenizer.get_vocab().items())
-    # padding is masked, and the harness chooses its token while it asks
+    # padding is masked, and lm-evaluation-harness sets the token while it runs
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
     adds = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     template = getattr(tokenizer, "chat_template", None)
@@ -75,10 +76,13 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def of_files(files: Mapping[str, str | Path]) -> str:
-    """Hash of the contents of files and of the names that they are given here.
+    """Hash of the contents of files and of the keys.
+
+    Args:
+        files: A name that does not depend on the machine, to the path.
 
     Raises:
-        StorageError: If one cannot be read.
+        StorageError: If a file cannot be read.
     """
     digests = {}
     for name, path in files.items():
@@ -96,24 +100,23 @@ def of_tokens(ids: Tensor) -> str:
     return hashlib.sha256(json.dumps(list(ids.shape)).encode() + data).hexdigest()[:_DIGITS]
 
 
-def of_value(value: Any) -> str:
-    """Hash of what JSON can write; the order of keys is free."""
+def of_value(value: object) -> str:
+    """Hash of a value that JSON can write; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:_DIGITS]
 
 
-def _numbers(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Some elements, bit for bit, and one integer over all of them; no copy of a large weight."""
+def _sample_and_checksum(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of some elements, and one integer over all; large weights are not copied."""
     if tensor.device.type not in ("cpu", "cuda"):
         tensor = tensor.cpu()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     count = min(_SAMPLES, tensor.numel())
-    # in integers: evenly from the first to the last
+    # evenly from the first to the last; integers, so that every device picks the same
     picks = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(1, count - 1)
-    where = torch.unravel_index(picks, tensor.shape)
-    some = tensor[where] if tensor.ndim else tensor.reshape(1)
+    sample = tensor[torch.unravel_index(picks, tensor.shape)] if tensor.ndim else tensor.reshape(1)
     if tensor.dtype.itemsize == 1:
         tensor = tensor.view(torch.uint8)
-    # an exclusive or over the bits: exact, whatever the order
-    total = torch.hash_tensor(tensor).view(torch.int64).reshape(1)
-    return some.contiguous().view(torch.uint8), total
+    # an exclusive or over the bits: exact in any order
+    checksum = torch.hash_tensor(tensor).view(torch.int64).reshape(1)
+    return sample.contiguous().view(torch.uint8), checksum

@@ -1,11 +1,11 @@
-"""How good a model is and how much it skips: perplexity and realised sparsity."""
+"""How well a model predicts, and how many neurons it drops: perplexity and realised sparsity."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
 from cats.model import CatsActivation, evaluating
+from cats.protocols import CausalModel
 from cats.weights.placement import check_has_weights, input_device
 
 
@@ -45,8 +46,8 @@ def perplexity_and_sparsity(
 def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """Fraction of neurons that each sparse MLP drops on the given tokens.
 
-    A neuron counts as dropped where its thresholded activation is exactly zero. In a fused MLP
-    the decision of the kernel counts: it does not round the gate before the comparison.
+    A neuron counts as dropped where its thresholded activation is exactly zero. In a fused MLP,
+    the kernel decides: it does not round the gate before the comparison.
 
     Args:
         model: A sparse model.
@@ -62,7 +63,7 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
     with DroppedNeurons(model) as dropped, evaluating(model):
         device = input_device(model)
         for batch in batches:
-            ids, dropped.mask = _on(device, batch)
+            ids, dropped.mask = _to_device(batch, device)
             forward_hidden(model, ids, dropped.mask)
     return dropped.shares()
 
@@ -72,15 +73,15 @@ def _perplexity(
 ) -> float:
     check_has_weights(model)
     total, tokens = 0.0, 0
-    language_model: Any = model
+    causal_model = cast(CausalModel, model)
     device = input_device(model)
     for batch in batches:
-        ids, mask = _on(device, batch)
+        ids, mask = _to_device(batch, device)
         if dropped is not None:
             dropped.mask = mask
         attention = {} if mask is None else {"attention_mask": mask.long()}
         with evaluating(model), torch.no_grad():
-            logits = language_model(input_ids=ids, use_cache=False, **attention).logits
+            logits = causal_model(input_ids=ids, use_cache=False, **attention).logits
         targets = ids[:, 1:]
         if mask is not None:
             targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
@@ -95,7 +96,7 @@ def _perplexity(
     return math.exp(total / tokens)
 
 
-def _on(device: torch.device, batch: Batch) -> tuple[Tensor, Tensor | None]:
+def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
     ids, mask = as_batch(batch)
     return ids.to(device), None if mask is None else mask.to(device)
 
@@ -104,7 +105,7 @@ class DroppedNeurons:
     """Counts dropped neurons while its hooks are on the model.
 
     Attributes:
-        mask: ``[B, T]`` of the batch that runs next; False marks padding, which is not counted.
+        mask: ``[B, T]`` of the next batch; False is padding, which is not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -149,7 +150,7 @@ class DroppedNeurons:
         return {name: float(n) / self._neurons[name] for name, n in self._dropped.items()}
 
     def totals(self) -> tuple[int, int]:
-        """How many neurons were dropped in all MLPs together, and how many there were."""
+        """Dropped neurons of all MLPs, summed over the tokens, and all neurons in the same way."""
         return sum(map(int, self._dropped.values())), sum(self._neurons.values())
 
     def _count(self, name: str, kept: Tensor) -> None:

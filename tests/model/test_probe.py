@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cats.model import Layout, find_gated_mlps
-from cats.model.probe import UNGATED, Found, probe
+from cats.model.probe import UNGATED, ProbedMLP, probe
 from tests import models
 
 
@@ -86,7 +86,7 @@ def test_layers_are_told_apart_by_what_they_do(mlp, layout, dtype):
     mlp = copy.deepcopy(mlp).to(dtype)
     name = "act_fn" if hasattr(mlp, "act_fn") else "act"
     neurons = 16 if isinstance(mlp, Square) else models.F
-    assert probe(mlp, name) == Found(16, neurons, layout)
+    assert probe(mlp, name) == ProbedMLP(16, neurons, layout)
     assert not any(m._forward_hooks for m in mlp.modules())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,7 @@ from cats.data import Batch, as_batch
 from cats.errors import ConfigError, DataError, UnsupportedModelError
 from cats.fingerprint import of_model
 from cats.methods import get_method
-from cats.model import (
-    CatsActivation,
-    GatedMLP,
-    evaluating,
-    find_gated_mlps,
-)
+from cats.model import CatsActivation, GatedMLP, evaluating, find_gated_mlps
 from cats.weights.placement import check_has_weights, input_device
 
 # First bin of infinity, without the sign; the bins of NaN are above it.
@@ -74,12 +69,12 @@ def collect(
     Args:
         model: A dense model.
         batches: As for :func:`calibrate`.
-        method: Name of the method, which says what is counted.
+        method: Name of the method, which chooses the values that are counted.
         exclude: As for :func:`calibrate`.
-        statistics: Counts of an earlier part of the text, which are added; they do not change.
+        statistics: Counts of an earlier part of the text, to be added; this object does not change.
 
     Returns:
-        Statistics, whose memory does not grow with the number of tokens.
+        Statistics. Their memory does not grow with the number of tokens.
     """
     for name, module in model.named_modules():
         if isinstance(module, CatsActivation):
@@ -88,7 +83,7 @@ def collect(
             )
     check_has_weights(model)
     mlps = find_gated_mlps(model, exclude=exclude)
-    fresh = Statistics(
+    new = Statistics(
         method=method,
         activations={mlp.name: mlp.activation for mlp in mlps},
         sizes={mlp.name: mlp.intermediate_size for mlp in mlps},
@@ -96,15 +91,15 @@ def collect(
         fingerprints={mlp.name: mlp.fingerprint() for mlp in mlps},
         weights=of_model(model),
     )
-    with _Counting(model, mlps, fresh) as counting:
+    with _Counting(model, mlps, new) as counting:
         for batch in batches:
             counting.run(*as_batch(batch))
-    _check_finite(fresh)
-    return fresh if statistics is None else statistics + fresh
+    _check_finite(new)
+    return new if statistics is None else statistics + new
 
 
 class _Counting:
-    """Hooks on the model while the text runs."""
+    """Hooks on the model that add to statistics while the text runs."""
 
     def __init__(self, model: nn.Module, mlps: list[GatedMLP], statistics: Statistics) -> None:
         self._model, self._mlps, self._statistics = model, mlps, statistics
@@ -126,7 +121,7 @@ class _Counting:
         self._stack.close()
 
     def run(self, ids: Tensor, mask: Tensor | None) -> None:
-        """One forward pass over ``ids [B, T]``; False in ``mask`` marks padding."""
+        """One forward pass over ``ids [B, T]``; False in ``mask`` is padding."""
         ids = ids.to(input_device(self._model))
         self._mask = None if mask is None else mask.to(ids.device)
         forward_hidden(self._model, ids, self._mask)
@@ -149,8 +144,8 @@ class _Counting:
 
 
 def forward_hidden(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
-    """Forward pass without the output head: its logits are larger than everything else."""
-    body: Any = getattr(model, "base_model", model)
+    """Forward pass without the output head, whose logits would take the most memory."""
+    body = cast(nn.Module, getattr(model, "base_model", model))
     with torch.no_grad():
         if mask is None:
             body(input_ids=ids, use_cache=False)

@@ -54,7 +54,7 @@ def threshold_at(
 
 
 def fraction_dropped(counts: Tensor, score: Callable[[Tensor], Tensor]) -> float:
-    """Fraction of the values whose score is exactly zero: even a threshold of 0 skips them."""
+    """Fraction of the values whose score is exactly zero: a threshold of 0 drops them too."""
     bins = counts.nonzero()[:, 0]
     zero = score(bin_values(bins)) == 0
     return float(counts[bins][zero].sum() / counts.sum())
@@ -65,13 +65,13 @@ def _scores_and_fractions_below(
 ) -> tuple[Tensor, Tensor]:
     """The distinct scores in rising order, and the fraction of values with a smaller score."""
     bins = counts.nonzero()[:, 0]
-    scores, where = torch.unique(score(bin_values(bins)), return_inverse=True)
-    mass = torch.zeros_like(scores, dtype=torch.int64).index_add_(0, where, counts[bins])
+    scores, score_index = torch.unique(score(bin_values(bins)), return_inverse=True)
+    mass = torch.zeros_like(scores, dtype=torch.int64).index_add_(0, score_index, counts[bins])
     return scores, (mass.cumsum(0) - mass).double() / counts.sum()
 
 
 def _between(dropped: Tensor, kept: Tensor) -> Tensor:
-    """A threshold above one score and at most the next, far from both.
+    """The middle of two neighbouring scores; the upper one if float32 has no number between them.
 
     Another device may compute an activation that differs in the last bit. If the threshold were a
     score itself, that bit would decide about all values that share the score.

@@ -1,4 +1,4 @@
-"""What one calibration pass counted: mergeable, savable, and enough for every target."""
+"""The counts of a calibration pass: they can be added and saved, and give every target."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Statistics:
     Statistics of two parts of a text add up to those of the whole text, bit for bit.
 
     Attributes:
-        method: Name of the method that chose what is counted.
+        method: Name of the method that chose the counted values.
         activations: Name of each MLP to the name of its activation.
         sizes: Name of each MLP to its number of neurons ``F``.
-        counts: Name of each MLP to its counts, int64: 16 MiB for any number of tokens.
+        counts: Name of each MLP to its counts, int64; 16 MiB, however many tokens there are.
         fingerprints: Name of each MLP to a few of its weights, float32.
         weights: Hash of the whole model, :func:`cats.fingerprint.of_model`; empty in files of older
             releases.
@@ -69,7 +69,7 @@ class Statistics:
 
         Raises:
             ConfigError: If the target does not fit the method.
-            DataError: If nothing was counted, or nothing of one MLP.
+            DataError: If there were no tokens, or an MLP never ran.
         """
         method = get_method(self.method)
         check_target(target_sparsity)
@@ -110,14 +110,14 @@ class Statistics:
 
     def all_reduce(self) -> Statistics:
         """The sum over all processes of the default ``torch.distributed`` group."""
-        on = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
         def total(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(on, copy=True)
+            tensor = tensor.to(device, copy=True)
             dist.all_reduce(tensor)
             return tensor.cpu()
 
-        # int64 wraps around as the modulus does
+        # a sum of int64 wraps around at 2**64, which is the modulus
         signed = self.text_hash - _HASH_MODULUS * (self.text_hash >= _HASH_MODULUS // 2)
         tokens, blocks, text_hash = total(torch.tensor([self.tokens, self.blocks, signed])).tolist()
         return replace(
@@ -165,7 +165,7 @@ class Statistics:
                 blocks=block["blocks"],
                 text_hash=int(block["text_hash"], 16),
             )
-        # torch reports counts that do not fit their bins as a RuntimeError
+        # torch raises RuntimeError if counts and bins differ in number
         except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: damaged statistics ({error}); delete the file") from error
 

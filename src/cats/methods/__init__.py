@@ -11,10 +11,9 @@ METHODS: dict[str, Method] = {method.name: method for method in (Cats(), Relu())
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
-
+    """
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such method.
     """
     if name not in METHODS:
         raise ConfigError(f"no method {name!r}; there are {', '.join(METHODS)}")

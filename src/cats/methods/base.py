@@ -1,8 +1,8 @@
-"""What every method defines. A new method is one subclass in its own file."""
+"""The base class of all methods. A new method is one subclass in its own file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,10 +16,10 @@ class Method(ABC):
     """A way to choose which neurons are dropped.
 
     Attributes:
-        name: The word that ``method=`` and a checkpoint's config use.
-        router: The branch that is read whole and compared: ``"gate"`` or ``"up"``.
-        has_target: Whether it aims at a target sparsity.
-        tensors: Names of the tensors of each MLP that it uses.
+        name: The value of ``method=``, also in the config of a checkpoint.
+        router: The branch that is read completely and compared: ``"gate"`` or ``"up"``.
+        has_target: Whether it has a target sparsity.
+        tensors: Names of the tensors that it stores per MLP.
     """
 
     name: ClassVar[str]
@@ -28,24 +28,29 @@ class Method(ABC):
     tensors: ClassVar[frozenset[str]] = frozenset({"threshold"})
 
     def observe(self, mlp: GatedMLP, record: Callable[[Tensor], None]) -> RemovableHandle:
-        """Hook the dense MLP so that ``record`` gets the values ``[B, T, F]`` to be counted.
+        """Hook the dense MLP so that ``record`` gets the values ``[B, T, F]`` to count.
 
         By default these are the inputs of the activation. Their density is smooth, while that of
         ``abs(silu)`` piles up below 0.2785, so counting the inputs gives finer thresholds.
         """
 
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             record(args[0])
 
         return mlp.act.register_forward_pre_hook(hook)
 
     @abstractmethod
     def score(self, values: Tensor, activation: str) -> Tensor:
-        """Scores of counted values, which a threshold is compared with; float32, same shape."""
+        """The scores of counted values, float32, same shape; a threshold is compared with them."""
 
     @abstractmethod
     def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
-        """Make the MLP sparse in place with the stored tensors; no stored weight changes."""
+        """Make the MLP sparse in place; its weights do not change.
+
+        Args:
+            mlp: A dense or sparse MLP.
+            tensors: Those of :attr:`tensors`.
+        """
 
     def _threshold_on(
         self,

@@ -42,7 +42,7 @@ class CatsActivation(nn.Module):
         self.router = router
         self.act = act
         self._replaced = dense if dense is not act else None
-        self._number: torch.Size | None = None  # the shape that widen_ found
+        self._narrow_shape: torch.Size | None = None  # of the threshold before widen_
         self.register_buffer("threshold", threshold.detach().clone().float())
         if product_threshold is not None:
             product_threshold = product_threshold.detach().clone().float()
@@ -50,7 +50,7 @@ class CatsActivation(nn.Module):
 
     @property
     def dense(self) -> nn.Module:
-        """What stood here before, and what ``densify_`` puts back."""
+        """The activation of the dense model, which ``densify_`` restores."""
         return self.act if self._replaced is None else self._replaced
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ class CatsActivation(nn.Module):
         return (cats_activation(a, self.threshold) if self.router == "gate" else a).to(x.dtype)
 
     def widen_(self, size: int) -> Tensor:
-        """The threshold as ``[F]``, in place: what is written into it later is seen by its readers.
+        """Replace one threshold by ``size`` equal ones, and return the buffer.
 
         Raises:
-            ShapeError: If it has another number of entries.
+            ShapeError: If there are neither one nor ``size`` thresholds.
         """
         threshold = self.threshold
         if threshold.shape != (size,):
@@ -71,16 +71,16 @@ class CatsActivation(nn.Module):
                     f"expected one threshold or {size}, one for each neuron; "
                     f"got {list(threshold.shape)}"
                 )
-            self._number = threshold.shape
+            self._narrow_shape = threshold.shape
             self.threshold = threshold = threshold.detach().reshape(1).repeat(size)
         return threshold
 
     def narrow_(self) -> None:
-        """Undo :meth:`widen_`, unless the neurons have got different thresholds."""
-        threshold = self.threshold
-        if self._number is not None and not threshold.is_meta and threshold.unique().numel() == 1:
-            self.threshold = threshold[:1].clone().reshape(self._number)
-        self._number = None
+        """Undo :meth:`widen_`, unless the thresholds of the neurons differ by now."""
+        threshold, shape = self.threshold, self._narrow_shape
+        if shape is not None and not threshold.is_meta and threshold.unique().numel() == 1:
+            self.threshold = threshold[:1].clone().reshape(shape)
+        self._narrow_shape = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CatsActivation:
         before = dict(self._buffers)
@@ -89,8 +89,8 @@ class CatsActivation(nn.Module):
             moved = self._buffers[name]
             if exact is None or moved is None:
                 continue
-            # it only moves: .half() would round it, and a rounded threshold drops other neurons;
-            # to_empty() would leave anything
+            # only the device changes: a threshold that .half() rounds would drop other neurons, and
+            # to_empty() gives no values
             self._buffers[name] = moved.float() if exact.is_meta else exact.to(moved.device)
         return self
 
@@ -98,14 +98,14 @@ class CatsActivation(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         loaded = state_dict.get(f"{prefix}threshold")
-        # one number and as many as there are neurons mean the same
+        # one threshold per MLP and one per neuron may replace each other
         if isinstance(loaded, Tensor) and loaded.shape != self.threshold.shape and loaded.ndim < 2:
             if loaded.numel() == 1:
                 state_dict[f"{prefix}threshold"] = loaded.reshape(1).expand(self.threshold.shape)
             elif self.threshold.numel() == 1:
                 self.widen_(loaded.numel())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # a state dict may be assigned as it is
+        # load_state_dict(assign=True) takes the tensor as it is
         if self.threshold.dtype != torch.float32 or not self.threshold.is_contiguous():
             self.threshold = self.threshold.float().contiguous()
 
@@ -121,20 +121,25 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def activation_kind(module: nn.Module) -> str | None:
-    """The name of an activation module, its class name if it is one we do not know, or None."""
+    """Which activation a module computes.
+
+    Returns:
+        A name of :data:`cats.functional.ACTIVATIONS`; the name of the class for another elementwise
+        activation; None for any other module.
+    """
     if isinstance(module, CatsActivation):
         return activation_kind(module.dense)
     is_leaf = not any(True for _ in module.children())
     if not is_leaf or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
-    # dropout draws random numbers, which a search must not
+    # dropout would change the state of the random numbers
     if isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd):
         return None
     grid = torch.linspace(-8, 8, 257, device="cpu")
     try:
         with evaluating(module), torch.no_grad():
             values = module(grid.clone())
-    except Exception:  # whatever a foreign module raises here, it is no elementwise activation
+    except Exception:  # a foreign module that fails here is no elementwise activation
         return None
     if not isinstance(values, Tensor) or values.shape != grid.shape:
         return None

@@ -14,7 +14,7 @@ from cats.model.find import find_gated_mlps
 from cats.model.linear import Linear
 from cats.model.mlp import GatedOperands
 
-_EVERYTHING = 2**31 - 1
+_NO_WINDOW = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,22 +22,22 @@ class DecoderLayer:
     """One decoder layer of the common form.
 
     ``h += post(attention(norm(h)))``, then ``h += post(mlp(norm(h)))``, where the norms called
-    ``post`` may be missing. Norms are weights ``[D]``, of heads ``[head_size]``.
+    ``post`` may be missing. Norms are weights: ``[D]``, and ``[head_size]`` for norms of heads.
 
     Attributes:
-        attention_norm: In front of attention.
-        attention_post_norm: Behind it, or None.
-        mlp_norm: In front of the MLP.
-        mlp_post_norm: Behind it, or None.
+        attention_norm: Norm before attention.
+        attention_post_norm: Norm after attention, or None.
+        mlp_norm: Norm before the MLP.
+        mlp_post_norm: Norm after the MLP, or None.
         q, k, v, o: The projections.
         q_norm, k_norm: Norms of each head, or None.
-        mlp: Its matrices, thresholds and activation.
-        scale: Multiplies the scores.
-        softcap: Largest score, by tanh; 0 for none.
-        window: Slots in sight, the new one included.
+        mlp: Matrices, thresholds and activation of the MLP.
+        scale: Factor of the attention scores.
+        softcap: Limit of the attention scores, by tanh; 0 for none.
+        window: How many tokens a query attends to, itself included.
         rotary: Which table of cosines and sines it uses.
-        epsilon: Of all norms.
-        weight_offset: 1 where norms multiply by ``1 + weight``.
+        epsilon: Epsilon of all norms.
+        weight_offset: 1 where norms multiply by ``1 + weight``, else 0.
     """
 
     attention_norm: Tensor
@@ -61,18 +61,18 @@ class DecoderLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """A decoder-only model of such layers.
+    """A decoder-only model with layers of the common form.
 
     Attributes:
         base: The module that holds embedding, layers and last norm.
-        embedding: The table, ``[V, D]``.
-        layers: In order.
-        norm: Weights of the last norm.
-        head: Logits of its output.
-        heads: Query heads.
-        key_heads: Key and value heads.
-        head_size: Columns of each.
-        logit_softcap: Largest logit, by tanh; 0 for none.
+        embedding: ``[V, D]``.
+        layers: The layers, the first one first.
+        norm: Weights of the last norm, ``[D]``.
+        head: The output head, which gives the logits.
+        heads: Number of query heads.
+        key_heads: Number of key and value heads.
+        head_size: Columns of one head.
+        logit_softcap: Limit of the logits, by tanh; 0 for none.
     """
 
     base: nn.Module
@@ -95,7 +95,7 @@ class Decoder:
 
 
 def describe_decoder(model: nn.Module) -> Decoder:
-    """What modules and configuration suggest; only a comparison with the model can confirm it.
+    """What modules and configuration suggest; the caller must compare it with the model.
 
     MLPs are found by structure and probe, attention by the names that transformers uses.
 
@@ -103,22 +103,23 @@ def describe_decoder(model: nn.Module) -> Decoder:
         UnsupportedModelError: If something is not of the common form.
         AttributeError: If a part of the common form is missing.
     """
-    whole: Any = model
-    base = whole.get_decoder()
-    config = whole.config.get_text_config(decoder=True)
+    # Any: attributes of a model that may be of another form
+    causal_model: Any = model
+    base = causal_model.get_decoder()
+    config = causal_model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    _norm(base.norm)
+    _norm_form(base.norm)
     return Decoder(
         base=base,
-        embedding=whole.get_input_embeddings().weight,
+        embedding=causal_model.get_input_embeddings().weight,
         layers=[
             _layer(layer, config, heads, key_heads, head_size, i)
             for i, layer in enumerate(base.layers)
         ],
         norm=base.norm.weight,
-        head=Linear.of(whole.get_output_embeddings(), "the head"),
+        head=Linear.of(causal_model.get_output_embeddings(), "the head"),
         heads=heads,
         key_heads=key_heads,
         head_size=head_size,
@@ -134,12 +135,12 @@ def _layer(
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if has_post_norms:
         norms += [layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm]
-    of_heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    facts = {_norm(norm) for norm in (*norms, *of_heads) if norm is not None}
-    if len(facts) != 1:
+    q_norm, k_norm = head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    forms = {_norm_form(norm) for norm in (*norms, *head_norms) if norm is not None}
+    if len(forms) != 1:
         raise UnsupportedModelError(f"the norms of layer {index} differ from each other")
-    epsilon, offset = facts.pop()
-    if any(norm is not None and norm.weight.shape != (head_size,) for norm in of_heads):
+    epsilon, weight_offset = forms.pop()
+    if any(norm is not None and norm.weight.shape != (head_size,) for norm in head_norms):
         raise UnsupportedModelError(f"layer {index} does not norm its queries head by head")
     q, k, v = _projections(attention, heads * head_size, key_heads * head_size)
     kind = getattr(attention, "layer_type", None) or (
@@ -158,15 +159,15 @@ def _layer(
         k=k,
         v=v,
         o=Linear.of(attention.o_proj, "o_proj"),
-        q_norm=None if of_heads[0] is None else of_heads[0].weight,
-        k_norm=None if of_heads[1] is None else of_heads[1].weight,
+        q_norm=None if q_norm is None else q_norm.weight,
+        k_norm=None if k_norm is None else k_norm.weight,
         mlp=mlp.operands(),
         scale=float(attention.scaling),
         softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
-        window=_window(attention, config, kind) or _EVERYTHING,
+        window=_window(attention, config, kind) or _NO_WINDOW,
         rotary=kind,
         epsilon=epsilon,
-        weight_offset=offset,
+        weight_offset=weight_offset,
     )
 
 
@@ -180,27 +181,29 @@ def _projections(attention: Any, queries: int, keys: int) -> list[Linear]:
 
 def _window(attention: Any, config: Any, kind: str) -> int | None:
     if not hasattr(attention, "sliding_window"):
-        everywhere = not getattr(config, "layer_types", None)
-        attention = config if everywhere or kind == "sliding_attention" else None
+        # the window of the configuration holds for all layers, or for the sliding ones
+        in_all_layers = not getattr(config, "layer_types", None)
+        attention = config if in_all_layers or kind == "sliding_attention" else None
     window = getattr(attention, "sliding_window", None)
     return None if window is None else int(window)
 
 
-def _norm(norm: Any) -> tuple[float, float]:
-    """Epsilon of a root-mean-square norm, and what it adds to its weights: 0 or 1."""
+def _norm_form(norm: nn.Module) -> tuple[float, float]:
+    """Epsilon of a root-mean-square norm, and the number that it adds to its weights: 0 or 1."""
     weight = getattr(norm, "weight", None)
-    if weight is None or getattr(norm, "bias", None) is not None or weight.ndim != 1:
+    has_bias = getattr(norm, "bias", None) is not None
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or has_bias:
         raise UnsupportedModelError(f"{type(norm).__name__} is no root-mean-square norm")
     epsilon = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if epsilon is None:
-        raise UnsupportedModelError(f"{type(norm).__name__} does not tell its epsilon")
+        raise UnsupportedModelError(f"{type(norm).__name__} has no attribute for its epsilon")
     x = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)
     wide = x.float()
-    plain = wide * torch.rsqrt(wide.square().mean() + epsilon)
+    normed = wide * torch.rsqrt(wide.square().mean() + epsilon)
     with torch.no_grad():
-        found = norm(x[None, None])[0, 0].float()
+        actual = norm(x[None, None])[0, 0].float()
     for offset in (0.0, 1.0):
-        expected = plain * (weight.float() + offset)
-        if (found - expected).norm() <= 1e-2 * expected.norm():
+        expected = normed * (weight.float() + offset)
+        if (actual - expected).norm() <= 1e-2 * expected.norm():
             return float(epsilon), offset
     raise UnsupportedModelError(f"{type(norm).__name__} is no root-mean-square norm")

@@ -12,7 +12,7 @@ from cats.functional import ACTIVATIONS
 from cats.model.activation import activation_kind
 from cats.model.mlp import GatedMLP
 from cats.model.modules import Replacement
-from cats.model.probe import UNGATED, Found, probe
+from cats.model.probe import UNGATED, ProbedMLP, probe
 from cats.weights import weight_of
 
 
@@ -21,17 +21,17 @@ def find_gated_mlps(
 ) -> list[GatedMLP]:
     """The gated MLPs of a model, in its order.
 
-    A module is a candidate if one of its children is an activation and the others that hold weights
-    are linear layers. It is taken if a probe with small and large random inputs shows that the
+    A module is a candidate if one of its children is an activation and its other children with
+    weights are linear layers. A probe with small and large random inputs then checks that the
     activation runs exactly once, that a zero activation gives a zero output (or the bias), and that
     the activation is multiplied with something that depends on the input. A candidate without that
-    last property is an ungated MLP and is passed over.
+    last property is an ungated MLP; it is left out without an error.
 
     Args:
         model: Any module; weights on the ``meta`` device are probed with random values.
-        exclude: Patterns of module names to leave out, such as ``["*vision*"]``; one may be given
-            without a list.
-        names: Look at the modules of these names only.
+        exclude: Patterns of module names to leave out, such as ``["*vision*"]``; a single pattern
+            needs no list.
+        names: Only modules of these names are examined.
 
     Raises:
         UnsupportedModelError: If the model has no gated MLP, or if a candidate calls its activation
@@ -40,8 +40,8 @@ def find_gated_mlps(
     """
     exclude = [exclude] if isinstance(exclude, str) else exclude
     check_patterns(model, exclude)
-    found: list[GatedMLP] = []
-    passed_over = []
+    mlps: list[GatedMLP] = []
+    ungated = []
     for name, module in model.named_modules():
         if names is not None and name not in names:
             continue
@@ -58,32 +58,37 @@ def find_gated_mlps(
             reason = f"its activation {kind} is none of {', '.join(ACTIVATIONS)}"
         if not reason:
             result = probe(module, activation_name)
-            if isinstance(result, Found):
+            if result == UNGATED:
+                ungated.append(f"{name} ({type(module).__name__})")
+                continue
+            if isinstance(result, ProbedMLP):
                 mlp = GatedMLP(
-                    name, module, activation_name, kind,
-                    result.hidden_size, result.intermediate_size, result.layout,
-                )  # fmt: skip
-                # calibration could not tell whose values an activation sees
-                twin = next((other for other in found if other.dense_act is mlp.dense_act), None)
+                    name=name,
+                    module=module,
+                    activation_name=activation_name,
+                    activation=kind,
+                    hidden_size=result.hidden_size,
+                    intermediate_size=result.intermediate_size,
+                    layout=result.layout,
+                )
+                # calibration could not tell which MLP the inputs of a shared activation belong to
+                twin = next((other for other in mlps if other.dense_act is mlp.dense_act), None)
                 if twin is None:
-                    found.append(mlp)
+                    mlps.append(mlp)
                     continue
                 result = f"it shares its activation module with {twin.name}"
             reason = result
-        if reason == UNGATED:
-            passed_over.append(f"{name} ({type(module).__name__})")
-            continue
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) cannot be made sparse: {reason}; "
             f"leave it out with exclude=[{name!r}] or a pattern"
         )
-    if not found:
-        seen = f"; ungated MLPs such as {passed_over[0]} have no gate" if passed_over else ""
+    if not mlps:
+        hint = f"; ungated MLPs such as {ungated[0]} have no gate" if ungated else ""
         raise UnsupportedModelError(
             f"{type(model).__name__} has no gated MLP of the form down(act(gate(x)) * up(x)) with "
-            f"an activation module and linear layers{seen}"
+            f"an activation module and linear layers{hint}"
         )
-    return found
+    return mlps
 
 
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
@@ -92,7 +97,7 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
         ConfigError: If a pattern matches no MLP of the model, gated or not, or if none is left.
     """
     if not exclude:
-        return  # each activation is run to find the MLPs
+        return  # finding the MLPs runs each activation, which takes time
     mlps = [
         n for n, module in model.named_modules() if any(map(activation_kind, module.children()))
     ]
@@ -116,7 +121,7 @@ def _holds_only_linear_layers(module: nn.Module) -> bool:
     """Whether it has two or more linear layers, or stacked ones, and no weights of another kind."""
     own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
     if own:
-        # stacked experts: refused by the probe with a reason, rather than passed over in silence
+        # stacked experts are candidates, so that the probe refuses them with a reason
         return sum(p.ndim == 3 for p in own) >= 2
     weights = [weight_of(c) for c in module.children()]
     others = [

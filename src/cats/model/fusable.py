@@ -1,4 +1,4 @@
-"""Whether one operator can stand for an MLP: its layers, its memory, what it computes."""
+"""Whether one operator can replace an MLP: its layers, its memory, what it computes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cats.errors import UnsupportedModelError
-from cats.model.mlp import GatedMLP
+from cats.model.mlp import GatedMLP, GatedOperands
 from cats.model.modules import evaluating, is_hooked
 from cats.ops import GatedMLPArguments
 from cats.ops.mlp import dense
@@ -37,34 +37,36 @@ def check_fusable(mlp: GatedMLP) -> None:
 
 def check_memory(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
     """Raise UnsupportedModelError where another tensor lies in the memory of one of the weights."""
-    ends: dict[int, list[tuple[int, int, int, str]]] = {}
+    # storage to (first byte, end, id, name) of each tensor in it
+    spans: dict[int, list[tuple[int, int, int, str]]] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
-            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            strides = zip(tensor.shape, tensor.stride(), strict=True)
+            elements = 1 + sum((n - 1) * stride for n, stride in strides)
             start = tensor.data_ptr()
-            entry = (start, start + span * tensor.element_size(), id(tensor), name)
-            ends.setdefault(tensor.untyped_storage().data_ptr(), []).append(entry)
+            span = (start, start + elements * tensor.element_size(), id(tensor), name)
+            spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(span)
     for weight in weights:
-        near = ends[weight.untyped_storage().data_ptr()]
-        mine = next(entry for entry in near if entry[2] == id(weight))
-        for start, end, other, name in near:
-            if other != id(weight) and start < mine[1] and mine[0] < end:
+        neighbours = spans[weight.untyped_storage().data_ptr()]
+        first, stop, _, weight_name = next(s for s in neighbours if s[2] == id(weight))
+        for start, end, tensor_id, name in neighbours:
+            if tensor_id != id(weight) and start < stop and first < end:
                 raise UnsupportedModelError(
-                    f"{mine[3]} and {name} are two tensors in the same memory, which fuse_ would "
-                    "part: give both layers the same nn.Parameter, or a copy each"
+                    f"{weight_name} and {name} are two tensors in the same memory, which fuse_ "
+                    "would separate: give both layers the same nn.Parameter, or a copy each"
                 )
 
 
 def _unfusable(mlp: GatedMLP) -> str | None:
-    """Why one operator cannot stand for an MLP, whatever it computes; or None."""
+    """Why one operator cannot replace an MLP, whatever it computes; or None."""
     module = mlp.module
     if is_offloaded(module):
         return "its weights are offloaded: load the whole model into memory (without device_map)"
     if not has_weights(module):
         return "its weights are on meta: load them first"
-    own = [n for n, _ in chain(module.named_parameters(), module.named_buffers()) if "." not in n]
-    if own:
-        return f"it holds a tensor of its own, {own[0]}"
+    own_tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    for name, _ in own_tensors:
+        return f"it holds a tensor of its own, {name}"
     for name, child in module.named_children():
         tensors = [*child.parameters(), *child.buffers()]
         if name == mlp.activation_name or not tensors:
@@ -89,20 +91,31 @@ def _unfusable(mlp: GatedMLP) -> str | None:
     return None
 
 
+def _arguments(x: Tensor, operands: GatedOperands) -> GatedMLPArguments:
+    gate, up, down = operands.gate, operands.up, operands.down
+    return GatedMLPArguments(
+        x,
+        gate.weight,
+        up.weight,
+        down.weight,
+        operands.thresholds,
+        operands.activation,
+        operands.router,
+        gate.bias,
+        up.bias,
+        down.bias,
+        operands.product_thresholds,
+    )
+
+
 def _computes(mlp: GatedMLP) -> bool:
     """Whether the operator gives what the MLP gives, up to rounding."""
-    parts = mlp.operands()
-    gate, up, down = parts.gate, parts.up, parts.down
+    operands = mlp.operands()
     for x in mlp.probe_inputs():
         with evaluating(mlp.module), torch.no_grad():
-            # without the MLP's own hooks, which will run around the operator
+            # without the hooks of the MLP itself, which also run around the operator
             expected = mlp.module.forward(x).flatten(0, 1)
-            arguments = GatedMLPArguments(
-                x.flatten(0, 1), gate.weight, up.weight, down.weight, parts.thresholds,
-                parts.activation, parts.router, gate.bias, up.bias, down.bias,
-                parts.product_thresholds,
-            )  # fmt: skip
-            actual = dense.gated_mlp(arguments)
+            actual = dense.gated_mlp(_arguments(x.flatten(0, 1), operands))
         error = (actual - expected).float().norm()
         if not error <= _TOLERANCE.get(x.dtype, 1e-5) * expected.float().norm():
             return False

@@ -1,4 +1,4 @@
-"""A linear layer as it is described: a matrix, however it is stored, and a bias."""
+"""The description of a linear layer: a matrix in any storage, and a bias."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        """The numbers as a kernel of dense weights reads them, in the memory of the parameter.
+        """The matrix for kernels of dense weights, in the memory of the parameter.
 
         Raises:
-            UnsupportedModelError: If they are stored in another way.
+            UnsupportedModelError: If the weight is not dense.
         """
         if not isinstance(self.matrix, Dense):
             raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""What a gated MLP consists of: its matrices, its activation, its sizes."""
+"""The parts of a gated MLP: its matrices, its activation, its sizes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from cats.weights.placement import materialized
 
 @dataclass(frozen=True, slots=True)
 class GatedOperands:
-    """What ``cats::gated_mlp`` takes: the parts of a gated MLP as they are now.
+    """The parts of a gated MLP that ``cats::gated_mlp`` takes, as they are now.
 
     Attributes:
         gate: ``[F, D]``.
         up: ``[F, D]``.
         down: ``[D, F]``.
-        thresholds: ``[F]``, float32, in the memory of the MLP's own where it has as many; zero
-            for a dense MLP.
+        thresholds: ``[F]``, float32; in the memory of the activation's buffer if that is ``[F]``
+            too. Zero for a dense MLP.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         router: The branch that is compared with the thresholds.
-        product_thresholds: ``[F]``, float32, of the product of both branches; None for none.
+        product_thresholds: ``[F]``, float32, compared with the product of both branches; or None.
     """
 
     gate: Linear
@@ -47,9 +47,9 @@ class GatedMLP:
 
     Attributes:
         name: Name of the module in the model, such as ``"model.layers.0.mlp"``.
-        module: The MLP itself; of a fused one, the MLP that it was made of.
-        activation_name: Name of its activation, such as ``"act_fn"``.
-        activation: Which one it is: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
+        module: The MLP itself; for a fused MLP, the original one.
+        activation_name: Name of the activation module in it, such as ``"act_fn"``.
+        activation: Its kind: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         hidden_size: ``D``.
         intermediate_size: ``F``, the number of neurons.
         layout: Which layers are gate, up and down; None where the probe could not tell.
@@ -65,7 +65,7 @@ class GatedMLP:
 
     @property
     def act(self) -> nn.Module:
-        """The activation module in place now."""
+        """The activation module as it is now: that of a sparse MLP is a CatsActivation."""
         act: nn.Module = getattr(self.module, self.activation_name)
         return act
 
@@ -75,12 +75,11 @@ class GatedMLP:
         return self.act.dense if isinstance(self.act, CatsActivation) else self.act
 
     def replace_act(self, act: nn.Module) -> None:
-        """Put another activation module in place."""
         setattr(self.module, self.activation_name, act)
 
     @property
     def matrices(self) -> dict[str, Weight]:
-        """Name of each linear layer to its matrix: three of them, or two where they are stacked."""
+        """Name of each linear layer to its matrix: three, or two where gate and up are stacked."""
         layers = ((name, weight_of(child)) for name, child in self.module.named_children())
         return {name: weight for name, weight in layers if weight is not None}
 
@@ -98,20 +97,23 @@ class GatedMLP:
 
     @property
     def bytes(self) -> int:
-        """Of the matrices: what a token of the dense MLP reads."""
+        """Bytes of the matrices: a token of the dense MLP reads all of them."""
         return sum(matrix.bytes for matrix in self.matrices.values())
 
     def bytes_read(self, dropped: float) -> float:
-        """Of the matrices: what a token reads on average where a share of the neurons is dropped.
+        """Bytes of the matrices that a token reads on average.
 
-        The router is read whole; of the other two the rows or columns of kept neurons.
+        All of the router is read, and the rows or columns of kept neurons of the other two.
+
+        Args:
+            dropped: Share of the neurons that is dropped.
         """
-        neurons, routers = self.intermediate_size, (self.intermediate_size, self.hidden_size)
+        neurons, columns = self.intermediate_size, self.hidden_size
         # gate and up have the same size, and so do their halves of a stacked layer
         router = next(
-            m.row_bytes * neurons
-            for m in self.matrices.values()
-            if m.shape in (routers, (2 * neurons, self.hidden_size))
+            matrix.row_bytes * neurons
+            for matrix in self.matrices.values()
+            if matrix.shape in ((neurons, columns), (2 * neurons, columns))
         )
         return router + (1 - dropped) * (self.bytes - router)
 
@@ -152,8 +154,8 @@ class GatedMLP:
             UnsupportedModelError: If the values of a weight cannot be read.
         """
         with materialized(self.module):
-            picks = [m.entries(f"{self.name}.{name}") for name, m in self.matrices.items()]
-        return torch.stack(picks).sum(0)
+            entries = [m.entries(f"{self.name}.{name}") for name, m in self.matrices.items()]
+        return torch.stack(entries).sum(0)
 
     def probe_inputs(self) -> Iterator[Tensor]:
         """Random hidden states ``[1, T, D]`` of small, unit and large scale, always the same."""
@@ -161,11 +163,11 @@ class GatedMLP:
 
     def _gate_or_up(self, *, is_gate: bool) -> Linear:
         layout = self.known_layout()
-        whole = self._linear(layout.gate if is_gate else layout.up)
+        layer = self._linear(layout.gate if is_gate else layout.up)
         if layout.gate != layout.up:
-            return whole
+            return layer
         start = 0 if is_gate == layout.gate_first else self.intermediate_size
-        return whole.part(start, start + self.intermediate_size)
+        return layer.part(start, start + self.intermediate_size)
 
     def _linear(self, name: str) -> Linear:
         return Linear.of(self.module.get_submodule(name), f"{self.name}.{name}")

@@ -1,4 +1,4 @@
-"""Small things about modules: their hooks, their mode, and what stands for another one."""
+"""Small helpers for modules: hooks, evaluation mode, and the base class of replacements."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Replacement(nn.Module):
     @property
     @abstractmethod
     def original(self) -> nn.Module:
-        """The module that it stands for."""
+        """The module that it replaces."""
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Whether the module's own ``forward`` was replaced, but for loading its weights.
+    """Whether the instance has a ``forward`` of its own, other than that of accelerate.
 
-    What accelerate replaces only loads and moves weights.
+    A forward of accelerate only loads and moves weights.
     """
     return "forward" in vars(module) and not hasattr(module, "_hf_hook")
 
@@ -34,7 +34,7 @@ def is_hooked(module: nn.Module) -> bool:
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let two modules have the same hooks, also those that are added or removed later."""
     for name, value in vars(source).items():
-        # the second is what torch asks before it runs backward hooks
+        # torch reads the second name before it runs backward hooks
         if "_hooks" in name or name == "_is_full_backward_hook":
             vars(target)[name] = value
 

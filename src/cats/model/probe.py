@@ -1,22 +1,21 @@
-"""Run a module with its activation held at a constant: is it a gated MLP, and what is its gate?"""
+"""Run a module with a constant activation: is it a gated MLP, and which layer is its gate?"""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cats.model.modules import evaluating
-from cats.weights import weight_of
+from cats.weights import QuantisedLinear, weight_of
 from cats.weights.placement import has_weights, input_device
 
-# Scales of the probe's inputs: some models clamp, and a clamp shows only far from zero.
+# Scales of the probe's inputs: some models clamp values, which only large inputs show.
 _SCALES = (0.01, 1.0, 30.0)
 _TOKENS = 4
 # The answer of the probe to an MLP whose activation is multiplied with nothing.
@@ -25,12 +24,12 @@ UNGATED = "ungated"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where an MLP keeps its weights.
+    """Which linear layer of an MLP is which.
 
     Attributes:
         gate: Name of the linear layer with the rows of gate.
-        up: That of up; the same layer where both are stacked.
-        down: That of down.
+        up: Name of the layer with the rows of up; the same name where both are stacked.
+        down: Name of the layer down.
         gate_first: Whether the rows of gate come first in a stacked layer.
     """
 
@@ -41,20 +40,26 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What the probe found of a gated MLP; the layout is None where it cannot tell the layers."""
+class ProbedMLP:
+    """Sizes and layers of a gated MLP.
+
+    Attributes:
+        hidden_size: ``D``.
+        intermediate_size: ``F``, the number of neurons.
+        layout: None where the probe cannot tell the layers apart.
+    """
 
     hidden_size: int
     intermediate_size: int
     layout: Layout | None
 
 
-def probe(module: nn.Module, activation_name: str) -> Found | str:
-    """What a gated MLP consists of, or why the module is none.
+def probe(module: nn.Module, activation_name: str) -> ProbedMLP | str:
+    """Sizes and layers of a gated MLP, or the reason why the module is none.
 
-    With a zero activation the output must not depend on the input, with a one it must. With a one
-    the input of down is the output of up: so the layers are told apart, whatever their names are
-    and however their weights are stored.
+    With a zero activation the output must not depend on the input; with an activation of one it
+    must. With an activation of one, the input of down is the output of up. This tells the layers
+    apart without names, and without reading the weights.
 
     Args:
         module: A module of linear layers and one activation; on ``meta``, a copy is probed.
@@ -79,25 +84,29 @@ def probe(module: nn.Module, activation_name: str) -> Found | str:
         try:
             zero = _run(module, activation_name, x, 0.0)
             one = _run(module, activation_name, x, 1.0)
-        except Exception as error:  # a foreign module: whatever it raises is the reason
+        except Exception as error:  # a foreign module may raise anything: that is the reason
             return f"it cannot be called with hidden states alone ({type(error).__name__}: {error})"
         if zero.calls != 1:
             return f"its activation runs {zero.calls} times in a forward pass, expected once"
-        if not isinstance(zero.output, Tensor) or zero.output.shape != x.shape:
+        if not (
+            isinstance(zero.output, Tensor)
+            and isinstance(one.output, Tensor)
+            and zero.output.shape == x.shape
+        ):
             return "it does not return one tensor of the shape of its input"
         if one.gate.shape[:2] != x.shape[:2]:
             return f"its activation sees the shape {list(one.gate.shape)}, expected [B, T, F]"
-        spread_of_zero, spread_of_one = map(_spread, (zero.output, one.output))
+        spread_of_zero, spread_of_one = _spread(zero.output), _spread(one.output)
         if spread_of_zero > 1e-3 * max(spread_of_one, one.output.abs().max()):
             return "its output depends on the input even where its activation is zero"
-        # a threshold on up or on products may drop all that comes of small inputs
+        # a threshold on up or on products may drop everything for small inputs
         is_gated |= bool(spread_of_one > 1e-6 * one.output.abs().max())
         layouts.append(one.layout())
     if not is_gated:
         return UNGATED
-    # the smallest inputs that tell: a clamp has no effect there
+    # that of the smallest inputs, on which a clamp has no effect
     layout = next((layout for layout in layouts if layout is not None), None)
-    return Found(hidden_size, int(one.gate.shape[-1]), layout)
+    return ProbedMLP(hidden_size, int(one.gate.shape[-1]), layout)
 
 
 def inputs(module: nn.Module, hidden_size: int) -> Iterator[Tensor]:
@@ -116,11 +125,11 @@ class _Run:
 
     Attributes:
         output: What the module returned.
-        gates: What its activation got, once for each call.
+        gates: The inputs of its activation, one per call.
         layers: Name of each linear layer to its input and output.
     """
 
-    output: Any = None
+    output: object = None
     gates: list[Tensor] = field(default_factory=list)
     layers: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -133,22 +142,24 @@ class _Run:
         return self.gates[0]
 
     def layout(self) -> Layout | None:
-        """Which layer is what, after a pass with an activation of one."""
-        down = next((n for n, (_, y) in self.layers.items() if _same(y, self.output)), None)
+        """Which layer is which, after a pass with an activation of one."""
+        output = self.output
+        assert isinstance(output, Tensor)
+        down = next((n for n, (_, y) in self.layers.items() if _same(y, output)), None)
         if down is None:
             return None
         product = self.layers[down][0]
         others = {name: y for name, (_, y) in self.layers.items() if name != down}
         gate = next((n for n, y in others.items() if _same(y, self.gate)), None)
-        up = next((n for n, y in others.items() if n != gate and _kept_of(y, product)), None)
+        up = next((n for n, y in others.items() if n != gate and _keeps(product, y)), None)
         if gate is not None and up is not None:
             return Layout(gate, up, down)
         for name, y in others.items():
             if y.shape[-1] == 2 * self.gate.shape[-1]:
                 first, second = y.chunk(2, -1)
-                if _same(first, self.gate) and _kept_of(second, product):
+                if _same(first, self.gate) and _keeps(product, second):
                     return Layout(name, name, down)
-                if _same(second, self.gate) and _kept_of(first, product):
+                if _same(second, self.gate) and _keeps(product, first):
                     return Layout(name, name, down, gate_first=False)
         return None
 
@@ -163,7 +174,7 @@ def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> _Ru
         run.gates.append(args[0])
         return torch.full_like(output, fill)
 
-    def note(name: str) -> Any:
+    def record_layer(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if args:
                 run.layers[name] = args[0], output
@@ -174,7 +185,7 @@ def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> _Ru
         stack.callback(getattr(module, activation_name).register_forward_hook(constant).remove)
         for name, child in module.named_children():
             if weight_of(child) is not None:
-                stack.callback(child.register_forward_hook(note(name)).remove)
+                stack.callback(child.register_forward_hook(record_layer(name)).remove)
         stack.enter_context(evaluating(module))
         with torch.no_grad():
             run.output = module(x)
@@ -186,19 +197,27 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
-def _kept_of(up: Tensor, product: Tensor) -> bool:
-    """Whether it is up, or what thresholds keep of it."""
+def _keeps(product: Tensor, up: Tensor) -> bool:
+    """Whether each entry of the product is that of up, or was dropped by a threshold."""
     kept = product != 0
     return up.shape == product.shape and bool(kept.any()) and _same(up.where(kept, 0), product)
 
 
 def _spread(output: Tensor) -> Tensor:
-    """How far the outputs of tokens lie from that of the first."""
+    """Largest difference between the output of a token and that of the first."""
     return (output - output[:, :1]).abs().max()
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(module).to_empty(device="cpu")
+    twin = copy.deepcopy(module)
+    for name, child in twin.named_children():
+        # codes drawn at random would need their own rules, and what a layer is does not change
+        if isinstance(child, QuantisedLinear):
+            plain = nn.Linear(
+                child.in_features, child.out_features, child.bias is not None, "meta", child.dtype
+            )
+            setattr(twin, name, plain)
+    twin.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():

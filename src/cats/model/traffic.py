@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 from torch import nn
 
 from cats.model.find import find_gated_mlps
+from cats.protocols import CausalModel
 from cats.weights import nbytes, weight_of
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights of a model; what several layers share is counted once."""
+    """Bytes of all weights of a model; a weight that several layers share counts once."""
     counted: set[int] = set()
     total = 0
     for module in model.modules():
@@ -32,10 +33,10 @@ def token_bytes(model: nn.Module, dropped: Mapping[str, float] | None = None) ->
     Args:
         model: A causal model.
         dropped: Name of a gated MLP to the share of its neurons that is dropped; the others are
-            read whole.
+            read completely.
     """
-    causal: Any = model
-    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    causal_model = cast(CausalModel, model)
+    embedding, head = causal_model.get_input_embeddings(), causal_model.get_output_embeddings()
     total = float(weight_bytes(model))
     # one row of the embedding is read, unless its table is the output head as well
     if head is None or getattr(head, "weight", None) is not embedding.weight:
