@@ -8,7 +8,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cats.errors import DataError, FormatError, StorageError
 from cats.storage import replacing
@@ -33,13 +32,13 @@ class Question:
     Attributes:
         key: Task, number of the question and, where the task has several, the answer's filter.
         prompt_hash: SHA-256 of the prompt: two answers to one question must have the same.
-        answer: What the model gave: the log-likelihood of each choice, or the generated text.
+        answer: The log-likelihood of each choice, or the generated text, as JSON holds it.
         scores: Name of each metric, such as ``"acc"``, to this question's share of it.
     """
 
     key: str
     prompt_hash: str
-    answer: Any
+    answer: object
     scores: dict[str, float]
 
 
@@ -50,8 +49,8 @@ class Answers:
     Attributes:
         task: Name of the task or group of tasks.
         split: The split of the data that the questions come from, such as ``"test"``.
-        settings: What another run must have in common to give the same answers.
-        environment: Where they were computed; see :func:`cats.results.environment`.
+        settings: All that the answers depend on, such as hashes of weights and data.
+        environment: Device and versions of the run; see :func:`cats.results.environment`.
         questions: In the order of the task.
     """
 
@@ -63,7 +62,6 @@ class Answers:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the task, in its order."""
         return list(dict.fromkeys(name for q in self.questions for name in q.scores))
 
     def score(self, metric: str) -> Score:
@@ -73,9 +71,12 @@ class Answers:
     def save(self, path: Path) -> None:
         """Write JSON lines: a header, then one line per question; the file is whole or absent."""
         header = {
-            "version": _VERSION, "task": self.task, "split": self.split,
-            "settings": self.settings, "environment": self.environment,
-        }  # fmt: skip
+            "version": _VERSION,
+            "task": self.task,
+            "split": self.split,
+            "settings": self.settings,
+            "environment": self.environment,
+        }
         lines = [header, *(asdict(question) for question in self.questions)]
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -112,13 +113,13 @@ def paired_difference(first: Answers, second: Answers, metric: str) -> Score:
     Raises:
         DataError: If the two did not answer the same questions.
     """
-    first_asked, second_asked = (
+    first_prompts, second_prompts = (
         [(q.key, q.prompt_hash) for q in answers.questions] for answers in (first, second)
     )
-    if first_asked != second_asked:
+    if first_prompts != second_prompts:
         raise DataError(
-            f"{first.task}: the two models were asked different questions ({len(first_asked)} and "
-            f"{len(second_asked)}); use the same data and --limit for both"
+            f"{first.task}: the two models were asked different questions ({len(first_prompts)} "
+            f"and {len(second_prompts)}); use the same data and --limit for both"
         )
     pairs = zip(first.questions, second.questions, strict=True)
     return _mean([b.scores[metric] - a.scores[metric] for a, b in pairs if metric in a.scores])

@@ -1,6 +1,6 @@
-"""What the activations of a model look like: zeros, near zeros, and which tokens share them.
+"""Statistics of the activations of a model: zeros, near zeros, and which tokens share them.
 
-Gated and ungated MLPs, dense and sparse models: whatever passes through an activation module.
+They work for all models with activation modules: with gated or ungated MLPs, dense or sparse.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +43,8 @@ class Layer:
         by_position: Share of zeros at each sixteenth of a block, first tokens first.
         union: Number of tokens, from different texts, that are decoded together, to the share of
             neurons that are zero for all of them.
-        overlap: Share of the neurons that are not zero for a token which were not zero for the
-            token before it either; None if all are zero.
+        overlap: Of the neurons that are not zero for a token, the share that was not zero for the
+            token before it; None if all are zero.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Profile:
 
     Attributes:
         layers: In the order of the model.
-        tokens: How many tokens were seen.
+        tokens: Number of tokens that the model read.
         near: Magnitude below which an output counts as near zero.
         by_token: Quantiles over the tokens (``"5 %"`` ...) of the share of zeros in all layers.
     """
@@ -75,7 +74,7 @@ class Profile:
     near: float
     by_token: dict[str, float]
 
-    def save(self, path: Path, **about: Any) -> None:
+    def save(self, path: Path, **about: object) -> None:
         """Write one JSON document that ``cats report`` reads.
 
         Args:
@@ -86,7 +85,7 @@ class Profile:
 
 
 def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) -> Profile:
-    """Look at every activation module of a model while it reads the batches.
+    """Count the outputs of every activation module while the model reads the batches.
 
     Args:
         model: Any Hugging Face causal model that is not fused.
@@ -100,30 +99,30 @@ def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) ->
     """
     if any(fused_mlps(model)):
         raise UnsupportedModelError("a fused MLP hides its activations: call cats.unfuse_ first")
-    watchers = [_Watcher(name, module, near) for name, module in _activations(model)]
-    by_token: list[Tensor] = []
+    counters = [_Counter(name, module, near) for name, module in _activations(model)]
+    zeros_by_token: list[Tensor] = []
     device = input_device(model)
     with ExitStack() as stack:
-        for watcher in watchers:
-            stack.callback(watcher.module.register_forward_hook(watcher.see).remove)
+        for counter in counters:
+            stack.callback(counter.module.register_forward_hook(counter.count).remove)
         for batch in batches:
             ids, mask = as_batch(batch)
             if mask is not None:
                 raise DataError("activations are profiled on blocks without padding only")
-            for watcher in watchers:
-                watcher.shape = tuple(ids.shape)
+            for counter in counters:
+                counter.shape = tuple(ids.shape)
             forward_hidden(model, ids.to(device), None)
-            seen = [w.zeros_of_tokens.cpu() for w in watchers if w.zeros_of_tokens is not None]
-            if seen:
-                by_token.append(torch.stack(seen).mean(0).flatten())
-    if not by_token:
+            zeros = [c.zeros_of_tokens.cpu() for c in counters if c.zeros_of_tokens is not None]
+            if zeros:
+                zeros_by_token.append(torch.stack(zeros).mean(0).flatten())
+    if not zeros_by_token:
         raise UnsupportedModelError(
             f"no activation module of {type(model).__name__} ran: there is nothing to profile"
         )
-    shares = torch.cat(by_token)
+    shares = torch.cat(zeros_by_token)
     quantiles = torch.quantile(shares, torch.tensor(_QUANTILES)).tolist()
     return Profile(
-        layers=[watcher.layer() for watcher in watchers if watcher.outputs],
+        layers=[counter.layer() for counter in counters if counter.outputs],
         tokens=len(shares),
         near=near,
         by_token={f"{q:.0%}": v for q, v in zip(_QUANTILES, quantiles, strict=True)},
@@ -138,11 +137,11 @@ def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-class _Watcher:
-    """Sums up the outputs of one activation module.
+class _Counter:
+    """Counts the outputs of one activation module.
 
     Attributes:
-        shape: ``(B, T)`` of the batch that runs next.
+        shape: ``(B, T)`` of the next batch.
         zeros_of_tokens: ``[B, T]``, the share of zeros of each token of the last batch.
     """
 
@@ -155,9 +154,9 @@ class _Watcher:
         self._histogram = torch.zeros(BINS + 1, dtype=torch.int64)
         self._positions = torch.zeros(_POSITIONS, 2, dtype=torch.float64)
         self._unions = {n: [0, 0] for n in UNIONS}
-        self._again = self._kept_after = 0
+        self._kept_twice = self._kept_after_first = 0
 
-    def see(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         # some models flatten batch and tokens before the MLP
         a = output.detach().reshape(*self.shape, -1).float().abs()
         zero = a == 0
@@ -170,13 +169,13 @@ class _Watcher:
         self._count_positions(self.zeros_of_tokens.double().mean(0).cpu())
         self._count_unions(zero)
         kept = ~zero
-        self._again += int((kept[:, 1:] & kept[:, :-1]).sum())
-        self._kept_after += int(kept[:, 1:].sum())
+        self._kept_twice += int((kept[:, 1:] & kept[:, :-1]).sum())
+        self._kept_after_first += int(kept[:, 1:].sum())
 
     def _count_positions(self, by_position: Tensor) -> None:
-        where = torch.arange(len(by_position)) * _POSITIONS // len(by_position)
-        self._positions[:, 0].index_add_(0, where, by_position)
-        self._positions[:, 1] += torch.bincount(where, minlength=_POSITIONS)
+        part = torch.arange(len(by_position)) * _POSITIONS // len(by_position)
+        self._positions[:, 0].index_add_(0, part, by_position)
+        self._positions[:, 1] += torch.bincount(part, minlength=_POSITIONS)
 
     def _count_unions(self, zero: Tensor) -> None:
         for n, sums in self._unions.items():
@@ -187,18 +186,16 @@ class _Watcher:
                 sums[1] += shared.numel()
 
     def layer(self) -> Layer:
-        """What was seen so far."""
         module = self.module
+        threshold = float(module.threshold.mean()) if isinstance(module, CatsActivation) else None
         return Layer(
             name=self.name,
             activation=str(activation_kind(module)),
-            threshold=float(module.threshold.mean())
-            if isinstance(module, CatsActivation)
-            else None,
+            threshold=threshold,
             zero=self._zero / self.outputs,
             near_zero=self._near_zero / self.outputs,
             histogram=(self._histogram / self.outputs).tolist(),
             by_position=[s / n for s, n in self._positions.tolist() if n],
-            union={n: dropped / seen for n, (dropped, seen) in self._unions.items() if seen},
-            overlap=self._again / self._kept_after if self._kept_after else None,
+            union={n: zero / total for n, (zero, total) in self._unions.items() if total},
+            overlap=(self._kept_twice / self._kept_after_first if self._kept_after_first else None),
         )

@@ -1,14 +1,14 @@
-"""The tasks of several variants of one model, kept in a folder and resumed task by task."""
+"""Tasks and perplexities of the variants of a model; stored answers are not computed again."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats import fingerprint
 from cats.errors import DataError
@@ -16,27 +16,28 @@ from cats.evaluation.answers import Answers, Score, Value, paired_difference
 from cats.evaluation.tasks import evaluate_task, harness_version, task_files
 from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
+from cats.protocols import CausalModel, Tokenizer
 from cats.results import MEAN, Perplexity, TaskScore, environment
 from cats.weights.placement import input_device
 
 
-def identity(model: Any, tokenizer: Any) -> dict[str, Value]:
-    """What answers and perplexities depend on besides the variant, as short hashes.
+def identity(model: nn.Module, tokenizer: Tokenizer) -> dict[str, Value]:
+    """What answers and perplexities depend on besides the variant: a dtype and short hashes.
 
     Args:
         model: The dense model.
         tokenizer: Its tokenizer.
     """
     return {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(cast(CausalModel, model).dtype).removeprefix("torch."),
         "weights": fingerprint.of_model(model),
         "tokenizer": fingerprint.of_tokenizer(tokenizer),
     }
 
 
 def answer_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     variant: Variant,
     tasks: Sequence[str],
     *,
@@ -53,17 +54,17 @@ def answer_tasks(
     Args:
         model: The dense model.
         tokenizer: Its tokenizer.
-        variant: How it runs.
+        variant: How the model runs.
         tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
-        folder: Answers are kept as ``<variant>/<task>.jsonl`` in it; what is there already, of
-            the same weights, tokenizer, thresholds, data and settings, is not asked again.
-        settings: Kept with the answers, such as the model's name; :func:`identity` where it is
-            known already.
-        limit: As for :func:`cats.evaluation.tasks.evaluate_task`, like all that follow.
-        seed: Of the draw that ``limit`` makes.
+        folder: Answers are stored in it as ``<variant>/<task>.jsonl``. Stored answers of the same
+            weights, tokenizer, thresholds, data and settings are used again.
+        settings: Stored with the answers, such as the model's name, and :func:`identity` if the
+            caller has computed it.
+        limit: As for :func:`cats.evaluation.tasks.evaluate_task`, like the next three.
+        seed: Seed of the draw of questions.
         batch_size: A number or ``"auto"``.
         data_dir: Folder of parquet files.
-        on_task: Called with the name of each task that is asked, before it is.
+        on_task: Called with the name of a task before it runs.
 
     Raises:
         DataError: If the folder holds answers with other settings.
@@ -84,24 +85,30 @@ def answer_tasks(
             on_task(task)
             with variant.on(model):
                 answers = evaluate_task(
-                    model, tokenizer, task, limit=limit, seed=seed, batch_size=batch_size,
-                    data_dir=data_dir, settings=dict(settings),
-                )  # fmt: skip
+                    model,
+                    tokenizer,
+                    task,
+                    limit=limit,
+                    seed=seed,
+                    batch_size=batch_size,
+                    data_dir=data_dir,
+                    settings=dict(settings),
+                )
             if path is not None:
                 answers.save(path)
         yield answers
 
 
 def results(variant: str, answers: Sequence[Answers], dense: Sequence[Answers]) -> list[TaskScore]:
-    """One result for each task and metric, and the mean of ``acc`` over the tasks.
+    """One result per task and metric, and the mean of ``acc`` over the tasks.
 
-    ``value`` is the mean over the questions, ``low`` and ``high`` lie one standard error beside
-    it. ``settings`` hold that error, and the difference to the dense model with its paired one.
+    ``value`` is the mean over the questions; ``low`` and ``high`` are one standard error away.
+    ``settings`` hold that error, the difference from the dense model and its paired error.
 
     Args:
         variant: Label of the variant.
-        answers: Of the variant, one a task.
-        dense: Of the dense model, the same tasks in the same order.
+        answers: Those of the variant, one per task.
+        dense: Those of the dense model, for the same tasks in the same order.
     """
     rows = [
         _result(variant, mine, metric, mine.score(metric), paired_difference(base, mine, metric))
@@ -117,7 +124,7 @@ def results(variant: str, answers: Sequence[Answers], dense: Sequence[Answers]) 
 
 
 def measure_perplexity(
-    model: Any,
+    model: nn.Module,
     variant: Variant,
     batches: Sequence[Tensor],
     *,
@@ -125,18 +132,18 @@ def measure_perplexity(
     settings: Mapping[str, Value],
     track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Perplexity:
-    """Perplexity of a variant, with what a token of it reads.
+    """Perplexity of a variant, and the bytes that one of its tokens reads.
 
     Args:
         model: The dense model.
-        variant: How it runs.
-        batches: Token ids ``[B, T]`` each.
-        text: What the result calls their text.
-        settings: What the number depends on besides, such as the model's name.
-        track: Gives the batches one by one, such as with a bar.
+        variant: How the model runs.
+        batches: Token ids, ``[B, T]`` each.
+        text: Name of their text, for the result.
+        settings: All else that the number depends on, such as the model's name.
+        track: Gives the batches one by one, for example with a progress bar.
     """
     value, share = variant.measure(model, track(batches))
-    about: dict[str, Value] = {
+    result_settings: dict[str, Value] = {
         **settings,
         **variant.settings,
         "variant": variant.label,
@@ -146,12 +153,18 @@ def measure_perplexity(
         "mlp_share": share,
         "token_bytes": token_bytes(model, share),
     }
-    where = environment(str(input_device(model)))
-    return Perplexity.of(about, value=value, low=value, high=value, samples=1, environment=where)
+    return Perplexity.of(
+        result_settings,
+        value=value,
+        low=value,
+        high=value,
+        samples=1,
+        environment=environment(str(input_device(model))),
+    )
 
 
 def text_settings(batches: Sequence[Tensor]) -> dict[str, Value]:
-    """What a perplexity depends on of its text: the tokens, and how they are cut."""
+    """The tokens of a text and how they are cut into blocks, on which a perplexity depends."""
     return {
         "tokens": sum(batch.numel() for batch in batches),
         "block": batches[0].shape[1],
@@ -161,13 +174,13 @@ def text_settings(batches: Sequence[Tensor]) -> dict[str, Value]:
 
 def mean_over_tasks(scores: Iterable[Score]) -> Score:
     """Mean of the tasks' values, each of equal weight; their questions are independent."""
-    found = list(scores)
-    known = [s.stderr for s in found if s.stderr is not None]
-    variance = sum(error**2 for error in known) / len(found) ** 2
+    scores = list(scores)
+    errors = [s.stderr for s in scores if s.stderr is not None]
+    variance = sum(error**2 for error in errors) / len(scores) ** 2
     return Score(
-        sum(s.value for s in found) / len(found),
-        math.sqrt(variance) if len(known) == len(found) else None,
-        sum(s.questions for s in found),
+        sum(s.value for s in scores) / len(scores),
+        math.sqrt(variance) if len(errors) == len(scores) else None,
+        sum(s.questions for s in scores),
     )
 
 
@@ -191,33 +204,38 @@ def _result(
         "difference_stderr": difference.stderr,
     }
     return TaskScore.of(
-        settings, quantity=metric, value=score.value, low=score.value - error,
-        high=score.value + error, samples=score.questions, environment=answers.environment,
-    )  # fmt: skip
+        settings,
+        quantity=metric,
+        value=score.value,
+        low=score.value - error,
+        high=score.value + error,
+        samples=score.questions,
+        environment=answers.environment,
+    )
 
 
 def check_same(
-    path: Path, what: str, found: Mapping[str, Value], wanted: Mapping[str, Value]
+    path: Path, what: str, stored: Mapping[str, Value], expected: Mapping[str, Value]
 ) -> None:
-    """Complain where what is kept in a file depends on something else than is wanted now.
+    """Raise an error if the content of a file depends on other settings than this run.
 
     Args:
         path: The file.
         what: What it holds, for the message.
-        found: The settings that it was kept with.
-        wanted: Those of this run; others in ``found`` do not matter.
+        stored: The settings in the file.
+        expected: Those of this run; further ones in ``stored`` do not matter.
 
     Raises:
-        DataError: If one differs, or was not recorded.
+        DataError: If a setting differs, or was not recorded.
     """
-    for name, value in wanted.items():
-        if name not in found:
+    for name, value in expected.items():
+        if name not in stored:
             raise DataError(
                 f"{path}: holds {what} of an older release, which did not record {name}: they may "
-                "be of something else; name another folder or delete it"
+                "be of another model or of other data; name another folder or delete it"
             )
-        if found[name] != value:
+        if stored[name] != value:
             raise DataError(
-                f"{path}: holds {what} with {name} {found[name]!r}, wanted {value!r}; "
+                f"{path}: holds {what} with {name} {stored[name]!r}, wanted {value!r}; "
                 "name another folder or delete it"
             )

@@ -9,10 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from torch import nn
 
 from cats.errors import ConfigError, DataError, StorageError
 from cats.evaluation.answers import Answers, Question, Value
+from cats.protocols import Tokenizer
 from cats.results import environment
 from cats.weights.placement import input_device
 
@@ -33,7 +37,7 @@ _SPLITS = ("training_split", "validation_split", "test_split")
 
 
 def task_names(names: str) -> list[str]:
-    """Names of tasks or groups, separated by commas; ``paper8`` stands for the paper's eight.
+    """Names of tasks or groups, separated by commas; ``paper8`` means the paper's eight.
 
     Raises:
         ConfigError: If there is no such name, if it is a task without questions, or if the
@@ -57,7 +61,7 @@ def task_names(names: str) -> list[str]:
 
 
 def check_data(tasks: Iterable[str], data_dir: Path) -> None:
-    """Complain about a task whose files are not all there, before the first task runs.
+    """Raise an error for a task with missing files, before the first task runs.
 
     Args:
         tasks: Names that the harness knows.
@@ -72,8 +76,8 @@ def check_data(tasks: Iterable[str], data_dir: Path) -> None:
 
 
 def evaluate_task(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: Tokenizer,
     task: str,
     *,
     limit: int | None = None,
@@ -97,7 +101,7 @@ def evaluate_task(
         data_dir: Folder with ``<task>/<split>.parquet``, the splits named as in the task's own
             data set, such as ``validation``, and with its columns. Without it the harness
             downloads that data set.
-        settings: Kept with the answers.
+        settings: Stored with the answers.
 
     Raises:
         ConfigError: If the harness is not installed.
@@ -143,12 +147,13 @@ def harness_version() -> str:
     return version
 
 
-def _harness() -> Any:
+def _harness() -> ModuleType:
     try:
         import lm_eval
     except ImportError as error:
         raise ConfigError("tasks need the harness: pip install 'cats-llm[eval]'") from error
-    return lm_eval
+    harness: ModuleType = lm_eval
+    return harness
 
 
 @cache
@@ -161,7 +166,7 @@ def task_manager() -> Any:
 
 
 def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
-    """Each task behind a name to the harness's object for it."""
+    """Name of each task of a task or group to the harness's object for it."""
     manager = task_manager()
     spec = name if data_dir is None else _offline(name, data_dir)
     try:
@@ -176,7 +181,7 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
 
 
 def task_files(name: str, data_dir: Path) -> dict[str, str]:
-    """The parquet file of each split: one with questions, and one with examples if there are any.
+    """Name of each split to its parquet file.
 
     Raises:
         ConfigError: If the name is that of a group.

@@ -1,4 +1,4 @@
-"""Bytes of weights that one decoded token reads: the common measure of all ways to be sparse."""
+"""Bytes of weights that a decoded token reads, by which all variants are compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from cats.model import find_gated_mlps, traffic
 
 
 def neuron_shares(model: nn.Module, dropped: Mapping[str, float]) -> dict[str, float]:
-    """Of each MLP the share of its bytes that is read where a share of its neurons is dropped."""
+    """Name of each MLP to the share of its bytes that a token reads.
+
+    Args:
+        model: Any model with gated MLPs.
+        dropped: Name of each MLP to the share of its neurons that is dropped.
+    """
     return {
         mlp.name: mlp.bytes_read(dropped[mlp.name]) / mlp.bytes
         for mlp in find_gated_mlps(model, names=dropped)
@@ -22,7 +27,7 @@ def mean_share(model: nn.Module, shares: Mapping[str, float]) -> float:
 
     Args:
         model: Any model with gated MLPs.
-        shares: Name of an MLP to its share; the others are read whole.
+        shares: Name of an MLP to its share; it is 1 for the others.
     """
     sizes = {mlp.name: mlp.bytes for mlp in find_gated_mlps(model)}
     return sum(size * shares.get(name, 1.0) for name, size in sizes.items()) / sum(sizes.values())

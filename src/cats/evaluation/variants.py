@@ -1,15 +1,15 @@
-"""Ways to run one model that are compared: dense, sparse by neuron, sparse by input.
+"""The ways to run a model that an evaluation compares: dense, sparse by neuron, sparse by input.
 
-Everything that evaluates takes a :class:`Variant` and does not know which one it is. Another
-method is one more small class here, or a method of :mod:`cats.methods` that :class:`Sparse` runs.
+The evaluation takes any :class:`Variant`. To compare another method, add a small class here, or a
+method to :mod:`cats.methods`, which :class:`Sparse` runs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,16 @@ from cats.functional import keep_mask
 from cats.metrics import perplexity, perplexity_and_sparsity
 from cats.model import find_gated_mlps
 
+PreHook: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
 
 class Variant(ABC):
     """One way to run a dense model.
 
     Attributes:
-        label: What tables and file names call it, such as ``"cats-50"``.
-        settings: What its answers depend on.
-        dropped: Mean share of neurons that its last measurement dropped; None if it drops none.
+        label: Its name in tables and files, such as ``"cats-50"``.
+        settings: All that its answers depend on, besides the model and the data.
+        dropped: Mean share of neurons that the last measurement dropped; None if it drops none.
     """
 
     label: str
@@ -38,26 +40,31 @@ class Variant(ABC):
     dropped: float | None = None
 
     @abstractmethod
-    def on(self, model: Any) -> Any:
-        """Context in which the dense ``model`` runs this way; afterwards it is dense again."""
+    def on(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Context in which the dense ``model`` runs this way; after it the model is dense again."""
 
     @abstractmethod
-    def measure(self, model: Any, batches: Iterable[Batch]) -> tuple[float, float]:
-        """Perplexity, and the share of the gated MLPs' weights that a token reads."""
+    def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+        """Perplexity, and the share of the gated MLPs' weights that a token reads.
+
+        Args:
+            model: The dense model.
+            batches: As for :func:`cats.metrics.perplexity`.
+        """
 
 
 class Dense(Variant):
-    """The model as it is."""
+    """The model without changes."""
 
     def __init__(self) -> None:
         self.label = "dense"
         self.settings = {"method": "dense", "target_sparsity": None}
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[Any]:
+    def on(self, model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
-    def measure(self, model: Any, batches: Iterable[Batch]) -> tuple[float, float]:
+    def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         return perplexity(model, batches), 1.0
 
 
@@ -77,13 +84,13 @@ class Sparse(Variant):
         }
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[Any]:
+    def on(self, model: nn.Module) -> Iterator[nn.Module]:
         try:
             yield sparsify_(model, self._config)
         finally:
             densify_(model)
 
-    def measure(self, model: Any, batches: Iterable[Batch]) -> tuple[float, float]:
+    def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         with self.on(model):
             value, realized = perplexity_and_sparsity(model, batches)
         self.dropped = sum(realized.values()) / len(realized)
@@ -93,8 +100,7 @@ class Sparse(Variant):
 class InputThresholds(Variant):
     """Input thresholding: small entries of each matrix's input are dropped (arXiv:2408.14690).
 
-    A column of a matrix whose input entry is dropped need not be read. For comparison only: there
-    is no kernel for it here.
+    The column of a dropped entry need not be read. For comparison only: there is no kernel for it.
     """
 
     def __init__(
@@ -109,10 +115,10 @@ class InputThresholds(Variant):
         Args:
             thresholds: Name of each MLP to {name of a linear layer in it: threshold}.
             method: ``"input"``, or ``"teal"`` where TEAL's allocation chose the thresholds.
-            target: Share of the weights that calibration aimed to leave unread.
-            calibration_tokens: How many tokens were seen.
+            target: Share of the weights that are not read, as calibration intended.
+            calibration_tokens: Number of tokens of the calibration.
         """
-        self._thresholds = thresholds
+        self.thresholds = thresholds
         self.label = f"{method}-{target * 100:.3g}"
         self.settings = {
             "method": method,
@@ -120,38 +126,39 @@ class InputThresholds(Variant):
             "calibration_tokens": calibration_tokens,
             "thresholds": fingerprint.of_value(thresholds),
         }
-        # per layer: the sum over tokens of the share of inputs that were kept, and the tokens
-        self._read: dict[str, Tensor | float] = {}
+        # per layer: the share of kept inputs, summed over tokens, and the number of tokens
+        self._kept: dict[str, Tensor | float] = {}
         self._tokens: dict[str, int] = {}
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[Any]:
+    def on(self, model: nn.Module) -> Iterator[nn.Module]:
         with ExitStack() as stack:
-            for mlp, thresholds in self._thresholds.items():
+            for mlp, thresholds in self.thresholds.items():
                 for name, threshold in thresholds.items():
                     layer = model.get_submodule(f"{mlp}.{name}")
                     hook = self._hook(f"{mlp}.{name}", threshold)
                     stack.callback(layer.register_forward_pre_hook(hook).remove)
             yield model
 
-    def measure(self, model: Any, batches: Iterable[Batch]) -> tuple[float, float]:
-        self._read, self._tokens = {}, {}
+    def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+        self._kept, self._tokens = {}, {}
         with self.on(model):
             value = perplexity(model, batches)
         shares = {}
-        for mlp in find_gated_mlps(model, names=self._thresholds):
+        for mlp in find_gated_mlps(model, names=self.thresholds):
             read = 0.0
             for layer, matrix in mlp.matrices.items():
                 name = f"{mlp.name}.{layer}"
-                read += matrix.bytes * float(self._read[name]) / self._tokens[name]
+                read += matrix.bytes * float(self._kept[name]) / self._tokens[name]
             shares[mlp.name] = read / mlp.bytes
         return value, mean_share(model, shares)
 
-    def _hook(self, name: str, threshold: float) -> Any:
+    def _hook(self, name: str, threshold: float) -> PreHook:
+        @torch.no_grad()
         def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             kept = keep_mask(args[0], threshold)
-            self._read[name] = self._read.get(name, 0.0) + kept.float().mean(-1).sum()
+            self._kept[name] = self._kept.get(name, 0.0) + kept.float().mean(-1).sum()
             self._tokens[name] = self._tokens.get(name, 0) + kept[..., 0].numel()
             return args[0].masked_fill(~kept, 0), *args[1:]
 
-        return torch.no_grad()(drop)
+        return drop
