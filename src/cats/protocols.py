@@ -76,6 +76,8 @@ class CausalModel(Protocol):
 
     def eval(self) -> nn.Module: ...
 
+    def save_pretrained(self, save_directory: str) -> Any: ...
+
 
 class Tokenizer(Protocol):
     """A Hugging Face tokenizer."""

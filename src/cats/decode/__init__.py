@@ -1,4 +1,4 @@
-"""Decode with little overhead a token: one loop, engines behind one small interface."""
+"""Decode with little overhead per token: one loop, and engines behind one small interface."""
 
 from cats.decode.decoder import Decoder, generate
 from cats.decode.engines import ENGINES
