@@ -1,5 +1,3 @@
-"""Stamps of a traced token, and what is made of them."""
-
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -10,15 +8,15 @@ from cats.results import EVENTS, LAUNCHES
 from tests.models import make_ids, make_model
 
 
-def check_moments(found):
-    """Each launch has its events, in order, and none ends before the one in front."""
+def check_moments(times):
+    """Each launch has its events, in order, and none ends before the launch before it."""
     # a linear layer ends with its last weights
     missing = {("q, k, v", "last"), ("output projection", "last")}
-    assert set(found) == {(launch, event) for launch in LAUNCHES for event in EVENTS} - missing
-    assert all(low <= middle <= high for low, middle, high in found.values())
+    assert set(times) == {(launch, event) for launch in LAUNCHES for event in EVENTS} - missing
+    assert all(low <= median <= high for low, median, high in times.values())
     for launch in LAUNCHES:
-        assert found[launch, "start"][1] < found[launch, "input"][1] < found[launch, "end"][1]
-    ends = [found[launch, "end"][2] for launch in LAUNCHES]
+        assert times[launch, "start"][1] < times[launch, "input"][1] < times[launch, "end"][1]
+    ends = [times[launch, "end"][2] for launch in LAUNCHES]
     assert ends == sorted(ends)
     assert ends[0] > 0
 
@@ -29,19 +27,18 @@ def test_moments_are_counted_from_the_end_of_the_layer_before():
     stamps[8, 0, 0, 3] = 30_000
     stamps[5, :2, 0, 1] = torch.tensor([11_000, 14_000])
     stamps[9, 3, 0, 1] = 30_500
-    found = moments(stamps)
+    means = moments(stamps)
     # of the second layer 1, 1, 4, of the third .5
-    assert found["q, k, v", "input"] == pytest.approx((0.75, 0.75, 2.25))
-    assert found["MLP", "end"] == pytest.approx((20, 20, 20))
-    assert ("attention", "start") not in found
+    assert means["q, k, v", "input"] == pytest.approx((0.75, 0.75, 2.25))
+    assert means["MLP", "end"] == pytest.approx((20, 20, 20))
+    assert ("attention", "start") not in means
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_runs_the_launches_of_a_layer_one_behind_the_other():
+def test_a_gpu_runs_the_launches_of_a_layer_one_after_the_other():
     model = make_model(LlamaConfig, num_hidden_layers=4).to("cuda", torch.bfloat16)
-    results = list(
-        measure(model, make_ids(8), name="tiny", sparsities=[0, 0.5], context=20, commit="abc")
-    )
+    options = dict(name="tiny", sparsities=[0, 0.5], context=20, commit="abc")
+    results = list(measure(model, make_ids(8), **options))
     for sparsity in (0, 0.5):
         rows = [r for r in results if r.settings["sparsity"] == sparsity]
         names = [(r.settings["launch"], r.settings["event"]) for r in rows]

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cats.apply import sparsify_
-from cats.benchmarks.decode import copy_for_fusion
+from cats.benchmarks.copies import copy_for_fusion
 from cats.calibration import collect
 from cats.decode.capture import capture, window_of
 from cats.decode.forward import prefill
 from cats.decode.state import State
 from cats.errors import ConfigError
 from cats.fusion import fuse_
+from cats.protocols import CausalModel, ModelConfig
 from cats.results import EVENTS, LAUNCHES, Moment, environment
 
+# Tokens that are traced.
 _TOKENS = 16
 
-# Of a launch and event: the first, the median and the last warp.
+# Launch and event to the times of the first, the median and the last warp.
 _Moments = dict[tuple[str, str], tuple[float, float, float]]
 
 
@@ -37,38 +39,37 @@ def measure(
     """Trace some tokens of a dense model and of sparse copies of it.
 
     Args:
-        model: A dense Hugging Face causal model on a GPU; its weights are laid out anew.
-        blocks: Token ids ``[N, T]`` that thresholds are calibrated on; the first are the prompt.
-        name: Of the model, for the results.
+        model: A dense Hugging Face causal model on a GPU. The layout of its weights is changed.
+        blocks: Token ids ``[N, T]``. Thresholds are calibrated on them; the first are the prompt.
+        name: Name of the model in the results.
         sparsities: Targets of CATS; 0 is the dense model.
-        context: Tokens in front of the first one that is traced.
-        commit: Of the sources, where they are no checkout that could tell it.
+        context: Tokens before the first one that is traced.
+        commit: Commit of the sources, where they are not a checkout.
 
     Yields:
-        For each sparsity, launch and event its time in microseconds behind the end of the layer
-        before: the median over warps, and the first and last of them, each as a mean over layers
-        and tokens.
+        For each sparsity, launch and event its time in microseconds after the end of the layer
+        before. It is that of the median warp, with the first and the last one, each as a mean over
+        layers and tokens.
 
     Raises:
         BackendError: If the stream engine cannot run the model.
-        ConfigError: If the model is not on a GPU or has one layer, or a context or sparsity is
-            out of range.
+        ConfigError: If the model is not on a GPU, if it has one layer only, or if the context or a
+            sparsity is out of range.
     """
     device = next(model.parameters()).device
     sparsities = list(sparsities)
     if device.type != "cuda":
-        raise ConfigError(f"a timeline is of kernels on a CUDA device, the model is on {device}")
+        raise ConfigError(f"a timeline needs a model on a CUDA device, this one is on {device}")
     if not all(0 <= s < 1 for s in sparsities):
         raise ConfigError(f"sparsities must lie in [0, 1), got {sparsities}")
-    whole: Any = model
-    config = whole.config.get_text_config(decoder=True)
+    config = cast(CausalModel, model).config.get_text_config(decoder=True)
     if config.num_hidden_layers < 2:
-        raise ConfigError("a layer is timed behind another one: expected at least 2 layers, got 1")
-    most = min(config.max_position_embeddings - _TOKENS, blocks.shape[1])
-    if not 1 <= context <= most:
-        raise ConfigError(f"expected a context of 1 to {most} tokens, got {context}")
+        raise ConfigError("a layer is timed after another one: expected at least 2 layers, got 1")
+    longest = min(config.max_position_embeddings - _TOKENS, blocks.shape[1])
+    if not 1 <= context <= longest:
+        raise ConfigError(f"expected a context of 1 to {longest} tokens, got {context}")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    about = environment(str(device), commit=commit)
+    measured_on = environment(str(device), commit=commit)
     counts = collect(model, blocks.to(device).split(4)) if any(sparsities) else None
     for sparsity in sparsities:
         traced = model
@@ -77,21 +78,30 @@ def measure(
             traced = copy_for_fusion(model)
             sparsify_(traced, counts.config(sparsity))
             fuse_(traced)
-        found = _trace(traced, config, blocks[:1, :context].to(device))
-        for (launch, event), (low, middle, high) in found.items():
+        times = _trace(traced, config, blocks[:1, :context].to(device))
+        for (launch, event), (low, median, high) in times.items():
             yield Moment(
-                value=middle, low=low, high=high, samples=_TOKENS, environment=about, model=name,
-                dtype=dtype, sparsity=sparsity, context=context, launch=launch, event=event,
-            )  # fmt: skip
+                value=median,
+                low=low,
+                high=high,
+                samples=_TOKENS,
+                environment=measured_on,
+                model=name,
+                dtype=dtype,
+                sparsity=sparsity,
+                context=context,
+                launch=launch,
+                event=event,
+            )
 
 
 @torch.inference_mode()
-def _trace(model: nn.Module, config: Any, prompt: Tensor) -> _Moments:
+def _trace(model: nn.Module, config: ModelConfig, prompt: Tensor) -> _Moments:
     # imported here: results can be read where there is no CUDA
     from cats.decode.stream.engine import StreamEngine
 
     engine = StreamEngine(model)
-    # one token more in front is run, and not traced: the first replay loads code
+    # one more token runs before those that are traced: the first replay loads code
     before = prompt.shape[1] - 1
     length = prompt.shape[1] + _TOKENS
     with torch.cuda.device(prompt.device):
@@ -116,30 +126,30 @@ def moments(stamps: Tensor) -> _Moments:
     """The first, median and last warp at each event, means over all layers but the first.
 
     Args:
-        stamps: Of a token, ``[launches, blocks, warps, events]``, int64, nanoseconds; 0 where
-            nothing was noted.
+        stamps: Those of one token, ``[launches, blocks, warps, events]``, int64, nanoseconds; 0
+            where no event was noted.
     """
     layers: list[_Moments] = []
     for first in range(1 + len(LAUNCHES), len(stamps) - 2, len(LAUNCHES)):
         begin = stamps[first - 1, ..., EVENTS.index("end")].max()
-        found: _Moments = {}
-        for launch, of_launch in zip(LAUNCHES, stamps[first:], strict=False):
-            for event, times in zip(EVENTS, of_launch.flatten(0, 1).T, strict=True):
-                behind = (times[times > 0] - begin).double() / 1e3
-                if len(behind):
-                    low, middle, high = behind.min(), behind.median(), behind.max()
-                    found[launch, event] = float(low), float(middle), float(high)
-        layers.append(found)
+        layer: _Moments = {}
+        for launch, launch_stamps in zip(LAUNCHES, stamps[first:], strict=False):
+            for event, times in zip(EVENTS, launch_stamps.flatten(0, 1).T, strict=True):
+                after = (times[times > 0] - begin).double() / 1e3
+                if len(after):
+                    low, median, high = after.min(), after.median(), after.max()
+                    layer[launch, event] = float(low), float(median), float(high)
+        layers.append(layer)
     return _mean(layers)
 
 
-def _mean(found: list[_Moments]) -> _Moments:
+def _mean(samples: list[_Moments]) -> _Moments:
     groups: defaultdict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
-    for each in found:
-        for moment, times in each.items():
+    for sample in samples:
+        for moment, times in sample.items():
             groups[moment].append(times)
     means: _Moments = {}
     for moment, rows in groups.items():
-        low, middle, high = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        means[moment] = low, middle, high
+        low, median, high = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        means[moment] = low, median, high
     return means
