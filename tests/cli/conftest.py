@@ -35,7 +35,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run ``cats ...``; gives exit code, standard output and standard error."""
+    """Run ``cats ...``; returns exit code, standard output and standard error."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["cats", *map(str, arguments)])
@@ -49,7 +49,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def command_json(command):
-    """Run ``cats ... --json`` and parse what it prints."""
+    """Run ``cats ... --json`` and parse its output."""
 
     def run(*arguments):
         code, out, err = command(*arguments, "--json")

@@ -35,8 +35,8 @@ def test_sweep_says_which_methods_go_without_an_option(command, checkpoint, text
     run = ("bench", "finetune", checkpoint, "-o", tmp_path / "sweep", "--text", text, *SMALL)
     code, _, err = command(*run, *methods)
     assert code == 0, err
-    said = [line for line in err.splitlines() if "without" in line]
-    assert said == [
+    lines = [line for line in err.splitlines() if "without" in line]
+    assert lines == [
         "dense: without --distillation, a dense model would be its own teacher",
         "dense: without --recalibrate, only cats has a target sparsity to calibrate for",
     ]

@@ -88,8 +88,8 @@ def test_default_number_of_tokens_is_at_least_one_block(command_json, checkpoint
 
 @pytest.mark.parametrize("arguments", [("calibrate", "MODEL", "--text"), ("profile", "MODEL")])
 def test_default_number_of_tokens_is_never_refused(command, checkpoint, text, arguments):
-    places = {"MODEL": checkpoint}
-    code, _, err = command(*(places.get(a, a) for a in arguments), text, "--block", 200_000)
+    values = {"MODEL": checkpoint}
+    code, _, err = command(*(values.get(a, a) for a in arguments), text, "--block", 200_000)
     assert code == 1
     assert "the text has 2400 tokens, too few for one block of 200000" in err
 
@@ -126,8 +126,8 @@ BAD = {
 def test_bad_input_ends_in_one_line(command, checkpoint, text, arguments):
     folder = Path(text).parent / "folder.safetensors"
     folder.mkdir()
-    places = {"MODEL": checkpoint, "TEXT": text, "FOLDER.safetensors": folder}
-    code, _, err = command(*(places.get(a, a) for a in arguments))
+    values = {"MODEL": checkpoint, "TEXT": text, "FOLDER.safetensors": folder}
+    code, _, err = command(*(values.get(a, a) for a in arguments))
     assert code == 1
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

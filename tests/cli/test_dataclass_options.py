@@ -41,7 +41,7 @@ class More:
 
 @pytest.fixture
 def invoke():
-    app, got = typer.Typer(rich_markup_mode="rich"), {}
+    app, passed = typer.Typer(rich_markup_mode="rich"), {}
 
     @app.command()
     @options_of("more", More, {None: ("size",)})
@@ -53,26 +53,31 @@ def invoke():
         defaults={"steps": 5},
     )
     def command(model: str, *, options: Chosen, more: Chosen, last: bool = False) -> None:
-        got.update(model=model, options=options, more=more, last=last)
+        passed.update(model=model, options=options, more=more, last=last)
 
     def run(*arguments):
         result = CliRunner().invoke(app, arguments)
-        return result, dict(got)
+        return result, dict(passed)
 
     return run
 
 
 def test_fields_are_options_with_the_dataclasss_types_and_defaults(invoke):
-    result, got = invoke("m", "--name", "a", "-n", "b", "--fast", "--no-half", "--size", "2")
+    result, passed = invoke("m", "--name", "a", "-n", "b", "--fast", "--no-half", "--size", "2")
     assert result.exit_code == 0, result.output
-    assert got["options"].values == {"steps": 5, "names": ("a", "b"), "fast": True, "half": False}
-    assert got["options"].given == {"names", "fast", "half"}
-    assert got["more"] == Chosen({"size": 2.0}, frozenset({"size"}))
-    assert (got["model"], got["last"]) == ("m", False)
-    _, got = invoke("m", "--steps", "5", "--last")
-    assert got["options"].values == {"steps": 5, "names": (), "fast": False, "half": None}
-    assert got["options"].given == {"steps"}
-    assert got["last"]
+    assert passed["options"].values == {
+        "steps": 5,
+        "names": ("a", "b"),
+        "fast": True,
+        "half": False,
+    }
+    assert passed["options"].typed == {"names", "fast", "half"}
+    assert passed["more"] == Chosen({"size": 2.0}, frozenset({"size"}))
+    assert (passed["model"], passed["last"]) == ("m", False)
+    _, passed = invoke("m", "--steps", "5", "--last")
+    assert passed["options"].values == {"steps": 5, "names": (), "fast": False, "half": None}
+    assert passed["options"].typed == {"steps"}
+    assert passed["last"]
 
 
 def test_least_value_is_that_of_the_field(invoke):

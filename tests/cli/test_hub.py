@@ -16,7 +16,7 @@ HUB = ("--revision", "v2", "--subfolder", "sub")
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """Name of a sparse model that is there at one revision, in one subfolder, alone."""
+    """Name of a sparse model that the cache holds in one revision and one subfolder."""
     cache = tmp_path / "hub"
     models.fill_hub_cache(cache, revision="v2", subfolder="sub", target=0.8)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))

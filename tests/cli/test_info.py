@@ -109,10 +109,10 @@ def test_what_finetuning_wrote_is_described(
     adapter = command_json("info", run / "adapter")
     assert adapter["adapter"]["rank"] == 4
     assert ("MLPs" in adapter) == (method == "cats")
-    for place in (run, run / "history.jsonl"):
-        history = command_json("info", place)
-        assert history[place.name]["steps"] == "1 of 1"
-        assert history[place.name]["complete"] == "yes"
+    for path in (run, run / "history.jsonl"):
+        history = command_json("info", path)
+        assert history[path.name]["steps"] == "1 of 1"
+        assert history[path.name]["complete"] == "yes"
         assert " > " in history["evaluations"]["same"]
     (run / "adapter" / "adapter_config.json").write_text("{}")
     code, _, err = command("info", run / "adapter")

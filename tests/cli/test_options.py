@@ -24,7 +24,7 @@ def test_blocks_begin_as_the_tokenizer_begins_a_text_or_as_the_option_says(
     command_json, begun, text
 ):
     model, tokenizer = load_dense(begun), models.make_tokenizer(begins=True)
-    found = {}
+    perplexities = {}
     for option, bos in ((None, True), ("--bos", True), ("--no-bos", False)):
         report = command_json("evaluate", begun, "--text", text, *SMALL, *filter(None, [option]))
         blocks = token_blocks(tokenizer, Path(text).read_text(), length=32, limit=16, bos=bos)
@@ -32,8 +32,8 @@ def test_blocks_begin_as_the_tokenizer_begins_a_text_or_as_the_option_says(
         assert report["perplexity_dense"] == pytest.approx(
             perplexity(model, blocks.split(4)), rel=1e-5
         )
-        found[option] = report["perplexity_dense"]
-    assert found[None] == found["--bos"] != found["--no-bos"]
+        perplexities[option] = report["perplexity_dense"]
+    assert perplexities[None] == perplexities["--bos"] != perplexities["--no-bos"]
 
 
 def test_statistics_and_thresholds_tell_how_blocks_begin(
@@ -43,9 +43,9 @@ def test_statistics_and_thresholds_tell_how_blocks_begin(
     reports = [command_json(*common, option) for option in ("--bos", "--no-bos")]
     assert [report["bos"] for report in reports] == [True, False]
     assert reports[0]["calibration_hash"] != reports[1]["calibration_hash"]
-    kept = (*common, "--statistics", tmp_path / "s")
-    assert command(*kept)[0] == 0
-    code, _, err = command(*kept, "--no-bos")
+    resumed = (*common, "--statistics", tmp_path / "s")
+    assert command(*resumed)[0] == 0
+    code, _, err = command(*resumed, "--no-bos")
     assert code == 1
     assert "(--bos)" in err
 

@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from cats.cli import threads
-from cats.cli.threads import OtherLoad, limited, use_threads
+from cats.cli.threads import OtherLoad, limited, quota, use_threads
 
 
 class Load:
-    """A machine on which other programs keep so many processors busy."""
+    """A machine on which other programs keep some processors busy."""
 
-    def __init__(self, taken):
-        self.taken = taken
+    def __init__(self, busy):
+        self.busy = busy
 
     def processors(self):
-        return self.taken
+        return self.busy
 
 
 @pytest.fixture
 def four_free(monkeypatch):
-    """Four processors, and nobody has chosen a number of threads."""
+    """Four processors, and no chosen number of threads."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(threads, "processors", lambda: 4.0)
@@ -30,7 +30,7 @@ def four_free(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "available", "taken", "expected"),
+    ("default", "available", "busy", "expected"),
     [
         (4, 4, 0.0, 4),
         (4, 4, 0.4, 4),
@@ -44,8 +44,8 @@ def four_free(monkeypatch):
         (1, 4, 0.0, 1),
     ],
 )
-def test_threads_are_as_many_as_there_are_free_processors(wanted, available, taken, expected):
-    assert limited(wanted, available, taken) == expected
+def test_threads_are_as_many_as_there_are_free_processors(default, available, busy, expected):
+    assert limited(default, available, busy) == expected
 
 
 def test_busy_machine_limits_the_threads_and_says_so(four_free):
@@ -85,7 +85,7 @@ def test_command_takes_a_number_of_threads(command, checkpoint):
 
 
 def stat(path, **seconds):
-    """A file as Linux keeps it, of times in seconds."""
+    """Write times in seconds as Linux does in ``/proc/stat``."""
     names = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
     ticks = [int(seconds.get(name, 0) * os.sysconf("SC_CLK_TCK")) for name in names]
     path.write_text("cpu  " + " ".join(map(str, ticks)) + " 0 0\ncpu0 1 2 3\n")
@@ -107,12 +107,12 @@ def test_load_is_unknown_where_the_system_does_not_say(tmp_path):
 
 
 def test_quota_of_a_control_group_counts(tmp_path):
-    assert threads._quota(tmp_path) == float("inf")
+    assert quota(tmp_path) == float("inf")
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("50000\n")
     (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert threads._quota(tmp_path) == 0.5
+    assert quota(tmp_path) == 0.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert threads._quota(tmp_path) == float("inf")
+    assert quota(tmp_path) == float("inf")
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert threads._quota(tmp_path) == 1.5
+    assert quota(tmp_path) == 1.5

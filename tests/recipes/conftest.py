@@ -6,14 +6,14 @@ from tests import models
 
 
 class Recorder(Progress):
-    """Keeps what it is told."""
+    """Records the calls of a recipe."""
 
     def __init__(self):
-        self.said = []
+        self.lines = []
         self.tracked = []
 
     def say(self, text):
-        self.said.append(text)
+        self.lines.append(text)
 
     def track(self, items, text):
         self.tracked.append((text, len(items)))

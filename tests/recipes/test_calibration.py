@@ -11,16 +11,16 @@ BLOCKS, HELD_OUT = models.make_ids(rows=8), models.make_ids(rows=4, seed=1)
 
 
 def test_thresholds_are_those_of_calibrate_and_their_cost_is_measured(model, progress):
-    wanted = cats.calibrate(model, BLOCKS.split(4), target_sparsity=0.7)
-    found = calibrate(model, BLOCKS, HELD_OUT, target_sparsity=0.7, progress=progress)
-    assert found.config.thresholds == wanted.thresholds
-    assert found.config.calibration_hash == wanted.calibration_hash
-    assert found.held_out_tokens == HELD_OUT.numel()
+    expected = cats.calibrate(model, BLOCKS.split(4), target_sparsity=0.7)
+    calibrated = calibrate(model, BLOCKS, HELD_OUT, target_sparsity=0.7, progress=progress)
+    assert calibrated.config.thresholds == expected.thresholds
+    assert calibrated.config.calibration_hash == expected.calibration_hash
+    assert calibrated.held_out_tokens == HELD_OUT.numel()
     assert is_sparse(model)
     perplexity, realized = perplexity_and_sparsity(model, [HELD_OUT])
-    assert found.perplexity_sparse == pytest.approx(perplexity)
-    assert found.realized_sparsity == realized
-    assert found.perplexity_dense == pytest.approx(
+    assert calibrated.perplexity_sparse == pytest.approx(perplexity)
+    assert calibrated.realized_sparsity == realized
+    assert calibrated.perplexity_dense == pytest.approx(
         cats.metrics.perplexity(cats.densify_(model), [HELD_OUT])
     )
     assert progress.tracked == [
@@ -31,9 +31,9 @@ def test_thresholds_are_those_of_calibrate_and_their_cost_is_measured(model, pro
 
 
 def test_loss_is_kept(model):
-    found = calibrate(model, BLOCKS, HELD_OUT, max_loss=0.02)
-    assert found.perplexity_sparse <= 1.02 * found.perplexity_dense
-    assert found.config.target_sparsity >= 0.01
+    calibrated = calibrate(model, BLOCKS, HELD_OUT, max_loss=0.02)
+    assert calibrated.perplexity_sparse <= 1.02 * calibrated.perplexity_dense
+    assert calibrated.config.target_sparsity >= 0.01
 
 
 @pytest.mark.parametrize(

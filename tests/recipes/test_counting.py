@@ -16,8 +16,8 @@ def test_parts_add_up_and_are_continued_from_a_file(model, tmp_path, monkeypatch
     whole, path = cats.collect(model, [BLOCKS]), tmp_path / "s"
     monkeypatch.setattr(counting, "SAVE_EVERY", 1)
     count(model, BLOCKS[:4], batch_size=2, statistics=path)
-    found = count(model, BLOCKS, batch_size=2, statistics=path, progress=progress)
-    assert same(found, whole)
+    counted = count(model, BLOCKS, batch_size=2, statistics=path, progress=progress)
+    assert same(counted, whole)
     assert same(cats.Statistics.load(path), whole)
     assert progress.tracked == [(f"calibrating {i}/3", 1) for i in (1, 2, 3)]
 

@@ -6,7 +6,7 @@ from cats.model import is_sparse
 from cats.recipes import largest_sparsity, max_loss
 from tests import models
 
-# The first of them is the part on which the search starts.
+# The search starts on the first batch.
 BATCHES = models.make_ids(rows=8).split(4)
 
 
@@ -22,17 +22,17 @@ def search(monkeypatch, model, progress, limit, loss):
 
     statistics = cats.collect(model, BATCHES)
     monkeypatch.setattr(max_loss, "perplexity", fake)
-    found = largest_sparsity(model, statistics, BATCHES, max_loss=limit, progress=progress)
-    return found, measured
+    largest = largest_sparsity(model, statistics, BATCHES, max_loss=limit, progress=progress)
+    return largest, measured
 
 
 def test_the_largest_sparsity_within_the_limit_is_found(monkeypatch, model, progress):
     # 1 % of loss for each 10 % of sparsity
-    found, measured = search(
+    largest, measured = search(
         monkeypatch, model, progress, 0.037001, lambda share, where: share / 10
     )
-    assert found.target_sparsity == 0.37
-    assert found.perplexity_dense == pytest.approx(10)
+    assert largest.target_sparsity == 0.37
+    assert largest.perplexity_dense == pytest.approx(10)
     # most shares are compared on a part alone, and nothing is measured twice
     assert [share for share, where in measured if where == "rest"] == [0, 37, 38]
     assert len(measured) == len(set(measured))
@@ -46,20 +46,20 @@ def test_the_limit_holds_on_the_whole_text_where_a_part_misleads(
     def loss(share, where):
         return share / 10 * (1 + bias * (1 if where == "part" else -0.5))
 
-    found, _ = search(monkeypatch, model, progress, 0.037001, loss)
+    largest, _ = search(monkeypatch, model, progress, 0.037001, loss)
 
-    def whole(share):
+    def of_both(share):
         # of two batches, one is the part
         return ((1 + loss(share, "part")) * (1 + loss(share, "rest"))) ** 0.5 - 1
 
-    share = found.target_sparsity
-    assert whole(share) <= 0.037001 < whole(share + 0.01)
+    share = largest.target_sparsity
+    assert of_both(share) <= 0.037001 < of_both(share + 0.01)
 
 
 @pytest.mark.parametrize(("limit", "share"), [(0.0995, 0.99), (0.0015, 0.01)])
 def test_both_ends_are_reached(monkeypatch, model, progress, limit, share):
-    found, _ = search(monkeypatch, model, progress, limit, lambda share, where: share / 10)
-    assert found.target_sparsity == share
+    largest, _ = search(monkeypatch, model, progress, limit, lambda share, where: share / 10)
+    assert largest.target_sparsity == share
 
 
 def test_a_limit_that_nothing_keeps_is_an_error_and_the_model_dense(monkeypatch, model, progress):
@@ -82,7 +82,7 @@ def test_the_search_says_first_how_long_it_takes_and_then_what_it_does(
     monkeypatch, model, progress
 ):
     search(monkeypatch, model, progress, 0.037001, lambda share, where: share / 10)
-    (line,) = progress.said
+    (line,) = progress.lines
     assert line.startswith("One perplexity takes about 1 s on a part of the held-out text and 1 s")
     assert progress.tracked[:3] == [
         ("at 0 %, a part", 1),

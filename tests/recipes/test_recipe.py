@@ -29,23 +29,23 @@ def test_what_cannot_be_right_is_refused_before_the_folder_is_written(tmp_path, 
 
 
 def test_a_bar_moves_while_a_perplexity_is_measured(tmp_path, model, tokenizer):
-    taken = []
+    passed = []
 
     class Bar(Progress):
         def track(self, items, text):
             for i, item in enumerate(items):
-                taken.append(i)
+                passed.append(i)
                 yield item
 
     class Watched(Dense):
         def measure(self, model, batches):
             for done, _ in enumerate(batches, 1):
-                assert len(taken) == done
+                assert len(passed) == done
             return 1.0, 1.0
 
     common = {"model": model, "tokenizer": tokenizer, "folder": tmp_path}
     recipe = Recipe(**common, **SMALL, progress=Bar())
     recipe.perplexity(Watched(), "text", models.make_ids(rows=12, length=8))
-    assert taken == [0, 1, 2]
+    assert passed == [0, 1, 2]
     recipe.perplexity(Watched(), "text", models.make_ids(rows=12, length=8))
-    assert taken == [0, 1, 2], "what is in the folder is not measured again"
+    assert passed == [0, 1, 2], "what is in the folder is not measured again"

@@ -22,7 +22,7 @@ from cats.cli import (
 from cats.errors import CatsError
 
 app = typer.Typer(
-    help="Faster decoding of gated-MLP language models: skip the neurons that their gate drops.",
+    help="Faster decoding of language models: skip the neurons that the gate of an MLP drops.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,7 +1,8 @@
-"""``cats bench``: time the operator and whole models."""
+"""``cats bench``: time the gated MLP and whole models."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -10,37 +11,49 @@ import typer
 
 from cats.cli import bench_options, options
 
-app = typer.Typer(help="Time the gated MLP and decoding; show results.", no_args_is_help=True)
+app = typer.Typer(
+    help="Time the gated MLP, decoding and fine-tuning; show results.", no_args_is_help=True
+)
+
+other_option = partial(typer.Option, rich_help_panel="Other measurements")
 
 
 @app.command()
 def mlp(
     shape: Annotated[
-        list[str], typer.Option(help="Hidden x intermediate size, such as 4096x14336; repeatable.")
+        list[str],
+        typer.Option(
+            metavar="DxF", help="Hidden x intermediate size, such as 4096x14336; repeatable."
+        ),
     ],
-    sparsity: Annotated[str, typer.Option(help="Shares of dropped neurons.")] = "0,0.5,0.7,0.9",
-    dtype: Annotated[str, typer.Option(help="One or more, by commas.")] = "bfloat16",
-    batch: Annotated[str, typer.Option(help="Tokens, one or more numbers by commas.")] = "1",
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of dropped neurons, by commas.")
+    ] = "0,0.5,0.7,0.9",
+    dtype: Annotated[str, typer.Option(help="Dtypes, by commas.")] = "bfloat16",
+    batch: Annotated[str, typer.Option(help="Numbers of tokens, by commas.")] = "1",
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable; also [b]paper[/b]. Default: all that are live."),
+        typer.Option(
+            metavar="NAME",
+            help="A backend, or [b]paper[/b]; repeatable. Default: all that are live.",
+        ),
     ] = None,
     device: options.Device = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Append the results to this file.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Timed passes of each variant.")] = 50,
+    rounds: Annotated[int, options.number(min=2, help="Timed passes of each variant.")] = 50,
     read_mib: Annotated[
-        int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
+        int, options.number(min=1, help="MiB to read when the memory limit is measured.")
     ] = 4096,
-    compiled: Annotated[bool, typer.Option(help="Time torch.compile's dense MLP too.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Time the dense MLP of torch.compile too.")] = True,
     commit: options.Commit = None,
 ) -> None:
-    """Time one call of the gated MLP beside every dense one and the memory limit.
+    """Time one call of the gated MLP, of each dense MLP, and the memory limit.
 
     Example: [b]cats bench mlp --shape 4096x14336 --shape 4096x11008 -o results.jsonl[/b]
 
-    Lists multiply into a sweep. A kernel that is wrong is not timed.
+    Each combination of the lists is timed. A kernel whose result is wrong is not timed.
     """
     from cats.benchmarks.mlp import Case, measure
     from cats.cli.running import stage
@@ -82,17 +95,19 @@ def mlp(
 @app.command()
 def model(
     shape: Annotated[str, typer.Option(help="mistral-7b, llama-2-7b, llama-3.2-1b, ...")],
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than it has.")] = None,
+    layers: Annotated[int | None, options.number(min=1, help="Fewer layers than it has.")] = None,
     sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "bfloat16",
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 2048,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
-    cache: Annotated[str, typer.Option(help="Caches of generate, by commas.")] = "dynamic,static",
+    prefill: Annotated[int, options.number(min=1, help="Tokens of the timed prompt.")] = 2048,
+    new_tokens: Annotated[int, options.number(min=2, help="Tokens to generate.")] = 128,
+    cache: Annotated[
+        str, typer.Option(help="Caches of model.generate, by commas.")
+    ] = "dynamic,static",
     device: options.Device = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Append the results to this file.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Timed runs of each variant.")] = 5,
+    rounds: Annotated[int, options.number(min=2, help="Timed runs of each variant.")] = 5,
 ) -> None:
     """Time prefill and model.generate of a whole model with random weights.
 
@@ -130,40 +145,35 @@ def decode(
     model: bench_options.ModelOrShape = "smollm2",
     sparsity: bench_options.Targets = "0,0.5,0.7",
     engine: Annotated[
-        list[str] | None, typer.Option(help="Of the decode loop, such as auto; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Engine, such as auto; repeatable.")
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
-    new_tokens: Annotated[int, typer.Option(min=3, help="Tokens to generate.")] = 128,
-    rounds: Annotated[int, typer.Option(min=2, help="Runs of each engine, in turns.")] = 5,
+    batch: Annotated[int, options.number(min=1, help="Prompts per batch.")] = 1,
+    prompt_length: Annotated[int, options.number(min=1, help="Tokens of the prompt.")] = 32,
+    new_tokens: Annotated[int, options.number(min=3, help="Tokens to generate.")] = 128,
+    rounds: Annotated[int, options.number(min=2, help="Runs per engine, in turns.")] = 5,
     generate_rounds: Annotated[
-        int, typer.Option(min=2, help="Runs of model.generate.", rich_help_panel="Beside the loop")
+        int,
+        other_option(min=2, metavar="N", help="Runs of model.generate."),
     ] = 2,
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="For the thresholds.")] = 8192,
+    calibration_tokens: Annotated[
+        int, options.number(min=1, help="Use at most N calibration tokens.")
+    ] = 8192,
     read_mib: Annotated[
-        int, typer.Option(min=1, help="Size of the read that gives the memory limit.")
+        int, options.number(min=1, help="MiB to read when the memory limit is measured.")
     ] = 4096,
     generate: Annotated[
         bool,
-        typer.Option(
-            help="Time model.generate beside the loop.", rich_help_panel="Beside the loop"
-        ),
+        other_option(help="Time model.generate beside the loop."),
     ] = True,
     static: Annotated[
         bool,
-        typer.Option(
-            help="Time generate with a static cache and compilation too.",
-            rich_help_panel="Beside the loop",
-        ),
+        other_option(help="Time model.generate with a static cache and compilation too."),
     ] = False,
     launches: Annotated[
         bool,
-        typer.Option(
-            help="List the kernels of a step, from a run of its own; on a GPU.",
-            rich_help_panel="Beside the loop",
-        ),
+        other_option(help="List the kernels of a step, in a separate run; on a GPU."),
     ] = False,
     output: bench_options.AppendEach = None,
     commit: options.Commit = None,
@@ -171,7 +181,7 @@ def decode(
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Time a token of dense and CATS models: the decode loop, transformers, the byte limit.
+    """Time a token of dense and CATS models, in cats and in transformers.
 
     Example: [b]cats bench decode smollm2 --dtype float32 -o results.jsonl[/b]
     """
@@ -214,7 +224,7 @@ def decode(
 def timeline(
     model: bench_options.ModelOrShape = "smollm2",
     sparsity: bench_options.Targets = "0,0.5",
-    context: Annotated[int, typer.Option(min=1, help="Tokens in front of those traced.")] = 96,
+    context: Annotated[int, options.number(min=1, help="Tokens before the traced ones.")] = 96,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     output: bench_options.AppendEach = None,
@@ -223,7 +233,7 @@ def timeline(
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Trace the kernels of a layer of the stream engine on a GPU: who waits for whom, how long.
+    """Trace when the kernels of a layer start, wait and end, on a GPU.
 
     Example: [b]cats bench timeline mistral-7b -o results.jsonl[/b]
     """

@@ -1,4 +1,4 @@
-"""``cats bench finetune``: many runs of fine-tuning side by side."""
+"""``cats bench finetune``: compare many runs of fine-tuning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def finetune(
     model: options.Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the histories, one file a run.")
+        Path, typer.Option("--output", "-o", help="Folder for the histories, one file per run.")
     ],
     *,
     method: Annotated[
@@ -48,13 +48,13 @@ def finetune(
     distillation: Annotated[
         list[float] | None,
         shared.training_option(
-            help="Share of distillation, of sparse runs; repeatable.", show_default="0"
+            help="Share of distillation in sparse runs; repeatable.", show_default="0"
         ),
     ] = None,
     recalibrate: Annotated[
         list[int] | None,
         shared.training_option(
-            help="Steps between calibrations, of CATS; repeatable.", show_default="0"
+            help="Steps between calibrations in CATS runs; repeatable.", show_default="0"
         ),
     ] = None,
     data: Chosen,
@@ -71,12 +71,12 @@ def finetune(
     commit: options.Commit = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fine-tune with every method, learning rate and share of distillation, and compare.
+    """Fine-tune with each method, learning rate and share of distillation, and compare.
 
     Example: [b]cats bench finetune smollm2 --lr 1e-5 --lr 1e-4 --text a.txt -o DIR[/b]
 
-    What [b]-o[/b] holds already is not run again. Each run starts from the same weights and sees
-    the same rows in the same order; weights are not kept.
+    Runs that are in the folder already are not repeated. Each run starts from the same weights and
+    sees the same rows in the same order. Weights are not saved.
     """
     from cats.cli.tables import run_table
     from cats.finetuning import FinetuneOptions
@@ -138,20 +138,17 @@ def finetune(
 def _check_grid(
     runs: list[Run], distillation: list[float] | None, recalibrate: list[int] | None
 ) -> None:
-    """Say which methods go without an option, and complain where all of them do."""
-    methods = dict.fromkeys(run.method for run in runs)
-    for option, values, takers, reason in (
-        (
-            "--distillation",
-            distillation,
-            {r.method for r in runs if r.distillation},
-            shared.OWN_TEACHER,
-        ),
-        ("--recalibrate", recalibrate, {r.method for r in runs if r.recalibrate}, shared.NO_TARGET),
+    """Say to which methods an option does not apply, and refuse it if it applies to none."""
+    distilled = {run.method for run in runs if run.distillation}
+    recalibrated = {run.method for run in runs if run.recalibrate}
+    for option, values, methods, reason in (
+        ("--distillation", distillation, distilled, shared.OWN_TEACHER),
+        ("--recalibrate", recalibrate, recalibrated, shared.NO_TARGET),
     ):
-        without = ", ".join(method for method in methods if method not in takers)
+        all_methods = dict.fromkeys(run.method for run in runs)
+        without = ", ".join(method for method in all_methods if method not in methods)
         if not values or not any(values) or not without:
             continue
-        if all(values) and not takers:
+        if all(values) and not methods:
             raise ConfigError(f"{option} has no use for {without}: {reason}; leave it out")
         options.err.print(f"{without}: without {option}, {reason}", highlight=False)

@@ -1,10 +1,10 @@
-"""What the commands of ``cats bench`` share: options, models and texts, numbers in options."""
+"""Options that the commands of ``cats bench`` share, and the values that they stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 ModelOrShape = Annotated[
     str,
     typer.Argument(
-        help="A folder, a Hugging Face id, [b]smollm2[/b]; or for random weights "
-        "mistral-7b, llama-2-7b, llama-3.2-1b."
+        metavar="MODEL",
+        help="A folder, a Hugging Face id, or [b]smollm2[/b]; mistral-7b, llama-2-7b or "
+        "llama-3.2-1b for random weights.",
     ),
 ]
-Targets = Annotated[str, typer.Option(help="Targets of CATS, by commas; 0 is the dense model.")]
+Targets = Annotated[str, typer.Option(help="Targets of CATS, separated by commas; 0: dense.")]
 AppendEach = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Append each result to this file when it is known."),
+    typer.Option("--output", "-o", help="Append each result to this file at once."),
 ]
 
 
 def append_each(output: Path | None, results: Iterable[Result]) -> Iterator[Result]:
-    """Passes results on, each once it is in the file, if there is one."""
+    """Yield the results; append each one to the file, if there is one, before it is yielded."""
     from cats.results import append_results
 
     for result in results:
@@ -41,7 +42,7 @@ def append_each(output: Path | None, results: Iterable[Result]) -> Iterator[Resu
 
 
 def model_and_text(
-    model: str, dtype: options.Dtype, device: str, count: int, length: int, hub: dict[str, Any]
+    model: str, dtype: options.Dtype, device: str, count: int, length: int, hub: options.Hub
 ) -> tuple[nn.Module, Tensor]:
     """A dense model, or random weights of a shape, and token ids ``[count, length]`` for it."""
     import torch
@@ -85,7 +86,9 @@ def share_of(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ConfigError(f"--sparsity: expected numbers by commas, got {text!r}") from error
+        raise ConfigError(
+            f"--sparsity: expected numbers separated by commas, got {text!r}"
+        ) from error
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -1,11 +1,11 @@
-"""``cats bench results``: what maintainers do with results files once they are measured."""
+"""``cats bench results``: show, join, draw and quote files of results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from cats.report import mlp, tokens
     from cats.results import Result
 
-app = typer.Typer(
-    help="Show, join, draw and quote results that are measured.", no_args_is_help=True
-)
+app = typer.Typer(help="Show, join, draw and quote files of results.", no_args_is_help=True)
 _Measured = Annotated[
     Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.", metavar="RESULTS")
 ]
@@ -31,25 +29,25 @@ def show(file: _Measured) -> None:
     """Print the tables of a results file."""
     from cats.report import mlp, timeline, tokens
 
-    for kind, results in _by_benchmark(file).items():
-        if kind == "timeline":
+    for benchmark, results in _by_benchmark(file).items():
+        if benchmark == "timeline":
             tables = [timeline.table(panel) for panel in timeline.panels(results)]
-        elif kind == "mlp":
+        elif benchmark == "mlp":
             tables = [mlp.table(panel) for panel in mlp.panels(results)]
         else:
             tables = [table for panel in tokens.panels(results) for table in tokens.tables(panel)]
         for table in tables:
             options.out.print(table.rich())
-        if kind == "decode":
+        if benchmark == "decode":
             print_legend(tokens.LEGEND)
 
 
 @app.command()
 def join(
     files: Annotated[list[Path], typer.Argument(help="Results of cats bench, in this order.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File that is written anew.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; it is replaced.")],
 ) -> None:
-    """Put results files together: checked, each result once, with the run that it is of.
+    """Join results files into one: checked, each result once, with the name of its run.
 
     Example: [b]cats bench results join OUT/decode-*.jsonl -o decode.jsonl[/b]
     """
@@ -70,31 +68,32 @@ def plot(
     output: _Picture,
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="Of MLPs, only these shapes, calls chained; repeatable."),
+        typer.Option(
+            help="Only MLPs of this shape, timed in chained calls; repeatable.", metavar="DxF"
+        ),
     ] = None,
     prompt_length: Annotated[
         int | None,
-        typer.Option(help="Of tokens, only those behind one prompt of this length."),
+        typer.Option(help="Only tokens after one prompt of this length.", metavar="N"),
     ] = None,
 ) -> None:
-    """Draw the time of an MLP, or tokens per second, against sparsity; or a layer's timeline."""
+    """Draw a results file: time or tokens per second against sparsity, or a timeline."""
     from cats.report import mlp, plots, timeline, tokens
 
     options.check_output(output)
     plots.check_name(output)
-    found = _by_benchmark(file)
-    if len(found) > 1:
-        raise DataError(
-            f"{file} holds results of {' and '.join(sorted(found))}: a picture is of one of them"
-        )
-    ((kind, results),) = found.items()
-    if shape and kind != "mlp":
+    by_benchmark = _by_benchmark(file)
+    if len(by_benchmark) > 1:
+        names = " and ".join(sorted(by_benchmark))
+        raise DataError(f"{file} holds results of {names}: a picture shows one of them")
+    ((benchmark, results),) = by_benchmark.items()
+    if shape and benchmark != "mlp":
         raise ConfigError("--shape is for results of cats bench mlp")
-    if prompt_length is not None and kind != "decode":
+    if prompt_length is not None and benchmark != "decode":
         raise ConfigError("--prompt-length is for results of cats bench decode")
-    if kind == "timeline":
+    if benchmark == "timeline":
         figure = timeline.plot(timeline.panels(results))
-    elif kind == "decode":
+    elif benchmark == "decode":
         figure = tokens.plot(_with_prompt(file, tokens.panels(results), prompt_length))
     else:
         figure = mlp.plot(_with_shape(file, mlp.panels(results), shape or []))
@@ -109,7 +108,7 @@ def curves(
     ],
     output: _Picture = Path("curves.svg"),
     best: Annotated[
-        bool, typer.Option(help="Of runs that differ in learning rate alone, draw the best.")
+        bool, typer.Option(help="Of runs that differ only in learning rate, draw the best one.")
     ] = True,
 ) -> None:
     """Draw the log-perplexity of several fine-tuning runs over steps and tokens.
@@ -124,8 +123,8 @@ def curves(
     files = [
         f for path in histories for f in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
     ]
-    found = {name: History.load(file) for name, file in _run_names(files).items()}
-    plots.save(finetuning.curves(best_runs(found) if best else found), output)
+    runs = {name: History.load(file) for name, file in run_names(files).items()}
+    plots.save(finetuning.curves(best_runs(runs) if best else runs), output)
     options.out.print(f"wrote {output}", markup=False)
 
 
@@ -133,10 +132,11 @@ def curves(
 def quote(
     documents: Annotated[list[Path], typer.Argument(help="Markdown files that quote results.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Only complain where a table or number differs.")
+        bool,
+        typer.Option("--check", help="Change no document; fail if a table or number differs."),
     ] = False,
 ) -> None:
-    """Make the tables and numbers in documents anew from the results files that they name.
+    """Renew the tables and numbers in documents from the results files that they name.
 
     Example: [b]cats bench results quote README.md --check[/b]
     """
@@ -151,12 +151,12 @@ def quote(
             continue
         if check:
             differing = zip_longest(old.split("\n"), text.split("\n"), fillvalue="")
-            line, (said, wanted) = next(
-                (number, pair) for number, pair in enumerate(differing, 1) if pair[0] != pair[1]
+            number, (old_line, new_line) = next(
+                (number, lines) for number, lines in enumerate(differing, 1) if lines[0] != lines[1]
             )
             raise DataError(
-                f"{document}, line {line}, does not say what its results file says; "
-                f"cats bench results quote {document} mends that:\n- {said}\n+ {wanted}"
+                f"{document}, line {number}, does not say what its results file says; "
+                f"cats bench results quote {document} mends that:\n- {old_line}\n+ {new_line}"
             )
         with replacing(document) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -164,7 +164,7 @@ def quote(
 
 
 def moved(name: str) -> Callable[[], NoReturn]:
-    """A command that says where one of an earlier release is now, and ends with code 2."""
+    """A command of an earlier release: it says its new name and ends with code 2."""
 
     def command() -> NoReturn:
         options.err.print(
@@ -176,16 +176,20 @@ def moved(name: str) -> Callable[[], NoReturn]:
 
 
 def _by_benchmark(file: Path) -> dict[str, list[Result]]:
-    """The results of a file that have tables and pictures, by benchmark."""
+    """Name of each benchmark to its results; other results of the file are left out.
+
+    Raises:
+        DataError: If there are none.
+    """
     from cats.results import read_results
 
-    found: dict[str, list[Result]] = {}
+    results: dict[str, list[Result]] = {}
     for result in read_results(file):
         if result.benchmark in ("mlp", "decode", "timeline"):
-            found.setdefault(result.benchmark, []).append(result)
-    if not found:
+            results.setdefault(result.benchmark, []).append(result)
+    if not results:
         raise DataError(f"{file} has no result of cats bench mlp, decode or timeline")
-    return found
+    return results
 
 
 def _with_prompt(
@@ -193,10 +197,10 @@ def _with_prompt(
 ) -> Sequence[tokens.Panel]:
     if prompt_length is None:
         return panels
-    found = [p for p in panels if (p.batch, p.prompt_length) == (1, prompt_length)]
-    if not found:
+    chosen = [p for p in panels if (p.batch, p.prompt_length) == (1, prompt_length)]
+    if not chosen:
         raise DataError(f"{file} has no results of one prompt of {prompt_length} tokens")
-    return found
+    return chosen
 
 
 def _with_shape(
@@ -204,16 +208,16 @@ def _with_shape(
 ) -> Sequence[mlp.Panel]:
     if not shapes:
         return panels
-    wanted = [shape_of(text) for text in shapes]
-    chained: list[Any] = [p for p in panels if p.neighbour == "none" and p.batch == 1]
-    found = [p for p in chained if (p.hidden_size, p.intermediate_size) in wanted]
-    if not found:
+    sizes = [shape_of(text) for text in shapes]
+    chained = [p for p in panels if p.neighbour == "none" and p.batch == 1]
+    chosen = [p for p in chained if (p.hidden_size, p.intermediate_size) in sizes]
+    if not chosen:
         raise DataError(f"{file} has no results of {', '.join(shapes)}")
-    return found
+    return chosen
 
 
-def _run_names(files: list[Path]) -> dict[str, Path]:
-    """Name of each run to its file; its whole path where two folders have a run of that name."""
+def run_names(files: list[Path]) -> dict[str, Path]:
+    """Name of each run to its file. A name that two folders have is the full path instead."""
     files = list(dict.fromkeys(files))
     names = [file.parent.name if file.stem == "history" else file.stem for file in files]
     return {

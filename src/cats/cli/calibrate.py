@@ -9,8 +9,11 @@ import typer
 
 from cats.cli import options
 from cats.cli.running import Terminal, resumable
+from cats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cats.config import CatsConfig
+    from cats.protocols import CausalModel, Tokenizer
     from cats.recipes import Calibration
 
 
@@ -21,8 +24,8 @@ def calibrate(
         typer.Option(
             "--output",
             "-o",
-            help="NAME.safetensors: thresholds alone. A name without a suffix: folder for a whole "
-            "checkpoint.",
+            help="NAME.safetensors for the thresholds only; a name without a suffix is a folder "
+            "for a whole checkpoint.",
         ),
     ] = None,
     sparsity: Annotated[
@@ -31,8 +34,8 @@ def calibrate(
     max_loss: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --sparsity: the largest one whose held-out perplexity rises by at "
-            "most this, such as 2%."
+            help="Instead of --sparsity: find the largest one at which the held-out perplexity "
+            "rises by no more than this, such as 2%."
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="cats, or relu (which has no target).")] = "cats",
@@ -40,19 +43,24 @@ def calibrate(
     eval_text: Annotated[
         Path | None,
         typer.Option(
-            help="Held-out text. Default: a fifth of the blocks, kept out of calibration."
+            metavar="FILE",
+            help="Held-out text. Default: a fifth of the blocks, left out of calibration.",
         ),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Calibrate on at most so many, in whole blocks.", show_default="100000"
+        options.number(
+            min=1,
+            help="Use at most N calibration tokens, in whole blocks.",
+            show_default="100000",
         ),
     ] = None,
     eval_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Held-out tokens, at most, in whole blocks.", show_default="10000"
+        options.number(
+            min=2,
+            help="Use at most N held-out tokens, in whole blocks.",
+            show_default="10000",
         ),
     ] = None,
     block: options.Block = 512,
@@ -62,12 +70,16 @@ def calibrate(
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help='Leave gated MLPs dense by pattern, such as "model.layers.0.*"; repeatable.'
+            metavar="PATTERN",
+            help='Leave these gated MLPs dense, such as "model.layers.0.*"; repeatable.',
         ),
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="Save the counts here, every 32 batches, and continue from them."),
+        typer.Option(
+            metavar="FILE",
+            help="Save the counts to this file every 32 batches, and continue from it.",
+        ),
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -77,7 +89,7 @@ def calibrate(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find the thresholds at which a model drops a share of its neurons.
+    """Find the thresholds with which a model drops a share of its neurons.
 
     Example: [b]cats calibrate HuggingFaceTB/SmolLM2-135M --text c4.txt -o cats50.safetensors[/b]
 
@@ -121,7 +133,7 @@ def calibrate(
             held_out_text=None if eval_text is None else read_text(eval_text),
         )
     with resumable(statistics if rank == 0 else None):
-        found = calibration.calibrate(
+        calibrated = calibration.calibrate(
             loaded,
             blocks,
             held_out,
@@ -133,9 +145,9 @@ def calibrate(
             statistics=statistics,
             progress=Terminal(),
         )
-    if found is None:
+    if calibrated is None:
         return
-    report = _report(found) | {
+    report = _report(calibrated) | {
         "model": model,
         "calibration_text": options.describe_texts(text),
         "bos": bool(text_start(tokenizer, bos)),
@@ -144,15 +156,15 @@ def calibrate(
         "output": None if output is None else str(output),
     }
     if output is not None:
-        _save(loaded, tokenizer, found.config, output)
+        _save(loaded, tokenizer, calibrated.config, output)
     if as_json:
         options.print_json(report)
     else:
         _print(report)
 
 
-def _report(found: Calibration) -> dict[str, Any]:
-    config = found.config
+def _report(calibrated: Calibration) -> dict[str, Any]:
+    config = calibrated.config
     return {
         "method": config.method,
         "target_sparsity": config.target_sparsity,
@@ -160,16 +172,14 @@ def _report(found: Calibration) -> dict[str, Any]:
         "calibration_hash": config.calibration_hash,
         "thresholds": {name: float(t.mean()) for name, t in config.thresholds.items()},
         "realized_sparsity_calibration": config.realized_sparsity,
-        "realized_sparsity": found.realized_sparsity,
-        "perplexity_dense": found.perplexity_dense,
-        "perplexity_sparse": found.perplexity_sparse,
-        "held_out_tokens": found.held_out_tokens,
+        "realized_sparsity": calibrated.realized_sparsity,
+        "perplexity_dense": calibrated.perplexity_dense,
+        "perplexity_sparse": calibrated.perplexity_sparse,
+        "held_out_tokens": calibrated.held_out_tokens,
     }
 
 
 def _parse_percent(value: str | None) -> float | None:
-    from cats.errors import ConfigError
-
     if value is None:
         return None
     try:
@@ -182,31 +192,29 @@ def _parse_percent(value: str | None) -> float | None:
 
 
 def _is_folder(output: Path) -> bool:
-    """Whether a whole checkpoint is asked for, and not a thresholds file.
+    """Whether the output is a whole checkpoint instead of a thresholds file.
 
     Raises:
         ConfigError: If the name is that of another kind of file.
     """
-    from cats.errors import ConfigError
-
-    # what follows the dot of Qwen2.5-7B or Llama-3.2-1B is no suffix
+    # the names Qwen2.5-7B and Llama-3.2-1B have a dot, but no suffix
     if output.suffix[1:2].isalpha() and output.suffix != ".safetensors" and not output.is_dir():
         raise ConfigError(
             f"{output}: neither a thresholds file nor a folder: give NAME.safetensors for the "
-            f"thresholds alone, or a name without {output.suffix} for a whole checkpoint"
+            f"thresholds only, or a name without {output.suffix} for a whole checkpoint"
         )
     return output.suffix != ".safetensors"
 
 
-def _save(model: Any, tokenizer: Any, config: Any, output: Path) -> None:
+def _save(model: CausalModel, tokenizer: Tokenizer, config: CatsConfig, output: Path) -> None:
     from cats.storage import replacing
 
     if not _is_folder(output):
         config.save(output)
         return
     with replacing(output, directory=True) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -218,8 +226,8 @@ def _print(report: dict[str, Any]) -> None:
     target = report["target_sparsity"]
     if report["max_loss"] is not None:
         options.out.print(
-            f"[b]{target:.0%}[/b] is the largest sparsity whose held-out perplexity rises by at "
-            f"most {report['max_loss']:.2%}"
+            f"[b]{target:.0%}[/b] is the largest sparsity whose held-out perplexity rises by no "
+            f"more than {report['max_loss']:.2%}"
         )
     dense, sparse = report["perplexity_dense"], report["perplexity_sparse"]
     options.out.print(

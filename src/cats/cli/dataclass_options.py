@@ -1,4 +1,4 @@
-"""Options of a command made of the fields of a dataclass: names, types, defaults and help."""
+"""Make the options of a command from the fields of a dataclass: names, types, defaults, help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-_UNSET: Any = object()
+_UNSET = object()
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
 
@@ -24,11 +24,11 @@ class Chosen:
 
     Attributes:
         values: Name of each field to its value.
-        given: Fields whose option the user typed.
+        typed: Fields whose option the user typed.
     """
 
     values: dict[str, Any]
-    given: frozenset[str]
+    typed: frozenset[str]
 
 
 def options_of(
@@ -37,18 +37,18 @@ def options_of(
     panels: Mapping[str | None, Sequence[str]],
     *,
     names: Mapping[str, str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, object] | None = None,
     shown: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that gives a command one option for each field, instead of one parameter.
+    """A decorator that replaces one parameter of a command by one option per field.
 
     Args:
-        argument: Name of that parameter; it gets a :class:`Chosen`.
-        cls: The dataclass. Its docstring says under ``Attributes:`` what each field is.
-        panels: Sections of the help, None for the first one, to the fields in them.
-        names: Options that are not named like their field, such as ``"--learning-rate,--lr"``.
-        defaults: Other defaults than those of the dataclass.
-        shown: What the help shows as default, where the default itself says little.
+        argument: Name of the parameter; the command gets a :class:`Chosen` for it.
+        cls: The dataclass. Its docstring describes each field under ``Attributes:``.
+        panels: Section of the help, None for the first one, to the fields in it.
+        names: Field to the names of its option, such as ``"--learning-rate,--lr"``.
+        defaults: Field to another default than that of the dataclass.
+        shown: Field to the default that the help shows, where the value itself says little.
     """
     kinds = typing.get_type_hints(cls)
     fields = {name: panel for panel, members in panels.items() for name in members}
@@ -67,20 +67,20 @@ def options_of(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         before = inspect.signature(command, eval_str=True).parameters
-        # another decorator of the same command may have it already, and wants it too
+        # another decorator of the same command may have added the context already
         wants_context = _CONTEXT.name in before
-        # the help shows options in the order of parameters: these stand where the one was
+        # the help shows options in the order of the parameters
         parameters = [] if wants_context else [_CONTEXT]
         for name, parameter in before.items():
-            at_its_place = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-            parameters += options if name == argument else at_its_place
+            unchanged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+            parameters += options if name == argument else unchanged
 
         @functools.wraps(command)
         def wrapper(context: typer.Context, **values: Any) -> None:
             own = {name: _as_field(kinds[name], values.pop(name)) for name in fields}
-            given = frozenset(name for name in fields if _is_given(context, name))
+            typed = frozenset(name for name in fields if _is_typed(context, name))
             values |= {"context": context} if wants_context else {}
-            command(**values, **{argument: Chosen(own, given)})
+            command(**values, **{argument: Chosen(own, typed)})
 
         wrapper.__dict__["__signature__"] = inspect.Signature(parameters)
         wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -91,7 +91,7 @@ def options_of(
 
 @functools.cache
 def help_of(cls: type) -> dict[str, str]:
-    """Name of each field to what the docstring says of it, in one line."""
+    """Name of each field to its description in the docstring, in one line."""
     text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
     text = text.partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.DOTALL | re.MULTILINE)
@@ -99,18 +99,18 @@ def help_of(cls: type) -> dict[str, str]:
 
 
 def option_name(field: str, names: Mapping[str, str]) -> str:
-    """The option of a field as it is typed; the first, where it has several names."""
+    """The name of a field's option; the first name if there are several."""
     return re.split("[,/]", names.get(field, "--" + field.replace("_", "-")))[0]
 
 
 def _parameter(
     cls: type,
     name: str,
-    kind: Any,
+    kind: object,
     *,
     panel: str | None,
     names: str | None,
-    default: Any,
+    default: object,
     shown: str | None,
 ) -> inspect.Parameter:
     """The parameter from which typer makes an option."""
@@ -118,16 +118,18 @@ def _parameter(
     # python -OO leaves no docstring
     words = help_of(cls).get(name, "")
     if typing.get_origin(kind) is tuple:
-        # an option that is not given is None there
+        # typer passes None for a list option that is not typed
         kind, words = list[str] | None, f"{words} Repeatable."
-    given = names.split(",") if names else []
-    if kind is bool and not given:
+    option_names = names.split(",") if names else []
+    if kind is bool and not option_names:
         # without a name there would be --no-... as well
-        given = [option_name(name, {})]
-    more: dict[str, Any] = {} if shown is None else {"show_default": shown}
+        option_names = [option_name(name, {})]
+    arguments: dict[str, Any] = {} if shown is None else {"show_default": shown}
     if kind in (int, int | None):
-        more["min"] = field.metadata.get("least")
-    option = typer.Option(*given, help=escape(words), rich_help_panel=panel, **more)
+        arguments |= {"min": field.metadata.get("least"), "metavar": "N"}
+    elif kind == list[str] | None:
+        arguments["metavar"] = "NAME"
+    option = typer.Option(*option_names, help=escape(words), rich_help_panel=panel, **arguments)
     default = field.default if default is _UNSET else default
     return inspect.Parameter(
         name,
@@ -137,10 +139,10 @@ def _parameter(
     )
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def _is_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
-def _as_field(kind: Any, value: Any) -> Any:
+def _as_field(kind: object, value: Any) -> object:
     return tuple(value or ()) if typing.get_origin(kind) is tuple else value

@@ -1,4 +1,4 @@
-"""``cats demo``: the whole of CATS on a real model, in a few minutes on a CPU."""
+"""``cats demo``: all of CATS on a real model, in a few minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
 def demo(
     sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
     text: options.Texts = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 10_240,
-    eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens.")] = 8_000,
-    prompt: Annotated[str, typer.Option(help="What both models answer.")] = (
+    tokens: Annotated[
+        int, options.number(min=1, help="Use at most N calibration tokens.")
+    ] = 10_240,
+    eval_tokens: Annotated[
+        int, options.number(min=2, help="Use at most N held-out tokens.")
+    ] = 8_000,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Prompt of both models.")] = (
         "Explain in two sentences why the sky is blue."
     ),
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    max_new_tokens: Annotated[int, options.number(min=2, help="Generate at most N tokens.")] = 64,
     seed: options.Seed = 0,
     bos: options.Bos = None,
     model: Annotated[
-        str, typer.Option(help="Another model: a folder or Hugging Face id.")
+        str, typer.Option(metavar="MODEL", help="A folder, a Hugging Face id, or smollm2.")
     ] = "smollm2",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -37,12 +41,15 @@ def demo(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for the results as JSON, and report.html made of them."
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for the results as JSON, and for a page of them, report.html.",
         ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Calibrate SmolLM2-135M-Instruct, and compare dense and sparse: quality, text, speed.
+    """Calibrate a small model, and compare dense and sparse: quality, text, speed.
 
     Example: [b]cats demo --sparsity 0.7 --prompt "What is a cat?"[/b]
     """

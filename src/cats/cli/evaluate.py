@@ -27,8 +27,10 @@ def evaluate(
     text: options.Texts = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Evaluate on at most so many, in whole blocks.", show_default="all"
+        options.number(
+            min=2,
+            help="Use at most N tokens, in whole blocks.",
+            show_default="all",
         ),
     ] = None,
     block: options.Block = 512,
@@ -36,33 +38,47 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Zero-shot tasks instead of perplexity: [b]paper8[/b], or names, with commas "
-            "between."
+            metavar="NAMES",
+            help="Measure zero-shot tasks instead of perplexity: [b]paper8[/b], or names separated "
+            "by commas.",
+            rich_help_panel="Zero-shot tasks",
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Questions a task, drawn by --seed.", show_default="all"),
+        options.number(
+            min=1,
+            help="Questions per task, drawn by --seed.",
+            show_default="all",
+            rich_help_panel="Zero-shot tasks",
+        ),
     ] = None,
     seed: options.Seed = 0,
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Take the tasks' data from TASK/SPLIT.parquet in this folder, such as "
-            "piqa/validation.parquet: columns as in the task's own data set."
+            metavar="FOLDER",
+            help="Read the data of tasks from this folder, in files such as "
+            "piqa/validation.parquet, with the columns of the task's own data set.",
+            rich_help_panel="Zero-shot tasks",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder for the tasks' answers; a run continues from it."
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for the answers; a stopped run continues from it.",
+            rich_help_panel="Zero-shot tasks",
         ),
     ] = None,
     batch_size: Annotated[
         str,
         typer.Option(
-            help="Blocks or questions a forward pass; auto: 4 blocks, and as many questions as "
-            "the GPU holds (16 on a CPU)."
+            metavar="N",
+            help="Blocks or questions per forward pass. auto: 4 blocks, or as many questions as "
+            "the GPU holds (16 on a CPU).",
         ),
     ] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -73,7 +89,7 @@ def evaluate(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Perplexity or zero-shot tasks of a model, and of its sparse form beside it.
+    """Measure the quality of a model, dense and sparse: perplexity or zero-shot tasks.
 
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --text wiki.txt[/b]
 

@@ -15,7 +15,7 @@ from cats.cli.finetune_bar import StepBar, first_process
 from cats.cli.running import Terminal, resumable
 from cats.errors import ConfigError
 
-# Options that --full has no use for.
+# Options that --full does not use.
 _ADAPTERS = ("rank", "alpha", "dropout", "targets")
 
 
@@ -34,14 +34,14 @@ _ADAPTERS = ("rank", "alpha", "dropout", "targets")
 def finetune(
     model: options.Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the run; a run continues from it.")
+        Path, typer.Option("--output", "-o", help="Folder of the run; a stopped run continues.")
     ],
     *,
     thresholds: options.Thresholds = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="cats, relu or dense, where there are no thresholds yet.", show_default="cats"
+            help="cats, relu or dense, for a model without thresholds.", show_default="cats"
         ),
     ] = None,
     sparsity: Annotated[
@@ -53,7 +53,8 @@ def finetune(
     epochs: shared.Epochs = None,
     bos: options.Bos = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Write merged/: a sparse checkpoint, no adapters.")
+        bool,
+        typer.Option("--merge", help="Write a checkpoint without adapters too: merged/."),
     ] = False,
     seed: options.Seed = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -63,7 +64,7 @@ def finetune(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fine-tune a sparse model with LoRA, through the neurons that it keeps.
+    """Fine-tune a sparse model with LoRA; only the neurons that it keeps take part.
 
     Example: [b]cats finetune smollm2 --thresholds cats50.safetensors --text c4.txt -o run[/b]
 
@@ -83,7 +84,7 @@ def finetune(
     _check_method(
         thresholds, method, sparsity, tuning.values["distillation"], tuning.values["recalibrate"]
     )
-    adapters = [name for name in _ADAPTERS if name in tuning.given]
+    adapters = [name for name in _ADAPTERS if name in tuning.typed]
     if tuning.values["full"] and adapters:
         raise ConfigError(f"--full trains no adapters: leave it out, or {shared.named(adapters)}")
     shared.check_answers(tuning, accuracy, rows)
@@ -113,8 +114,8 @@ def finetune(
         epochs=epochs,
         progress=Terminal() if first_process() else None,
     )
-    kept = output if first_process() else None
-    with resumable(kept, _has_checkpoint), StepBar(ready.options.steps) as bar:
+    resumed_from = output if first_process() else None
+    with resumable(resumed_from, _has_checkpoint), StepBar(ready.options.steps) as bar:
         tuned = run(
             loaded,
             ready.train,
@@ -142,7 +143,7 @@ def finetune(
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    from cats.finetuning.trainer import last_checkpoint
+    from cats.finetuning.checkpoints import last_checkpoint
 
     return last_checkpoint(folder) is not None
 

@@ -1,4 +1,4 @@
-"""What ``cats finetune`` and ``cats bench finetune`` show while they run."""
+"""The progress bar of ``cats finetune`` and ``cats bench finetune``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def first_process() -> bool:
-    """Whether this is the process that reports, of those that a launcher started."""
+    """Whether this is the one process that prints, where a launcher started several."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 class StepBar:
-    """A bar of steps, and a line for each evaluation above it.
+    """A bar of steps, and above it a line for each evaluation.
 
     Attributes:
-        name: Of the run, before its evaluations.
+        name: Name of the run, which begins each line.
         moved: Whether a step or an evaluation was shown.
     """
 
@@ -38,23 +38,23 @@ class StepBar:
         self._progress.stop()
 
     def step(self, step: int) -> None:
-        """So many steps are taken."""
+        """Show that this number of steps is done."""
         self.moved = True
         self._progress.update(self._task, completed=step)
 
     def show(self, point: Point) -> None:
-        """An evaluation was made."""
+        """Show an evaluation."""
         from rich.markup import escape
 
-        found = [f"{escape(name)} {share:.1%} right" for name, share in point.accuracy.items()]
-        # answers come last; what else the point holds was shown when it was measured
-        if not found:
-            found = [f"{escape(name)} {loss:.4f}" for name, loss in point.losses.items()]
-            found += [] if point.train_loss is None else [f"train {point.train_loss:.4f}"]
-            found += [] if point.sparsity is None else [f"dropped {point.sparsity:.1%}"]
+        parts = [f"{escape(name)} {share:.1%} right" for name, share in point.accuracy.items()]
+        # answers are counted last: the other numbers of that point were shown before
+        if not parts:
+            parts = [f"{escape(name)} {loss:.4f}" for name, loss in point.losses.items()]
+            parts += [] if point.train_loss is None else [f"train {point.train_loss:.4f}"]
+            parts += [] if point.sparsity is None else [f"dropped {point.sparsity:.1%}"]
             seconds = point.seconds_per_step
-            found += [] if seconds is None else [f"{seconds:.2f} s a step"]
-        if found:
+            parts += [] if seconds is None else [f"{seconds:.2f} s per step"]
+        if parts:
             step = f"{escape(self.name)} step {point.step}".strip()
-            self._progress.console.print("  ".join([step, *found]), highlight=False)
+            self._progress.console.print("  ".join([step, *parts]), highlight=False)
         self.step(point.step)

@@ -1,10 +1,10 @@
-"""Options that ``cats finetune`` and ``cats bench finetune`` share, and what they turn into."""
+"""Options that ``cats finetune`` and ``cats bench finetune`` share, and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,7 @@ from cats.recipes.training_data import TrainingData
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Why some methods go without an option.
+# Why an option does not apply to some methods.
 OWN_TEACHER = "a dense model would be its own teacher"
 NO_TARGET = "only cats has a target sparsity to calibrate for"
 
@@ -62,24 +62,24 @@ Epochs = Annotated[float | None, training_option(help="Passes over the data, ins
 
 
 def named(fields: Collection[str]) -> str:
-    """Options of fields as they are typed, with commas between."""
+    """Names of the fields' options, separated by commas."""
     return ", ".join(option_name(field, NAMES) for field in fields)
 
 
 def check_answers(tuning: Chosen, accuracy: bool, data: TrainingData) -> None:
-    """Complain about --accuracy without pairs, and about its options without it."""
-    if not accuracy and (found := [f for f in _OF_ANSWERS if f in tuning.given]):
+    """Refuse --accuracy without pairs, and its options without --accuracy."""
+    if not accuracy and (unused := [name for name in _OF_ANSWERS if name in tuning.typed]):
         raise ConfigError(
-            f"without --accuracy no answers are generated: give it, or leave out {named(found)}"
+            f"without --accuracy no answers are generated: give it, or leave out {named(unused)}"
         )
     if accuracy and not data.eval_pairs:
         raise ConfigError("--accuracy needs --eval-pairs")
 
 
 def check_continued(output: Path, options: FinetuneOptions, epochs: float | None) -> None:
-    """Complain, before the model is loaded, where the folder holds a run with other options.
+    """Refuse, before the model is loaded, a folder that holds a run with other options.
 
-    Steps that epochs decide are compared when the data is there, as all else is.
+    With ``epochs``, the steps are known and compared only after the data is read.
     """
     from cats.recipes.training import changed_options
 
@@ -94,8 +94,8 @@ def check_continued(output: Path, options: FinetuneOptions, epochs: float | None
         )
 
 
-def _words(value: Any) -> str:
-    """The value of an option as it is typed."""
+def _words(value: object) -> str:
+    """The value of an option as a user would type it."""
     if isinstance(value, list):
         return " ".join(value) or "default"
     return "default" if value is None else str(value)

@@ -10,48 +10,45 @@ import typer
 
 from cats.cli import options
 
+sampling_option = partial(typer.Option, rich_help_panel="Sampling")
+
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue or to answer.")],
     thresholds: options.Thresholds = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, at most.")] = 128,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, help="0 takes the likeliest token.", rich_help_panel="Sampling"),
+        sampling_option(min=0.0, metavar="X", help="0 takes the most probable token."),
     ] = 0.0,
     top_k: Annotated[
         int | None,
-        typer.Option(
+        sampling_option(
             min=0,
-            help="Draw from so many tokens; 0: all. Default: as the model says, else 50.",
-            rich_help_panel="Sampling",
+            metavar="N",
+            help="Draw from this number of tokens; 0: all. Default: as the model says, else 50.",
         ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            help="Draw from the likeliest that reach this sum. Default: as the model says.",
-            rich_help_panel="Sampling",
+        sampling_option(
+            help="Draw from the most probable tokens whose sum is this. Default: as the model says."
         ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(
-            help="Least share of the likeliest's probability. Default: as the model says.",
-            rich_help_panel="Sampling",
+        sampling_option(
+            help="Least probability, as a share of the largest one. Default: as the model says."
         ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(
-            help="Above 1 avoids repetition. Default: as the model says.",
-            rich_help_panel="Sampling",
-        ),
+        sampling_option(help="Above 1 avoids repetition. Default: as the model says."),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Text that ends it; repeatable.", rich_help_panel="Sampling"),
+        sampling_option(help="Text that ends the answer; repeatable.", metavar="TEXT"),
     ] = None,
     chat: Annotated[
         bool, typer.Option(help="Wrap the prompt in the model's chat template, if it has one.")
@@ -59,8 +56,7 @@ def generate(
     engine: Annotated[str, typer.Option(help="auto, eager, compiled or stream.")] = "auto",
     fuse: Annotated[bool, typer.Option(help="Run a sparse model's MLPs as one operator.")] = True,
     seed: Annotated[
-        int,
-        typer.Option(help="Of the draw, at a temperature above 0.", rich_help_panel="Sampling"),
+        int, sampling_option(help="Seed of the draw, at a temperature above 0.", metavar="N")
     ] = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -88,7 +84,7 @@ def generate(
 
     if fuse and is_sparse(loaded):
         fuse_(loaded)
-    given: dict[str, Any] = {
+    sampling: dict[str, Any] = {
         "do_sample": temperature > 0,
         "temperature": temperature or None,
         "top_k": top_k,
@@ -97,7 +93,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop_strings": stop or None,
     }
-    found = answer(
+    result = answer(
         loaded,
         tokenizer,
         prompt,
@@ -106,13 +102,14 @@ def generate(
         max_new_tokens=max_new_tokens,
         on_text=None if as_json else partial(print, end="", flush=True),
         seed=seed,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in sampling.items() if value is not None},
     )
     if as_json:
-        options.print_json({"model": model, "prompt": prompt, **asdict(found)})
+        options.print_json({"model": model, "prompt": prompt, **asdict(result)})
     else:
         print()
         options.err.print(
-            f"{found.new_tokens} tokens, {found.tokens_per_second:.1f} tokens/s ({found.engine})",
+            f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s "
+            f"({result.engine})",
             style="dim",
         )

@@ -1,4 +1,4 @@
-"""``cats info``: what is installed, and what a model or a file that cats wrote holds."""
+"""``cats info``: the installation, or the content of a model or of a file that cats wrote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeAlias, TypeVar
 
 import typer
 
@@ -14,14 +14,20 @@ from cats.cli import options
 
 if TYPE_CHECKING:
     from cats.config import CatsConfig
+    from cats.protocols import ModelConfig
+
+V = TypeVar("V")
+# Title of each table to its names and values.
+Sections: TypeAlias = dict[str, dict[str, object]]
 
 
 def info(
     model: Annotated[
         str | None,
         typer.Argument(
+            metavar="MODEL",
             help="A folder, a Hugging Face id, [b]smollm2[/b], a file of thresholds or statistics, "
-            "or what [b]cats finetune[/b] wrote.",
+            "or the folder of a fine-tuning.",
             show_default="this installation",
         ),
     ] = None,
@@ -30,7 +36,7 @@ def info(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Versions and backends of this installation, or what a model or file holds.
+    """Show this installation, or what a model or file holds.
 
     Example: [b]cats info cats50.safetensors[/b]
 
@@ -48,7 +54,7 @@ def info(
         options.out.print(field_table(title, values).rich())
 
 
-def _installation() -> dict[str, dict[str, Any]]:
+def _installation() -> Sections:
     import platform
 
     import torch
@@ -74,17 +80,17 @@ def _installation() -> dict[str, dict[str, Any]]:
     }
 
 
-def _backends() -> dict[str, str]:
+def _backends() -> dict[str, object]:
     import cats
 
-    found = dict(cats.ops.backends())
+    states: dict[str, object] = dict(cats.ops.backends())
     clone = Path(cats.__file__).parents[2]
-    if found["cpu"] != "live" and (clone / "setup.py").is_file():
-        found["cpu"] += f"; to build them in this clone: pip install -e {clone}"
-    return found
+    if states["cpu"] != "live" and (clone / "setup.py").is_file():
+        states["cpu"] = f"{states['cpu']}; to build them in this clone: pip install -e {clone}"
+    return states
 
 
-def _describe(model: str, hub: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _describe(model: str, hub: options.Hub) -> Sections:
     from cats.checkpoint import is_sparse_checkpoint, load_config, read_config
     from cats.config import CatsConfig
     from cats.errors import ConfigError
@@ -106,49 +112,48 @@ def _describe(model: str, hub: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return _describe_history(name, history)
     path = options.resolve(model, **hub)
     sparse, config = is_sparse_checkpoint(path, **hub), load_config(path, **hub)
-    dense = {name: {"thresholds": "none: a dense model"}}
+    dense: Sections = {name: {"thresholds": "none: a dense model"}}
     return {
         **(_describe_config(name, read_config(path, **hub)) if sparse else dense),
-        "architecture": _architecture(config, **hub),
+        "architecture": _architecture(config, hub.get("trust_remote_code", False)),
         "engines of cats.generate": _engines(path, config, hub, sparse=sparse),
     }
 
 
-def _architecture(config: Any, *, trust_remote_code: bool = False, **_: Any) -> dict[str, Any]:
-    """Sizes of a model, from its configuration alone."""
+def _architecture(config: ModelConfig, trust_remote_code: bool) -> dict[str, object]:
     from cats.errors import UnsupportedModelError
     from cats.recipes.description import architecture
 
     try:
-        found = architecture(config, trust_remote_code=trust_remote_code)
+        sizes = architecture(config, trust_remote_code=trust_remote_code)
     except UnsupportedModelError as error:
         return {"none": str(error)}
     about = {
-        name: getattr(found, name)
+        name: getattr(sizes, name)
         for name in ("model", "layers", "hidden_size", "parameters", "dtype")
     }
-    if found.refusal:
-        return about | {"gated_mlps": f"none: {found.refusal}"}
+    if sizes.refusal:
+        return about | {"gated_mlps": f"none: {sizes.refusal}"}
     return about | {
-        "gated_mlps": found.gated_mlps,
-        "intermediate_size": _one_or_all(found.intermediate_sizes),
-        "activation": _one_or_all(found.activations),
+        "gated_mlps": sizes.gated_mlps,
+        "intermediate_size": _one_or_all(sizes.intermediate_sizes),
+        "activation": _one_or_all(sizes.activations),
     }
 
 
-def _one_or_all(values: Sequence[Any]) -> Any:
-    """The value that all have, or each that occurs, as words."""
+def _one_or_all(values: Sequence[object]) -> object:
+    """The value if there is only one; else all of them, separated by commas."""
     return values[0] if len(values) == 1 else ", ".join(map(str, values))
 
 
-def _describe_config(title: str, config: CatsConfig) -> dict[str, dict[str, Any]]:
-    block = config.to_dict()
-    realized = block.pop("realized_sparsity")
-    shares = {name: f"{share:.1%}" for name, share in realized.items()}
+def _describe_config(title: str, config: CatsConfig) -> Sections:
+    block: dict[str, object] = config.to_dict()
+    del block["realized_sparsity"]
+    shares = {name: f"{share:.1%}" for name, share in config.realized_sparsity.items()}
     same = len({*shares.values()}) == 1 and shares.keys() == config.thresholds.keys()
     if same:
         block["dropped in calibration"] = f"{next(iter(shares.values()))} in each MLP"
-    thresholds = {
+    thresholds: dict[str, object] = {
         name: f"threshold {float(t.mean()):.4f}"
         + (f", {shares[name]} dropped in calibration" if name in shares and not same else "")
         for name, t in _by_layer(config.thresholds).items()
@@ -156,13 +161,13 @@ def _describe_config(title: str, config: CatsConfig) -> dict[str, dict[str, Any]
     return {title: block, "MLPs": thresholds}
 
 
-def _describe_adapter(folder: Path) -> dict[str, dict[str, Any]]:
+def _describe_adapter(folder: Path) -> Sections:
     from cats.config import CatsConfig
     from cats.errors import FormatError
 
     try:
         block = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        about = {
+        about: dict[str, object] = {
             "kind": "adapter",
             "base": block["base_model_name_or_path"],
             "rank": block["r"],
@@ -177,48 +182,50 @@ def _describe_adapter(folder: Path) -> dict[str, dict[str, Any]]:
     return {folder.name: about} | _describe_config(thresholds.name, CatsConfig.load(thresholds))
 
 
-def _describe_history(title: str, path: Path) -> dict[str, dict[str, Any]]:
+def _describe_history(title: str, path: Path) -> Sections:
     from cats.history import History
 
-    found = History.load(path)
-    settings, last = found.settings, found.points[-1] if found.points else None
+    history = History.load(path)
+    settings, last = history.settings, history.points[-1] if history.points else None
     about = {
         "kind": "fine-tuning",
         "model": settings.get("model"),
         "method": settings["method"],
         "target_sparsity": settings["target_sparsity"],
         "steps": f"{last.step if last else 0:,} of {settings['options']['steps']:,}",
-        "complete": "yes" if found.complete else "no: the same command continues it",
+        "complete": "yes" if history.complete else "no: the same command continues it",
     }
-    losses = {
-        name: f"log-perplexity {found.points[0].losses[name]:.4f} > {loss:.4f}"
+    losses: dict[str, object] = {
+        name: f"log-perplexity {history.points[0].losses[name]:.4f} > {loss:.4f}"
         for name, loss in (last.losses if last else {}).items()
-        if name in found.points[0].losses
+        if name in history.points[0].losses
     }
     return {title: about} | ({"evaluations": losses} if losses else {})
 
 
-def _describe_statistics(path: str) -> dict[str, dict[str, Any]]:
+def _describe_statistics(path: str) -> Sections:
     from cats.calibration import Statistics
 
-    found = Statistics.load(path)
-    about = {
-        "kind": "statistics: counts that serve every target sparsity",
-        "method": found.method,
-        "calibration_tokens": found.tokens,
-        "blocks": found.blocks,
-        "calibration_hash": f"{found.text_hash:016x}",
+    statistics = Statistics.load(path)
+    about: dict[str, object] = {
+        "kind": "statistics: counts for every target sparsity",
+        "method": statistics.method,
+        "calibration_tokens": statistics.tokens,
+        "blocks": statistics.blocks,
+        "calibration_hash": f"{statistics.text_hash:016x}",
     }
-    mlps = {
-        name: f"{size:,} neurons, {found.activations[name]}, {int(found.counts[name].sum()):,} "
-        f"activations in {int(found.counts[name].count_nonzero()):,} bins"
-        for name, size in _by_layer(found.sizes).items()
-    }
+    mlps: dict[str, object] = {}
+    for name, size in _by_layer(statistics.sizes).items():
+        counts = statistics.counts[name]
+        mlps[name] = (
+            f"{size:,} neurons, {statistics.activations[name]}, {int(counts.sum()):,} activations "
+            f"in {int(counts.count_nonzero()):,} bins"
+        )
     return {Path(path).name: about, "MLPs": mlps}
 
 
-def _by_layer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with layer 2 before layer 10; in files it lies behind."""
+def _by_layer(values: Mapping[str, V]) -> dict[str, V]:
+    """The values sorted by number, so that layer 2 precedes layer 10."""
 
     def padded(name: str) -> str:
         return re.sub(r"\d+", lambda number: number[0].zfill(6), name)
@@ -226,8 +233,10 @@ def _by_layer(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in sorted(values, key=padded)}
 
 
-def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> dict[str, str]:
-    """Which engine would decode a model on this machine, and why not another."""
+def _engines(
+    path: str, config: ModelConfig, hub: options.Hub, *, sparse: bool
+) -> dict[str, object]:
+    """Name of each engine to whether it would decode the model on this machine, or why not."""
     import torch
 
     from cats.decode import ENGINES
@@ -240,9 +249,9 @@ def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> di
         SlotCache(config, 1)
     except UnsupportedModelError as error:
         return {"none": str(error)}
-    works = "works where it is asked for; on {} {} is taken"
+    works = "works if you name it; on {} {} is taken"
     if not torch.cuda.is_available():
-        # there it depends on the device alone
+        # on a CPU, the choice does not depend on the model
         reason = stream_refusal(torch.device("cpu"))
         return {
             "eager": "is taken",
@@ -253,12 +262,12 @@ def _engines(path: str, config: Any, hub: dict[str, Any], *, sparse: bool) -> di
     if sparse:
         fuse_(loaded)
     chosen = make_engine("auto", loaded).name
-    found = {}
+    engines: dict[str, object] = {}
     for name in ENGINES:
         try:
             make_engine(name, loaded)
         except CatsError as error:
-            found[name] = str(error)
+            engines[name] = str(error)
         else:
-            found[name] = works.format("a GPU", chosen)
-    return found | {chosen: "is taken"}
+            engines[name] = works.format("a GPU", chosen)
+    return engines | {chosen: "is taken"}

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they turn into."""
+"""Options that several commands share, and the values that they stand for."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+number = partial(typer.Option, metavar="N")
 Model = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="A folder, a Hugging Face id, or [b]smollm2[/b] for the model of the demo.",
         show_default=False,
     ),
@@ -58,35 +60,45 @@ TrustRemoteCode = Annotated[
 ]
 Thresholds = Annotated[
     Path | None,
-    typer.Option(help="Thresholds file of [b]cats calibrate[/b], for a dense checkpoint."),
+    typer.Option(
+        metavar="FILE", help="Thresholds file of [b]cats calibrate[/b], for a dense checkpoint."
+    ),
 ]
 Texts = Annotated[
     list[Path] | None,
     typer.Option(
-        "--text", help="UTF-8 text file, .gz too; repeatable. Default: the sample that ships."
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text file, .gz too; repeatable. Default: the sample text.",
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="CPU threads. Default: one for each processor that other programs leave free."
+    number(
+        min=1,
+        help="CPU threads. Default: one per processor that other programs leave free.",
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights; auto: as stored.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Block = Annotated[int, typer.Option(min=2, help="Tokens a block.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Blocks a forward pass.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(metavar="NAME", help="auto (as stored), float32, bfloat16 or float16."),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
+Block = Annotated[int, number(min=2, help="Tokens per block.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, metavar="N", help="Blocks per forward pass.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of all random draws.")]
 Bos = Annotated[
     bool | None,
     typer.Option(
         "--bos/--no-bos",
         help="Begin each block of text with the beginning-of-sequence token.",
-        show_default="as the tokenizer begins a text",
+        show_default="as the tokenizer does",
     ),
 ]
 Commit = Annotated[
-    str | None, typer.Option(help="Commit to record, where the sources are no checkout.")
+    str | None, typer.Option(help="Commit to record, if the sources are no git checkout.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -102,7 +114,7 @@ def hub(revision: str | None, subfolder: str | None, trust_remote_code: bool = F
 
 
 def resolve(model: str, **hub: Any) -> str:
-    """The folder or id behind the name of a model.
+    """The folder or id of a model.
 
     Args:
         model: What the user typed.
@@ -163,7 +175,7 @@ def load(
 
 
 def torch_device(name: str) -> torch.device:
-    """The device behind ``--device``; ``"auto"`` is a GPU where there is one.
+    """The device of ``--device``; ``"auto"`` is a GPU if there is one.
 
     Raises:
         ConfigError: If there is no such device.
@@ -184,7 +196,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def process_device(name: str) -> str:
-    """The device behind ``--device`` for this process: under a launcher, each takes its own GPU."""
+    """The device of ``--device`` for this process: under a launcher, each process has its GPU."""
     import torch
 
     local_rank = os.environ.get("LOCAL_RANK")
@@ -225,7 +237,7 @@ def texts_or_sample(paths: Sequence[Path] | None) -> list[str]:
 
 
 def describe_texts(paths: Sequence[Path] | None) -> str:
-    """What a table calls the text."""
+    """Name of the text in tables."""
     return ", ".join(path.name for path in paths) if paths else "Pride and Prejudice (sample)"
 
 

@@ -1,4 +1,4 @@
-"""``cats profile``: what the activations of a model look like."""
+"""``cats profile``: how many activations of a model are zero or near zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from cats.cli import options
 
-# Rows of a batch: unions over up to eight tokens are measured.
+# Rows per batch: a profile counts unions of up to eight rows.
 _BATCH = 8
 
 
@@ -17,19 +17,24 @@ def profile(
     model: options.Model,
     text: Annotated[
         Path | None,
-        typer.Argument(help="UTF-8 text file, .gz too.", show_default="the sample that ships"),
+        typer.Argument(
+            metavar="TEXT", help="UTF-8 text file, .gz too.", show_default="the sample text"
+        ),
     ] = None,
     thresholds: options.Thresholds = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Look at no more than so many, in whole blocks.", show_default="20000"
+        options.number(
+            min=2,
+            help="Use at most N tokens, in whole blocks.",
+            show_default="20000",
         ),
     ] = None,
     block: options.Block = 128,
     bos: options.Bos = None,
     near: Annotated[
-        float, typer.Option(min=0, help="Magnitude below which an activation is near zero.")
+        float,
+        typer.Option(min=0, metavar="X", help="Magnitude below which an activation is near zero."),
     ] = 0.1,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write JSON for [b]cats report[/b].")
@@ -42,11 +47,11 @@ def profile(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Share of activations that are zero or near zero, and how tokens share them.
+    """Measure the share of activations that are zero or near zero.
 
     Example: [b]cats profile smollm2 wiki.txt --thresholds cats50.safetensors[/b]
 
-    Models with ungated MLPs, such as OPT and GPT-2, are taken too.
+    Models with ungated MLPs, such as OPT and GPT-2, work too.
     """
     import dataclasses
 

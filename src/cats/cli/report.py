@@ -1,4 +1,4 @@
-"""``cats report``: one page of tables and figures from results."""
+"""``cats report``: make a page of tables and figures from results."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from cats.cli import options
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(help="Results (.jsonl), profiles (.json), or folders that hold some."),
+        typer.Argument(
+            metavar="RESULTS", help="Results (.jsonl), profiles (.json), or folders of them."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Its title.")] = "CATS",
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "CATS",
     figures: Annotated[
-        Path | None, typer.Option(help="Write each figure into this folder too, as SVG.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write each figure into this folder too, as SVG."),
     ] = None,
 ) -> None:
-    """Make a self-contained HTML page of results: tables, figures, settings.
+    """Make a self-contained HTML page of tables and figures from results.
 
     Example: [b]cats report benchmarks/results profile.json -o report.html[/b]
     """
     from cats.report import Material, plots, write_page
     from cats.storage import replacing
 
-    drawn = write_page(Material.read(results), output, title=title)
-    for name, svg in drawn.items() if figures is not None else ():
-        assert figures is not None
-        with replacing(figures / f"{name}.svg") as temporary:
-            temporary.write_text(plots.alone(svg), "utf-8")
+    drawings = write_page(Material.read(results), output, title=title)
+    if figures is not None:
+        for name, svg in drawings.items():
+            with replacing(figures / f"{name}.svg") as temporary:
+                temporary.write_text(plots.alone(svg), "utf-8")
     options.out.print(f"wrote {output}", markup=False)

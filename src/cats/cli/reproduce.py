@@ -1,4 +1,4 @@
-"""``cats reproduce``: the paper's whole recipe on one model, ending in a report."""
+"""``cats reproduce``: the paper's recipe on one model, from calibration to a report."""
 
 from __future__ import annotations
 
@@ -10,64 +10,88 @@ import typer
 from cats.cli import options
 from cats.cli.running import Terminal, resumable
 from cats.cli.task_options import check_tasks, parse_batch_size
+from cats.errors import ConfigError
 
 
 def reproduce(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder; a run that stopped continues from it.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder of the results; a stopped run continues from it.",
+        ),
     ],
     model: Annotated[
-        str, typer.Option(help="A folder, a Hugging Face id, or [b]smollm2[/b].")
+        str, typer.Option(metavar="MODEL", help="A folder, a Hugging Face id, or [b]smollm2[/b].")
     ] = "mistralai/Mistral-7B-v0.1",
     sparsity: Annotated[
-        str, typer.Option(help="Targets of CATS, with commas between.")
+        str, typer.Option(help="Targets of CATS, separated by commas.")
     ] = "0.5,0.7,0.9",
     methods: Annotated[
         str | None,
         typer.Option(
-            help="What is compared with the dense model, of cats,relu,input,teal.",
+            metavar="NAMES",
+            help="Methods to compare with the dense model, of cats,relu,input,teal.",
             show_default="all",
         ),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="Calibration text.", show_default="RefinedWeb, from the hub"),
+        typer.Option(
+            metavar="FILE", help="Calibration text.", show_default="RefinedWeb, from the hub"
+        ),
     ] = None,
     eval_text: Annotated[
         list[Path] | None,
-        typer.Option(help="Text for perplexity beside held-out calibration text; repeatable."),
+        typer.Option(
+            metavar="FILE",
+            help="More text for perplexity, beside held-out calibration text; repeatable.",
+        ),
     ] = None,
     eval_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Of each such text, at most, in whole blocks.", show_default="all"
+        options.number(
+            min=2,
+            help="Use at most N tokens of each --eval-text, in whole blocks.",
+            show_default="all",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 500,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
+    samples: Annotated[int, options.number(min=1, help="Calibration blocks.")] = 500,
+    length: Annotated[int, options.number(min=2, help="Tokens per block.")] = 1024,
     seed: options.Seed = 0,
     bos: options.Bos = None,
-    tasks: Annotated[str, typer.Option(help="Zero-shot tasks, with commas between.")] = "paper8",
+    tasks: Annotated[
+        str, typer.Option(metavar="NAMES", help="Zero-shot tasks, separated by commas.")
+    ] = "paper8",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions a task.", show_default="all")
+        int | None,
+        options.number(min=1, help="Questions per task.", show_default="all"),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Parquet files of the tasks, as for cats evaluate.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the tasks' parquet files, as for cats evaluate."
+        ),
     ] = None,
-    speed: Annotated[bool, typer.Option(help="Time the MLP and tokens as well.")] = True,
-    batch_size: Annotated[str, typer.Option(help="Questions a forward pass, or auto.")] = "auto",
+    speed: Annotated[bool, typer.Option(help="Time the MLP and whole tokens too.")] = True,
+    batch_size: Annotated[
+        str, typer.Option(metavar="N", help="Questions per forward pass, or auto.")
+    ] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """The paper's recipe on one model: quality, activations and speed of every method, a report.
+    """Run the paper's recipe on one model: quality and speed of each method, and a report.
 
     Example: [b]cats reproduce --model mistralai/Mistral-7B-v0.1 -o mistral[/b]
 
-    Compared are dense, CATS, ReLU, and input thresholding, uniform and as TEAL allocates it, at
-    the bytes a token of each CATS target. What is in the folder already is not measured again.
+    The methods are dense, CATS, ReLU, and input thresholding, uniform and as TEAL allocates it.
+    Input thresholding reads as many bytes per token as each CATS target. Results that are in the
+    folder already are not measured again.
     """
     from cats.data import read_text
     from cats.recipes.recipe import Recipe
@@ -82,7 +106,7 @@ def reproduce(
     batch = parse_batch_size(batch_size)
     options.check_output(output / "report.html")
     options.check_tokens(eval_tokens, length, "--eval-tokens")
-    # a wrong name is told before the model is loaded
+    # a wrong name is an error before the model is loaded
     calibration = None if text is None else read_text(text)
     evaluation = {path.name: read_text(path) for path in eval_text or []}
     names = check_tasks(tasks, data_dir)
@@ -120,13 +144,12 @@ def reproduce(
 
 def _targets(text: str) -> list[float]:
     from cats.config import check_target
-    from cats.errors import ConfigError
 
     try:
         targets = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            f"--sparsity: expected numbers with commas between, got {text!r}"
+            f"--sparsity: expected numbers separated by commas, got {text!r}"
         ) from error
     for target in targets:
         check_target(target)

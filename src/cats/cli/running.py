@@ -1,4 +1,4 @@
-"""What a long command shows while it runs, and what it says when it is stopped."""
+"""The progress of a long command on a terminal, and its last words when it is stopped."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Terminal(Progress):
 
 @contextmanager
 def stage() -> Iterator[Callable[[str], None]]:
-    """A line of a terminal that says what is going on; the yielded function writes it.
+    """One line of a terminal; the yielded function writes it.
 
-    It is drawn when it changes and never in between: the thread of a spinner or of a bar would
-    take its time from what is measured.
+    It is drawn only when it changes, since the thread of a spinner or a bar would disturb what is
+    measured.
     """
     from rich.live import Live
     from rich.text import Text
@@ -46,19 +46,21 @@ def stage() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def resumable(folder: Path | None, kept: Callable[[Path], bool] = Path.exists) -> Iterator[None]:
+def resumable(
+    path: Path | None, has_content: Callable[[Path], bool] = Path.exists
+) -> Iterator[None]:
     """Say on Ctrl+C where the same command goes on.
 
     Args:
-        folder: What is kept on the way: a folder or a file. None where nothing is.
-        kept: Whether there is something in it yet.
+        path: Folder or file of the partial results; None if the command writes none.
+        has_content: Whether the path holds partial results.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        # ends the bars that these frames hold: the line comes after them
+        # ends the bars that these frames hold, so that the line comes after them
         traceback.clear_frames(error.__traceback__)
-        if folder is not None and kept(folder):
-            message = f"stopped; the same command goes on from {folder}"
+        if path is not None and has_content(path):
+            message = f"stopped; the same command goes on from {path}"
             options.err.print(message, markup=False, highlight=False, soft_wrap=True)
         raise

@@ -1,7 +1,7 @@
-"""How many threads a command takes: no more than the processors that others leave free.
+"""How many threads a command uses: no more than the processors that other programs leave free.
 
-A decode step has some 300 parallel regions, and each waits until the system runs the last of its
-threads. On a machine whose processors are taken, one thread is several times as fast as two.
+A decode step has about 300 parallel regions, and each waits until the system runs the last of its
+threads. On a machine whose processors are busy, one thread is several times as fast as two.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# What says that somebody has decided already: a user, or torchrun.
-_DECIDED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# A user or torchrun sets these to choose the number of threads.
+_CHOICES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class OtherLoad:
-    """How many processors other programs keep busy, from when this is made."""
+    """How many processors other programs keep busy, since this object was made."""
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
         self._stat = stat
@@ -28,7 +28,7 @@ class OtherLoad:
         busy, idle, own = (after - before for after, before in zip(now, self._before, strict=True))
         if busy + idle <= 0:
             return None
-        # the counts are of all processors, so their sum is the time that went by on all
+        # both are summed over all processors, so together they are the time that has passed on all
         return max(0.0, busy - own) * (os.cpu_count() or 1) / (busy + idle)
 
     def _times(self) -> tuple[float, float, float] | None:
@@ -49,55 +49,55 @@ def processors() -> float:
     """Processors that this process may use: its affinity, and the quota of its control group."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
-    return min(count, _quota(Path("/sys/fs/cgroup")))
+    return min(count, quota(Path("/sys/fs/cgroup")))
 
 
-def _quota(root: Path) -> float:
-    """Processors that the control group may use; infinity where there is no limit."""
+def quota(root: Path) -> float:
+    """Processors that the control group of a folder may use; infinity without a limit."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        limit, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            limit = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
             period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
         except OSError:
             return float("inf")
-    if quota in ("max", "-1"):
+    if limit in ("max", "-1"):
         return float("inf")
-    return int(quota) / int(period)
+    return int(limit) / int(period)
 
 
-def limited(wanted: int, available: float, taken: float | None) -> int:
-    """Threads to use, of those that torch wants: a processor that is mostly taken gets none."""
-    free = available - (taken or 0.0)
-    return max(1, min(wanted, round(free)))
+def limited(threads: int, available: float, busy: float | None) -> int:
+    """Threads to use, of those that torch would use: a processor that is mostly busy gets none."""
+    free = available - (busy or 0.0)
+    return max(1, min(threads, round(free)))
 
 
 def use_threads(threads: int | None, load: OtherLoad) -> str | None:
     """Set torch's threads.
 
     Args:
-        threads: What the user wants. None: what torch would take, and no more than there are
+        threads: Number of threads. None: as many as torch would use, but no more than there are
             free processors.
-        load: Started a while ago: it measures how busy the machine was since then.
+        load: Load of the machine since this object was made.
 
     Returns:
-        A line for the user where the number is lower than torch's; else None.
+        A line for the user if the number is lower than torch's; else None.
     """
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
         return None
-    if any(name in os.environ for name in _DECIDED):
+    if any(name in os.environ for name in _CHOICES):
         return None
-    wanted, available, taken = torch.get_num_threads(), processors(), load.processors()
-    count = limited(wanted, available, taken)
-    if count == wanted:
+    default, available, busy = torch.get_num_threads(), processors(), load.processors()
+    count = limited(default, available, busy)
+    if count == default:
         return None
     torch.set_num_threads(count)
     noun = "thread" if count == 1 else "threads"
     return (
-        f"{count} {noun} instead of {wanted}: other programs keep {taken or 0.0:.1f} of "
+        f"{count} {noun} instead of {default}: other programs keep {busy or 0.0:.1f} of "
         f"{available:g} processors busy (--threads N or OMP_NUM_THREADS=N decides otherwise)"
     )

@@ -61,9 +61,9 @@ def demonstrate(
         texts: Texts to calibrate on, and to measure perplexity on.
         prompt: Prompt of both models.
         target_sparsity: Share of neurons to drop, inside (0, 1).
-        tokens: Most tokens for calibration.
-        held_out_tokens: Most tokens for perplexity.
-        max_new_tokens: Most tokens per answer, at least 2.
+        tokens: Largest number of calibration tokens.
+        held_out_tokens: Largest number of tokens for perplexity.
+        max_new_tokens: Largest number of tokens per answer, at least 2.
         seed: Seed of the draw of blocks.
         bos: As for :func:`cats.data.token_blocks`.
         profiled: Profile the activations as well.

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from cats.checkpoint import first_line
 from cats.errors import UnsupportedModelError
 from cats.model import find_gated_mlps
+from cats.protocols import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +42,7 @@ class Architecture:
     refusal: str = ""
 
 
-def architecture(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Architecture:
+def architecture(config: ModelConfig, *, trust_remote_code: bool = False) -> Architecture:
     """Sizes of the model that a configuration describes.
 
     Args:
@@ -57,12 +58,13 @@ def architecture(config: PreTrainedConfig, *, trust_remote_code: bool = False) -
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"no causal model: {first_line(error)}") from error
     text = config.get_text_config(decoder=True)
+    dtype = getattr(config, "dtype", None)
     common: dict[str, Any] = {
         "model": type(model).__name__,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype else None,
+        "dtype": str(dtype).removeprefix("torch.") if dtype else None,
     }
     same_kind: dict[Hashable, list[str]] = {}
     for name, module in model.named_modules():

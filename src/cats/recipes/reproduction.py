@@ -36,7 +36,7 @@ def reproduce(
         recipe: Model, targets and calibration.
         text: Calibration text; None streams RefinedWeb from the hub.
         eval_texts: Name to text for perplexity, beside held-out calibration text.
-        eval_tokens: Most tokens of each such text, in whole blocks; None: all.
+        eval_tokens: Largest number of tokens of each such text, in whole blocks; None: all.
         methods: Methods to compare with the dense model, of ``METHODS``.
         tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
         limit: Questions per task; None: all.

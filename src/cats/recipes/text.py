@@ -33,9 +33,9 @@ def split(
         tokenizer: Tokenizer of the model.
         texts: Texts to cut into blocks.
         block: Tokens per block.
-        tokens: Most tokens for calibration, in whole blocks.
-        held_out_tokens: Most held-out tokens, in whole blocks, and no more than a fifth of the
-            text.
+        tokens: Largest number of calibration tokens, in whole blocks.
+        held_out_tokens: Largest number of held-out tokens, in whole blocks; never more than a
+            fifth of the text.
         held_out_text: Another text for the held-out blocks.
         seed: Seed of the draw.
         bos: As for :func:`cats.data.token_blocks`.

@@ -14,7 +14,7 @@ from cats.calibration import calibrate
 from cats.errors import ConfigError
 from cats.finetuning import FinetuneOptions, Pairs, StreamedBlocks
 from cats.finetuning.data import Blocks, Examples
-from cats.finetuning.run import differences, options_that_count
+from cats.finetuning.settings import differences, options_that_count
 from cats.history import History
 from cats.protocols import Tokenizer
 from cats.recipes.progress import Progress

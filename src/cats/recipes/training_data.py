@@ -31,11 +31,11 @@ class TrainingData:
         answer: Template of an answer.
         labels: Names of numbered answers, separated by commas, such as no,yes.
         calibration_text: Text for thresholds. Default: the text or pairs to learn.
-        calibration_tokens: Most tokens for calibration.
+        calibration_tokens: Largest number of calibration tokens.
         block: Tokens per block, or per pair.
         eval_text: NAME=TEXT, measured while training.
         eval_pairs: NAME=PAIRS, measured while training.
-        eval_tokens: Most tokens of each text to measure on.
+        eval_tokens: Largest number of tokens of each text to measure on.
         seed: Seed of the draw of calibration blocks.
         bos: As for :func:`cats.data.token_blocks`.
 
