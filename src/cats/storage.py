@@ -1,4 +1,4 @@
-"""Safetensors files that are whole or absent, and errors that say what is wrong with one."""
+"""Write files that are complete or absent; read them, or say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,17 @@ FORMAT_VERSION = 1
 _METADATA_KEY = "cats"
 
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def save_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: Mapping[str, object]
+) -> None:
     """Write one safetensors file with a JSON block under the metadata key ``cats``.
 
-    The file appears under its name only when it is complete.
+    The file gets its name only when it is complete.
 
     Raises:
-        StorageError: If it cannot be written; nothing is left behind.
+        StorageError: If it cannot be written; then no file is left.
     """
-    # imported here: files without tensors need no torch
+    # imported here, since files without tensors need no torch
     import safetensors.torch
 
     block = {"version": FORMAT_VERSION, **metadata}
@@ -41,11 +43,11 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_tensors` wrote: the tensors and the checked ``cats`` block.
+    """Read a file of :func:`save_tensors`: the tensors and the checked ``cats`` block.
 
     Raises:
         StorageError: If there is no such file or it cannot be read.
-        FormatError: If it is no safetensors file, is truncated, or comes from a newer release.
+        FormatError: If it is not a safetensors file, is truncated, or is from a newer release.
     """
     if Path(path).is_dir():
         raise StorageError(f"{path}: is a folder, expected a file")
@@ -71,11 +73,13 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, block
 
 
-def save_json(path: str | Path, kind: str, block: dict[str, Any]) -> None:
-    """Write one JSON document of a kind, with its format version; it is whole or absent.
+def save_json(path: str | Path, kind: str, block: Mapping[str, object]) -> None:
+    """Write one JSON document with its kind and format version.
+
+    The file gets its name only when it is complete.
 
     Raises:
-        StorageError: If it cannot be written; nothing is left behind.
+        StorageError: If it cannot be written; then no file is left.
     """
     text = json.dumps({"version": FORMAT_VERSION, "kind": kind, **block}, indent=1)
     with replacing(path) as temporary:
@@ -83,11 +87,11 @@ def save_json(path: str | Path, kind: str, block: dict[str, Any]) -> None:
 
 
 def load_json(path: str | Path, kind: str) -> dict[str, Any]:
-    """Read what :func:`save_json` wrote.
+    """Read a document of :func:`save_json`.
 
     Raises:
         StorageError: If it cannot be read.
-        FormatError: If it is something else, or comes from a newer release.
+        FormatError: If it is of another kind, is damaged, or is from a newer release.
     """
     try:
         block = json.loads(Path(path).read_text("utf-8"))
@@ -102,14 +106,14 @@ def load_json(path: str | Path, kind: str) -> dict[str, Any]:
 
 
 def cache_directory() -> Path:
-    """Folder of files that can be made again: ``$CATS_CACHE_DIR``, or ``~/.cache/cats``."""
-    if chosen := os.environ.get("CATS_CACHE_DIR"):
-        return Path(chosen)
+    """Folder of files that can be made again: ``$CATS_CACHE_DIR`` or ``~/.cache/cats``."""
+    if folder := os.environ.get("CATS_CACHE_DIR"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cats"
 
 
-def check_version(block: Any, source: str) -> None:
-    """Raise FormatError unless ``block`` is a mapping with a format version that is read here."""
+def check_version(block: object, source: str) -> None:
+    """Raise FormatError unless ``block`` is a mapping with the format version of this release."""
     version = block.get("version") if isinstance(block, dict) else None
     if not isinstance(version, int):
         raise FormatError(f"{source}: its cats block has no format version")
@@ -122,21 +126,21 @@ def check_version(block: Any, source: str) -> None:
 
 @contextmanager
 def replacing(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, which is renamed to it when the block ends well.
+    """Yield a temporary path beside ``path``; it is renamed to ``path`` if the block succeeds.
 
     Args:
-        path: The file, or the folder that must not exist or be empty.
-        directory: Whether a folder is written.
+        path: The file to write, or a folder that is empty or does not exist.
+        directory: Whether to write a folder.
 
     Raises:
-        StorageError: If writing fails or a folder is in the way.
+        StorageError: If writing fails, or a folder has the name of the file.
     """
     path = Path(path)
     if directory and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StorageError(f"{path}: exists already; choose another name or delete it first")
     if not directory and path.is_dir():
         raise StorageError(f"{path}: is a folder, expected the name of a file")
-    # the name is chosen before the file exists, so that Ctrl+C at any time knows what to remove
+    # the name is chosen before the file exists, so that it can be removed after Ctrl+C at any time
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +154,7 @@ def replacing(path: str | Path, *, directory: bool = False) -> Iterator[Path]:
                 shutil.rmtree(temporary)
             else:
                 temporary.unlink(missing_ok=True)
-    # safetensors reports a full disk as an error of its own kind
+    # safetensors reports a full disk with its own class of error
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, StorageError):
             raise

@@ -1,4 +1,4 @@
-"""Undo a change of a model that fails halfway."""
+"""Undo a change of a model if it fails before its end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, the model is as it was: modules, attributes, tensors, ``config.cats``.
+    """If the block fails, restore the model: modules, attributes, tensors, ``config.cats``.
 
-    The layout of a weight comes back as well. What is written *into* a tensor or a list stays.
+    The layouts of weights are restored too. Values written *into* a tensor or a list are not.
     """
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table))
@@ -37,7 +37,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for parameter, stride in strides:
-            # memory may be too short even for this: the values are the same in either layout
+            # without enough memory the layout stays, and the values are the same in any layout
             with suppress(RuntimeError, MemoryError):
                 lay_out_(parameter, stride)
         raise
@@ -47,10 +47,10 @@ def lay_out_(weight: Tensor, stride: tuple[int, ...]) -> None:
     """Move a weight to memory with these strides; the parameter stays the same object."""
     if weight.stride() == stride:
         return
-    # a tensor of inference mode could not be trained later
+    # a tensor that is made in inference mode could not be trained later
     with torch.inference_mode(False), torch.no_grad():
         data = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
-        # torch copies fast into row-major memory
+        # torch copies fast only into row-major memory
         rows_first = stride[0] < stride[-1]
         (data.t() if rows_first else data).copy_(weight.data.t() if rows_first else weight.data)
         weight.data = data
