@@ -1,8 +1,8 @@
 import os
 
-# A machine that other programs use, or a second run of the tests, makes each parallel region wait
-# for its last thread. The models are so small that one thread is enough; tests of threads set their
-# own number. Processes that a test starts inherit it.
+# On a busy machine, each parallel region waits long for its last thread. The models are so small
+# that one thread is enough. Processes that a test starts inherit the variable; tests of threads set
+# their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -28,7 +28,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def poison_empty_memory():
-    """``torch.empty`` gives NaN, so an output that a kernel forgot to write fails the test."""
+    """``torch.empty`` gives NaN, so that a test fails if a kernel does not write an output."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Tiny models of many families, modules of odd forms, and a checkpoint with a tokenizer."""
+"""Tiny models of many families, unusual modules, tokenizers, and a cache of the hub."""
 
 import hashlib
 
@@ -33,7 +33,7 @@ FAMILIES = [
     Gemma3TextConfig,
     Phi3Config,
 ]
-# Some of what transformers does changed in this version; the tests say what.
+# This version of transformers changed some behaviour; the tests that use the name say which.
 OLDER_TRANSFORMERS = version.parse(transformers.__version__) < version.parse("5.23")
 VOCABULARY = 257  # the bytes, and the end of text
 BOS = 257  # of tokenizers that begin a text with it
@@ -73,25 +73,25 @@ def logits(model, ids, **kwargs):
         return model(input_ids=ids, **kwargs).logits
 
 
-def assert_same_tokens(model, actual, wanted, mask=None, *, tie=1e-4):
-    """The same tokens ``[B, T]``, but behind a token that the model prefers by less than ``tie``.
+def assert_same_tokens(model, actual, expected, mask=None, *, tie=1e-4):
+    """Check that the tokens ``[B, T]`` are equal, up to a token that rounding may decide.
 
     Args:
-        model: Gives the logits; run here over ``wanted``.
-        actual: What is tested.
-        wanted: What transformers generated.
-        mask: Of the prompt, ``[B, P]``, where it has padding.
-        tie: Rounding may decide about logits that are closer than that.
+        model: Gives the logits of ``expected``.
+        actual: Tokens to test.
+        expected: Tokens that transformers generated.
+        mask: Mask of the prompt, ``[B, P]``, if it has padding.
+        tie: Rounding may decide between logits whose difference is smaller.
     """
-    if torch.equal(actual, wanted):
+    if torch.equal(actual, expected):
         return
-    assert actual.shape == wanted.shape
-    full = torch.ones_like(wanted)
+    assert actual.shape == expected.shape
+    full = torch.ones_like(expected)
     if mask is not None:
         full[:, : mask.shape[1]] = mask
     positions = (full.cumsum(1) - 1).clamp(min=0)
-    chosen = logits(model, wanted, attention_mask=full, position_ids=positions)
-    for row, differ in enumerate(actual != wanted):
+    chosen = logits(model, expected, attention_mask=full, position_ids=positions)
+    for row, differ in enumerate(actual != expected):
         if differ.any():
             at = int(differ.nonzero()[0])
             scores = chosen[row, at - 1]
@@ -100,11 +100,11 @@ def assert_same_tokens(model, actual, wanted, mask=None, *, tie=1e-4):
 
 
 def make_tokenizer(*, begins=False, merges=()):
-    """One token a byte, the end of text, and what merges make.
+    """A tokenizer with one token per byte, the end of text, and one token per merge.
 
     Args:
         begins: Whether it begins each text with ``<bos>``, whose id is ``BOS``.
-        merges: Pairs of letters that become one token, whichever letters they are.
+        merges: Pairs of letters that become one token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, "<eos>", *(["<bos>"] if begins else []), *map("".join, merges)]
@@ -136,7 +136,7 @@ class MLP(nn.Module):
 
 
 class ClampedMLP(MLP):
-    """Clamps its inner values, as some models do; still of the gated form."""
+    """Clamps its inner values, as some models do; it still has the gated form."""
 
     def forward(self, x):
         gate, up = self.gate_proj(x).clamp(max=7), self.up_proj(x).clamp(-7, 7)
@@ -144,7 +144,7 @@ class ClampedMLP(MLP):
 
 
 class ShiftedAtLargeInputsMLP(MLP):
-    """Of the gated form for small inputs only."""
+    """Has the gated form for small inputs only."""
 
     def forward(self, x):
         shrunk = torch.nn.functional.softshrink(self.up_proj(x), 10.0)
@@ -167,7 +167,7 @@ class UnknownActivation(nn.Module):
 
 
 class Body(nn.Module):
-    """Embeds ids and adds the output of each MLP; each token is on its own."""
+    """Embeds ids and adds the output of each MLP; tokens do not see each other."""
 
     def __init__(self, *mlps, size=16):
         super().__init__()
@@ -182,12 +182,13 @@ class Body(nn.Module):
 
 
 class Int8Tensor(torch.Tensor):
-    """An int8 weight as quantisation libraries store it: it has ``dequantize``, and no memory."""
+    """An int8 weight as quantisation libraries store it: with ``dequantize``, without a storage."""
 
     @staticmethod
     def __new__(cls, values, scale):
-        kind = {"dtype": scale.dtype, "device": values.device}
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **kind)
+        # torch has no public name for it
+        make = torch.Tensor._make_wrapper_subclass
+        return make(cls, values.shape, dtype=scale.dtype, device=values.device)
 
     def __init__(self, values, scale):
         self.values, self.scale = values, scale
@@ -227,16 +228,16 @@ def quantize_(model):
 
 
 def fill_hub_cache(folder, *, revision, subfolder="", target=None, name="org/model"):
-    """A cache of the hub that holds one revision of a model and its tokenizer, and no ``main``.
+    """Fill a cache of the hub with one revision of a model and its tokenizer, but no ``main``.
 
-    Whatever is looked for without this revision and subfolder is not there.
+    Only this revision and subfolder are in the cache.
 
     Args:
         folder: The cache.
         revision: Name of the revision.
-        subfolder: Within the repository.
+        subfolder: Subfolder within the repository.
         target: Target of its thresholds; None for a dense model.
-        name: Of the repository.
+        name: Name of the repository.
 
     Returns:
         The model.

@@ -124,7 +124,7 @@ def test_interrupted_folder_leaves_nothing_behind(tmp_path, error):
 
 
 def interrupted(act, at):
-    """Press Ctrl+C at a line, counted over all files that run; return whether that line ran."""
+    """Raise KeyboardInterrupt at the line ``at``, counted from 0; return whether it was reached."""
     lines = itertools.count()
 
     def trace(frame, event, argument):
