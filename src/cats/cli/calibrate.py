@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -147,36 +147,41 @@ def calibrate(
         )
     if calibrated is None:
         return
-    report = _report(calibrated) | {
+    if output is not None:
+        _save(cast("CausalModel", loaded), tokenizer, calibrated.config, output)
+    text_name = options.describe_texts(text)
+    if not as_json:
+        _print(calibrated, limit, text_name, output)
+        return
+    about = {
         "model": model,
-        "calibration_text": options.describe_texts(text),
+        "calibration_text": text_name,
         "bos": bool(text_start(tokenizer, bos)),
         "max_loss": limit,
         "seed": seed,
         "output": None if output is None else str(output),
     }
-    if output is not None:
-        _save(loaded, tokenizer, calibrated.config, output)
-    if as_json:
-        options.print_json(report)
-    else:
-        _print(report)
+    options.print_json(_to_dict(calibrated) | about)
 
 
-def _report(calibrated: Calibration) -> dict[str, Any]:
+def _to_dict(calibrated: Calibration) -> dict[str, object]:
     config = calibrated.config
     return {
         "method": config.method,
         "target_sparsity": config.target_sparsity,
         "calibration_tokens": config.calibration_tokens,
         "calibration_hash": config.calibration_hash,
-        "thresholds": {name: float(t.mean()) for name, t in config.thresholds.items()},
+        "thresholds": _mean_thresholds(config),
         "realized_sparsity_calibration": config.realized_sparsity,
         "realized_sparsity": calibrated.realized_sparsity,
         "perplexity_dense": calibrated.perplexity_dense,
         "perplexity_sparse": calibrated.perplexity_sparse,
         "held_out_tokens": calibrated.held_out_tokens,
     }
+
+
+def _mean_thresholds(config: CatsConfig) -> dict[str, float]:
+    return {name: float(threshold.mean()) for name, threshold in config.thresholds.items()}
 
 
 def _parse_percent(value: str | None) -> float | None:
@@ -217,26 +222,28 @@ def _save(model: CausalModel, tokenizer: Tokenizer, config: CatsConfig, output: 
         tokenizer.save_pretrained(str(temporary))
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(
+    calibrated: Calibration, max_loss: float | None, text_name: str, output: Path | None
+) -> None:
     from rich.markup import escape
 
     from cats.cli.tables import layer_table, loss
 
-    options.out.print(layer_table(report["thresholds"], report["realized_sparsity"]).rich())
-    target = report["target_sparsity"]
-    if report["max_loss"] is not None:
+    config = calibrated.config
+    dense, sparse = calibrated.perplexity_dense, calibrated.perplexity_sparse
+    table = layer_table(_mean_thresholds(config), calibrated.realized_sparsity)
+    options.out.print(table.rich())
+    if max_loss is not None:
         options.out.print(
-            f"[b]{target:.0%}[/b] is the largest sparsity whose held-out perplexity rises by no "
-            f"more than {report['max_loss']:.2%}"
+            f"[b]{config.target_sparsity:.0%}[/b] is the largest sparsity whose held-out "
+            f"perplexity rises by no more than {max_loss:.2%}"
         )
-    dense, sparse = report["perplexity_dense"], report["perplexity_sparse"]
     options.out.print(
-        f"perplexity on {report['held_out_tokens']:,} held-out tokens: dense {dense:.3f}, "
-        f"{report['method']} {sparse:.3f} ({loss(dense, sparse)})\n"
-        f"calibrated on {report['calibration_tokens']:,} tokens of "
-        + escape(report["calibration_text"])
+        f"perplexity on {calibrated.held_out_tokens:,} held-out tokens: dense {dense:.3f}, "
+        f"{config.method} {sparse:.3f} ({loss(dense, sparse)})\n"
+        f"calibrated on {config.calibration_tokens:,} tokens of {escape(text_name)}"
     )
-    if report["output"]:
-        options.out.print(f"wrote {report['output']}", markup=False)
+    if output is not None:
+        options.out.print(f"wrote {output}", markup=False)
     else:
         options.out.print("nothing written: name a file with [b]-o NAME.safetensors[/b]")

@@ -13,8 +13,9 @@ from cats.cli.task_options import check_tasks, parse_batch_size
 from cats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cats.evaluation.variants import Variant
-    from cats.protocols import CausalModel
     from cats.results import TaskScore
 
 # Blocks per forward pass where --batch-size is auto.
@@ -190,7 +191,7 @@ def _has_answers(folder: Path) -> bool:
 
 
 def _variants(
-    model: CausalModel, name: str, hub: options.Hub, thresholds: Path | None
+    model: nn.Module, name: str, hub: options.Hub, thresholds: Path | None
 ) -> list[Variant]:
     """The dense model, and the sparse one where there are thresholds."""
     from cats.checkpoint import read_config

@@ -103,7 +103,7 @@ def finetune(
     )
     check_targets(loaded, chosen.targets)
     if hasattr(loaded.config, "cats") and sparsity is not None and thresholds is None:
-        raise ConfigError(f"{model} has thresholds: calibrate it anew with --method cats")
+        raise ConfigError(f"{model} has thresholds: give --method cats to calibrate it again")
     ready = prepare_(
         loaded,
         tokenizer,

@@ -21,6 +21,7 @@ from cats.recipes.tokens import tokens_or_default as tokens_or_default
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from cats.protocols import Tokenizer
 
@@ -117,8 +118,8 @@ def resolve(model: str, **hub: Any) -> str:
     """The folder or id of a model.
 
     Args:
-        model: What the user typed.
-        **hub: What :func:`hub` gives.
+        model: Value of the argument MODEL.
+        **hub: Options of the hub, from :func:`hub`.
     """
     from cats import smollm2
     from cats.checkpoint import locate
@@ -138,20 +139,17 @@ def load(
     dense: bool = False,
     hub: Hub | None = None,
     threads: int | None = None,
-) -> tuple[Any, Tokenizer]:
+) -> tuple[nn.Module, Tokenizer]:
     """A model and its tokenizer.
 
     Args:
-        model: What the user typed.
+        model: Value of the argument MODEL.
         thresholds: A thresholds file to apply.
         dtype: Dtype of the weights.
         device: ``"auto"`` or a torch device.
         dense: Whether to ignore thresholds that are stored with the model.
-        hub: What :func:`hub` gives.
+        hub: Options of the hub, from :func:`hub`.
         threads: Number of threads; None: one per free processor.
-
-    Returns:
-        The model is an ``nn.Module`` and a ``CausalModel``.
     """
     from cats.cli.threads import OtherLoad, use_threads
 

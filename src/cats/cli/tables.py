@@ -186,6 +186,6 @@ def activation_table(title: str, profile: Profile) -> Table:
             for layer in profile.layers
         ],
         wrap=True,
-        caption="by 2, 4, 8: zero for all of so many tokens of different texts; again: share of "
-        "the neurons that are not zero which were not for the token before either",
+        caption="by 2, 4, 8: zero for all of 2, 4 or 8 tokens of different texts; again: share of "
+        "the nonzero neurons that were nonzero for the token before, too",
     )

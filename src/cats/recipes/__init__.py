@@ -1,4 +1,4 @@
-"""What the commands do, callable from Python: long runs made of the library's parts.
+"""The work of the commands, callable from Python: long runs made of the library's parts.
 
 A recipe takes a loaded model and texts as strings, tells a :class:`Progress` what it is doing, and
 returns a dataclass. It writes files only into a folder or file that is an argument.

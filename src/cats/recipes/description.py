@@ -1,4 +1,4 @@
-"""What a model is, from its configuration alone: no weight is read."""
+"""Sizes of a model, from its configuration: no weight is read."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Perplexities:
 def compare_perplexities(
     model: nn.Module, batches: Sequence[Tensor], *, progress: Progress | None = None
 ) -> Perplexities:
-    """Perplexity of a model, and of its sparse form beside it.
+    """Perplexity of a model, dense and, if it has thresholds, sparse.
 
     Args:
         model: A dense or sparse model; it is dense afterwards.
