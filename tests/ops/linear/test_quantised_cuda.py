@@ -50,7 +50,9 @@ def test_each_kind_compiles_for_each_generation(
     monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
     layout = make_layout(bits, columns, group_size, zero_mode, scale_dtype)
     limit = 1024 * SHARED[capability]
-    defines = quantised._defines(layout, dtype, normed, False, shared_limit=limit)
+    defines = quantised._defines(
+        layout, dtype, normed, False, most=16 if bits == 4 else 8, shared_limit=limit
+    )
     assert defines["SHARED_BYTES"] <= limit
     assert compile_kernel("linear/quantised.cu", defines, capability)[:4] == b"\x7fELF"
 
@@ -61,7 +63,9 @@ def test_rows_of_large_models_fit_into_the_shared_memory(bits, columns):
     from cats.ops.linear import quantised
 
     layout = make_layout(bits, columns, 0)
-    defines = quantised._defines(layout, BF16, False, False, shared_limit=227 * 1024)
+    defines = quantised._defines(
+        layout, BF16, False, False, most=16 if bits == 4 else 8, shared_limit=227 * 1024
+    )
     assert defines["SHARED_BYTES"] <= 227 * 1024
     assert defines["CHUNKS"] >= (4 if layout.pitch < 12_000 else 1)
 

@@ -124,7 +124,12 @@ class Bench:
             assert worst <= 1, f"{worst} of what rounding explains"
             passes[counted] = self._pass(launches, counters)
         del sets, values
-        macros = launches[0].function
+        d = quantised._defines(
+            layout, torch.bfloat16, shape.normed, False,
+            most=quantised._most_rows(layout, shape.rows, self._multiprocessors),
+            shared_limit=quantised.shared_memory(0),
+        )  # fmt: skip
+        ring = f"{d['CHUNKS']} chunks of {d['ROWS_OF_CHUNK']} rows, {d['EARLY_CHUNKS']} early"
         for counted, timing in time_passes(
             passes, count, device=self._device, rounds=self._rounds
         ).items():
@@ -133,7 +138,7 @@ class Bench:
                 "zero_mode": format.zero_mode.name.lower(),
                 "scale_dtype": str(format.scale_dtype).removeprefix("torch."),
                 "counter": counted, "launches": count,
-                "ring": self._ring(layout, shape), "threads": getattr(macros, "threads", None),
+                "ring": ring,
             }  # fmt: skip
 
     def measure_bfloat16(self, shape: Shape) -> dict[str, object]:
@@ -192,11 +197,6 @@ class Bench:
                 launch.arguments, blocks=launch.blocks, stream=stream, dependent=i > 0
             )
 
-    def _ring(self, layout: RowLayout, shape: Shape) -> str:
-        limit = quantised.shared_memory(0)
-        d = quantised._defines(layout, torch.bfloat16, shape.normed, False, shared_limit=limit)
-        return f"{d['CHUNKS']} chunks of {d['ROWS_OF_CHUNK']} rows, {d['EARLY_CHUNKS']} early"
-
     def _line(
         self, shape: Shape, size: float, median: float, low: float, high: float
     ) -> dict[str, object]:
@@ -220,9 +220,9 @@ def main() -> None:
     arguments = parser.parse_args()
     choose = quantised._ring
     if arguments.rows or arguments.chunks:
-        quantised._ring = lambda layout, room: (
-            arguments.rows or choose(layout, room)[0],
-            arguments.chunks or choose(layout, room)[1],
+        quantised._ring = lambda layout, most, room: (
+            arguments.rows or choose(layout, most, room)[0],
+            arguments.chunks or choose(layout, most, room)[1],
         )
     if arguments.early_bytes:
         quantised._EARLY_BYTES = arguments.early_bytes

@@ -159,11 +159,10 @@ struct IntegerInput {
     // Of row g, or of row g + 8.
     __device__ int fold_of(bool further) const { return ROWS == 16 ? 0 : ROWS == 8 ? further : g / 4 + 2 * further; }
 
-    // Where unit u of the warp lies in a row. One that no warp owns is read as the last: the vector is zero there.
+    // Where unit u of the warp lies in a row. One that the warp does not have is read as another: the vector is zero there.
     __device__ int place_of(int u) const {
-        const int unit = warp * UNITS + u;
-        const bool all = PER_SUBSET * SUBSETS * WARPS == ALL_UNITS;
-        return (all ? unit : min(unit, ALL_UNITS - 1)) * UNIT_BYTES;
+        const int unit = warp * UNITS + min(u, UNITS - 1);
+        return (UNITS * WARPS == ALL_UNITS ? unit : min(unit, ALL_UNITS - 1)) * UNIT_BYTES;
     }
 
     // Calls put(row, sum) once for each row of the chunk, in one lane: the dot product of this warp's columns.

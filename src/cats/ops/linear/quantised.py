@@ -88,9 +88,10 @@ def launch(
         )
     normed = isinstance(x, Residual)
     device = matrices[0].rows.get_device()
-    function, rows_of_run = _function(device, layout, dtype, normed, traced)
-    ends = _ends(matrix.count for matrix in matrices)
-    run_ends = _ends(-(-matrix.count // rows_of_run) for matrix in matrices)
+    counts = [matrix.count for matrix in matrices]
+    most = _most_rows(layout, counts, multiprocessors)
+    function, rows_of_run = _function(device, layout, dtype, normed, traced, most)
+    ends, run_ends = _ends(counts), _ends(-(-count // rows_of_run) for count in counts)
     blocks = min(multiprocessors, run_ends[-1])
     arguments = QuantisedLinearArguments(
         rows=tuple(address(matrix.rows) for matrix in matrices),
@@ -115,12 +116,24 @@ def _ends(counts: Iterable[int]) -> tuple[int, ...]:
     return tuple(ends + ends[-1:] * (_MATRICES - len(ends)))
 
 
+def _most_rows(layout: RowLayout, counts: Sequence[int], multiprocessors: int) -> int:
+    """Rows of a run, at most: many suit the products, few divide a small matrix more evenly."""
+
+    def busy(rows: int) -> float:
+        runs = sum(-(-count // rows) for count in counts)
+        return runs / (-(-runs // multiprocessors) * multiprocessors)
+
+    most = 16 if layout.bits == 4 else 8
+    return most if busy(most) >= 0.9 * busy(most // 2) else most // 2
+
+
 @cache
 def _function(
-    device: int, layout: RowLayout, dtype: torch.dtype, normed: bool, traced: bool
+    device: int, layout: RowLayout, dtype: torch.dtype, normed: bool, traced: bool, most: int
 ) -> tuple[Function, int]:
     """The kernel, and how many rows a run has."""
-    defines = _defines(layout, dtype, normed, traced, shared_limit=shared_memory(device))
+    limit = shared_memory(device)
+    defines = _defines(layout, dtype, normed, traced, most=most, shared_limit=limit)
     threads = 32 * (layout.warps + 2)  # workers, the copier and the reducer
     function = Function(
         device,
@@ -133,7 +146,13 @@ def _function(
 
 
 def _defines(
-    layout: RowLayout, dtype: torch.dtype, normed: bool, traced: bool, *, shared_limit: int
+    layout: RowLayout,
+    dtype: torch.dtype,
+    normed: bool,
+    traced: bool,
+    *,
+    most: int,
+    shared_limit: int,
 ) -> dict[str, int]:
     if normed and layout.columns * dtype.itemsize % VECTOR_BYTES:
         raise UnsupportedModelError(
@@ -142,7 +161,7 @@ def _defines(
         )
     # x, barriers and what alignment may add
     fixed = (4 * layout.width if normed else 0) + 512
-    rows, chunks = _ring(layout, shared_limit - fixed)
+    rows, chunks = _ring(layout, most, shared_limit - fixed)
     chunk = _chunk_bytes(layout, rows)
     return dict(
         BITS=layout.bits,
@@ -163,11 +182,11 @@ def _defines(
     )
 
 
-def _ring(layout: RowLayout, room: int) -> tuple[int, int]:
-    """Rows of a chunk, and chunks: many rows, as products take 16 at once, but in flight too."""
-    for rows in (16, 8, 4)[layout.bits // 8 :]:
+def _ring(layout: RowLayout, most: int, room: int) -> tuple[int, int]:
+    """Rows of a chunk and number of chunks, of which some must be in flight."""
+    for rows in (16, 8, 4):
         chunks = (room - _SPARE_BYTES) // _chunk_bytes(layout, rows)
-        if chunks >= _MIN_CHUNKS:
+        if rows <= most and chunks >= _MIN_CHUNKS:
             return rows, min(chunks, _MAX_CHUNKS)
     chunks = room // _chunk_bytes(layout, 4)
     if chunks < 1:
