@@ -1,7 +1,7 @@
 // The end of a token: the likeliest of its logits, and what the next step reads. The first of equals is taken, NaN counts
 // as the largest, and a row that has ended gets padding.
 //
-// Each block finds the best of its share of the logits, and the block that comes last the best of these.
+// Each block finds the best of its share of the logits. The block that arrives last finds the best of all blocks.
 //
 // The loader defines DTYPE, of the logits: float32.
 #include "primitives.cuh"

@@ -13,7 +13,7 @@ from cats.ops.cuda.function import Function, Launch
 __all__ = ["BLOCKS", "ChoiceArguments", "launch"]
 
 BLOCKS = 64
-"""Blocks of a launch, each with a best value of its own."""
+"""Blocks per launch, each with its own best value."""
 _WARPS = 8
 
 
@@ -60,7 +60,7 @@ def launch(
 
     Args:
         logits: ``[V]``, float32.
-        best: ``[2, BLOCKS]``, memory for the launch.
+        best: ``[2, BLOCKS]``, scratch memory.
         arrived: One int32 zero, which is zero again afterwards.
         token: One int64, gets the choice.
         position: One int64, gets 1 more.
@@ -71,7 +71,7 @@ def launch(
         chosen: ``[steps, 1]``, int64: the choice of each step.
         padding: The token of a row that has ended.
         softcap: Bound of the logits, 0 for none.
-        traced: Whether warps note times.
+        traced: Whether warps write times.
     """
     values, indices = best
     arguments = ChoiceArguments(

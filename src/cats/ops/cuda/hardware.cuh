@@ -1,7 +1,7 @@
-// All that is written in PTX: copies into shared memory and the barriers that they complete on, dependent launch, loads
+// Everything that is written in PTX: copies into shared memory and the barriers that they complete on, dependent launch, loads
 // past the L1 cache, atomics, conversions.
 //
-// sm_90 and later copy whole rows with the bulk copy engine; sm_80 to sm_89 copy 16 bytes a thread (cp.async). Both
+// sm_90 and later copy whole rows with the bulk copy engine; sm_80 to sm_89 copy 16 bytes per thread (cp.async). Both
 // complete on an mbarrier, so the kernel does not know which one ran.
 #pragma once
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
     return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
-// Of a clock that all multiprocessors share.
+// The time of a clock that all multiprocessors share.
 __device__ __forceinline__ uint64 nanoseconds() {
     uint64 now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
@@ -43,9 +43,9 @@ __device__ __forceinline__ void barrier_arrive(uint64* barrier) {
                  : "memory");
 }
 
-// One lane arrives for its warp, behind a __syncwarp() where it stands for what other lanes did. The race checker of
-// compute-sanitizer follows arrivals lane by lane and does not see that the warp is in step: for it, and for it alone,
-// every lane arrives.
+// One lane arrives for its warp, after a __syncwarp() where other lanes have read or written. The race checker of
+// compute-sanitizer follows arrivals lane by lane, and does not see that __syncwarp() orders the lanes. Only for it, every
+// lane arrives.
 #ifndef EVERY_LANE_ARRIVES
 #define EVERY_LANE_ARRIVES 0
 #endif
@@ -66,7 +66,7 @@ __device__ __forceinline__ bool barrier_test(uint64* barrier, uint32 parity) {
 // Waits until the phase of this parity is complete.
 __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
 #if HAS_BULK_COPY
-    // sleeps in between
+    // the thread sleeps between tests
     uint32 address = shared_address(barrier), complete = 0;
     while (!complete)
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
@@ -76,7 +76,7 @@ __device__ __forceinline__ void barrier_wait(uint64* barrier, uint32 parity) {
 #endif
 }
 
-// Waits for so many threads of a block, which come to the barrier of this number.
+// Waits until this number of threads of the block have come to the barrier of this index.
 __device__ __forceinline__ void named_barrier(int barrier, int threads) {
     asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -95,7 +95,7 @@ __device__ __forceinline__ void expect_bytes(uint64* barrier, uint32 bytes) {
 constexpr int COPY_ARRIVALS = HAS_BULK_COPY ? 0 : 32;
 
 #if HAS_BULK_COPY
-// By one lane. Weights are read once a token: what else is in the L2 cache is more likely to be read again.
+// By one lane. Weights are read once per token: other data in the L2 cache is more likely to be read again.
 __device__ __forceinline__ void bulk_copy(char* target, const char* source, uint32 bytes, uint64* barrier) {
     asm volatile(
         "{ .reg .b64 policy;"
@@ -117,7 +117,7 @@ __device__ __forceinline__ void arrive_behind_copies(uint64* barrier) {
 }
 #endif
 
-// Before a thread ends whose copies others wait for: what becomes of its asynchronous copies then is not specified.
+// Called before a thread ends whose copies others wait for: its unfinished copies would be undefined.
 __device__ __forceinline__ void wait_for_own_copies() {
 #if !HAS_BULK_COPY
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -151,7 +151,7 @@ __device__ __forceinline__ void copy_by_warp(char* target, const char* source, i
     warp_arrive(barrier);
 }
 
-// The same with arguments of its own for each lane that takes part.
+// The same, with arguments of its own for each lane that takes part.
 __device__ __forceinline__ void copy_by_lane(char* target, const char* source, int bytes, uint64* barrier, bool takes_part) {
 #if HAS_BULK_COPY && !EVERY_LANE_ARRIVES
     if (!takes_part) return;
@@ -178,21 +178,21 @@ __device__ __forceinline__ void prefetch_to_l2(const char* source, int bytes) {
 
 // ---- dependent launch
 
-// Waits until the kernel before this one on the stream is complete and its writes are visible.
+// Waits until the previous kernel on the stream is complete and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the kernel after this one start, where it was launched as a dependent and finds room.
+// Lets the next kernel start, where it was launched as a dependent and has room.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// ---- global memory past the L1 cache, which may hold what it held before the kernel before this one wrote
+// ---- global memory past the L1 cache, which may hold old values of what the previous kernel wrote
 
 __device__ __forceinline__ uint4 load_from_l2(const void* source) {
     uint4 v;
@@ -238,7 +238,7 @@ __device__ __forceinline__ uint32 take_ticket(uint32* counter) {
     return before;
 }
 
-// Adds 1 and returns what was there. What the caller wrote or saw written is visible to who comes later.
+// Adds 1 and returns the old value. What the caller wrote, or saw written, is visible to later callers.
 __device__ __forceinline__ uint32 arrive_in_global(uint32* counter) {
     uint32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
