@@ -15,7 +15,7 @@ from cats.errors import (
     UnsupportedModelError,
 )
 from cats.finetuning import Blocks, StreamedBlocks, load_adapter
-from cats.finetuning.run import data_settings
+from cats.finetuning.settings import data_settings, thresholds_of
 from cats.history import History
 from tests import models
 
@@ -265,9 +265,9 @@ def test_merged_checkpoint_fuses_and_decodes(tune, ids, tmp_path):
 
 def test_recalibrated_thresholds_are_those_of_the_tuned_weights(tune, make, ids, base, tmp_path):
     result = tune(options={"recalibrate": 8}, calibration=ids, merge=True)
-    before = cats.finetuning.run.thresholds_of(make()).thresholds
+    before = thresholds_of(make()).thresholds
     merged = cats.from_pretrained(tmp_path / "run" / "merged")
-    after = cats.finetuning.run.thresholds_of(merged).thresholds
+    after = thresholds_of(merged).thresholds
     anew = cats.calibrate(cats.densify_(merged), [ids], target_sparsity=0.5).thresholds
     for name, threshold in after.items():
         assert threshold != before[name]

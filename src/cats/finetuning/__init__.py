@@ -6,8 +6,9 @@ from cats.lazy import exports
 
 if TYPE_CHECKING:
     from cats.finetuning.adapters import load_adapter
-    from cats.finetuning.data import Blocks, PairFormat, Pairs, StreamedBlocks
+    from cats.finetuning.blocks import Blocks, StreamedBlocks
     from cats.finetuning.options import FinetuneOptions
+    from cats.finetuning.pairs import PairFormat, Pairs
     from cats.finetuning.run import Finetuned, finetune
 
 __all__ = [
@@ -25,12 +26,12 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "Blocks": "cats.finetuning.data",
+        "Blocks": "cats.finetuning.blocks",
         "FinetuneOptions": "cats.finetuning.options",
         "Finetuned": "cats.finetuning.run",
-        "PairFormat": "cats.finetuning.data",
-        "Pairs": "cats.finetuning.data",
-        "StreamedBlocks": "cats.finetuning.data",
+        "PairFormat": "cats.finetuning.pairs",
+        "Pairs": "cats.finetuning.pairs",
+        "StreamedBlocks": "cats.finetuning.blocks",
         "finetune": "cats.finetuning.run",
         "load_adapter": "cats.finetuning.adapters",
     },

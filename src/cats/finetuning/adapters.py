@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cats.checkpoint import first_line, from_pretrained, load_dense
 from cats.config import CatsConfig
@@ -18,12 +20,16 @@ from cats.errors import ConfigError, ModelMismatchError, StorageError, Unsupport
 from cats.finetuning.options import FinetuneOptions
 from cats.fusion import fused_mlps
 from cats.model import CatsActivation, find_gated_mlps
+from cats.protocols import Tokenizer
 from cats.storage import replacing
 from cats.undo import unchanged_on_error
 from cats.weights import weight_of
 
-# Layers that give queries and values: alone, or stacked with keys.
-_ATTENTION = ("q_proj", "v_proj", "qkv_proj")
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Layers that compute queries and values, alone or stacked with keys.
+_ATTENTION_LAYERS = ("q_proj", "v_proj", "qkv_proj")
 _THRESHOLDS = "thresholds.safetensors"
 
 
@@ -35,17 +41,18 @@ def target_layers(model: nn.Module) -> list[str]:
         ConfigError: If no layer for queries is known by its name.
     """
     names = {name for mlp in find_gated_mlps(model) for name in mlp.matrices}
-    found = {name.rpartition(".")[2] for name, _ in model.named_modules()} & {*_ATTENTION}
-    if not found:
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    attention = layers & {*_ATTENTION_LAYERS}
+    if not attention:
         raise ConfigError(
-            f"{type(model).__name__} has no layer named {', '.join(_ATTENTION)}: "
+            f"{type(model).__name__} has no layer named {', '.join(_ATTENTION_LAYERS)}: "
             "name the layers that get adapters with targets"
         )
-    return sorted(names | found)
+    return sorted(names | attention)
 
 
 def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raise ConfigError for a target that no module's name is or ends with."""
+    """Raise ConfigError for a target that is neither the name of a module nor its end."""
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -58,8 +65,10 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
             )
 
 
-def add_adapters(model: Any, options: FinetuneOptions, *, same_dtype: bool = False) -> Any:
-    """The model as a ``peft.PeftModel`` with fresh LoRA adapters; base weights are frozen.
+def add_adapters(
+    model: nn.Module, options: FinetuneOptions, *, same_dtype: bool = False
+) -> PeftModel:
+    """Wrap the model, with new LoRA adapters and frozen base weights.
 
     Args:
         model: A sparse or dense model.
@@ -67,7 +76,7 @@ def add_adapters(model: Any, options: FinetuneOptions, *, same_dtype: bool = Fal
         same_dtype: Whether adapters have the dtype of the model, instead of float32.
 
     Raises:
-        UnsupportedModelError: If the model is fused: an operator sees no adapter.
+        UnsupportedModelError: If the model is fused: its operator would ignore adapters.
         ConfigError: If PEFT is not installed.
     """
     peft = import_peft()
@@ -82,8 +91,9 @@ def add_adapters(model: Any, options: FinetuneOptions, *, same_dtype: bool = Fal
         task_type="CAUSAL_LM",
     )
     try:
-        with _without_renames():
-            return peft.get_peft_model(model, config, autocast_adapter_dtype=not same_dtype)
+        with _without_rename_warning():
+            wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=not same_dtype)
+            return cast("PeftModel", wrapped)
     except ValueError as error:
         raise ConfigError(f"no adapters on {', '.join(options.targets)}: {error}") from error
 
@@ -98,18 +108,18 @@ def refuse_fused(model: nn.Module) -> None:
 
 @contextmanager
 def dense_activations(model: nn.Module) -> Iterator[None]:
-    """Within the block thresholds are off, and adapters are on."""
-    found = [
+    """Within the block, thresholds are off and adapters are on."""
+    activations = [
         (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
         for name, module in model.named_modules()
         if isinstance(module, CatsActivation)
     ]
     try:
-        for parent, name, act in found:
+        for parent, name, act in activations:
             setattr(parent, name, act.dense)
         yield
     finally:
-        for parent, name, act in found:
+        for parent, name, act in activations:
             setattr(parent, name, act)
 
 
@@ -119,48 +129,62 @@ def dense_teacher(model: nn.Module) -> Iterator[None]:
 
     The adapters and the thresholds are off; no weight is copied.
     """
-    with dense_activations(model), unwrapped(model).disable_adapter():
+    peft_model = cast("PeftModel", unwrapped(model))
+    with dense_activations(model), peft_model.disable_adapter():
         yield
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP or FSDP."""
     from accelerate.utils import extract_model_from_parallel
 
-    return extract_model_from_parallel(model)
+    return cast(nn.Module, extract_model_from_parallel(model))
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a ``PeftModel``; any other model itself."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    return cast("PeftModel", model).get_base_model()
 
 
 def save_adapter(
-    model: Any, thresholds: CatsConfig | None, path: Path, *, state: dict[str, Tensor] | None = None
+    model: nn.Module,
+    thresholds: CatsConfig | None,
+    path: Path,
+    *,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write an ordinary PEFT adapter and, beside it, the thresholds that it was trained with.
+    """Write an ordinary PEFT adapter and, in the same folder, the thresholds of its training.
 
     The folder appears when it is complete.
 
     Args:
         model: A ``PeftModel``.
-        thresholds: Those of the sparse base; None for a dense one.
-        path: The folder; must not exist or be empty.
+        thresholds: Those of the sparse base model; None for a dense one.
+        path: The folder; it must not exist, or be empty.
         state: All weights, if they were gathered from several processes.
 
     Raises:
         StorageError: If it cannot be written.
     """
     with replacing(path, directory=True) as temporary:
-        kwargs = {} if state is None else {"state_dict": state}
+        kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
         # "auto" would ask the hub whether the vocabulary was changed
-        model.save_pretrained(temporary, save_embedding_layers=False, **kwargs)
+        cast("PeftModel", model).save_pretrained(
+            str(temporary), save_embedding_layers=False, **kwargs
+        )
         if thresholds is not None:
             thresholds.save(temporary / _THRESHOLDS)
 
 
 def load_adapter(base: str | Path, adapter: str | Path, **kwargs: Any) -> Any:
-    """A model with the adapter that ``cats finetune`` wrote, in evaluation mode.
+    """Load a base model and an adapter of ``cats finetune``, in evaluation mode.
 
     Args:
         base: The model that was fine-tuned: a folder, a Hugging Face id, or ``"smollm2"``.
-        adapter: Folder of the adapter; thresholds in it are applied to the base.
-        **kwargs: Passed to ``from_pretrained`` of the base, such as ``dtype="auto"``.
+        adapter: Folder of the adapter; thresholds in it are applied to the base model.
+        **kwargs: Passed to ``from_pretrained`` of the base model, such as ``dtype="auto"``.
 
     Raises:
         StorageError: If either cannot be read.
@@ -176,8 +200,8 @@ def load_adapter(base: str | Path, adapter: str | Path, **kwargs: Any) -> Any:
     return put_adapter(model, adapter).eval()
 
 
-def put_adapter(model: Any, adapter: str | Path) -> Any:
-    """The model with the stored adapter on it; a call that fails leaves the model as it was.
+def put_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
+    """Wrap the model with a stored adapter; a call that fails leaves the model as it was.
 
     Raises:
         StorageError: If the adapter cannot be read.
@@ -186,37 +210,37 @@ def put_adapter(model: Any, adapter: str | Path) -> Any:
     """
     refuse_fused(model)
     peft = import_peft()
-    with unchanged_on_error(model), _without_renames():
+    with unchanged_on_error(model), _without_rename_warning():
         try:
-            return peft.PeftModel.from_pretrained(model, str(adapter))
+            return cast("PeftModel", peft.PeftModel.from_pretrained(model, str(adapter)))
         except (OSError, safetensors.SafetensorError) as error:
             raise StorageError(f"{adapter}: cannot be read: {first_line(error)}") from error
         except (ValueError, RuntimeError) as error:
-            # layers that the model does not have, or of other sizes
+            # the adapter names missing layers, or its weights have other sizes
             message = " ".join(str(error).split())
             raise ModelMismatchError(
                 f"{adapter} was trained on another model: {message[:200]}"
             ) from error
 
 
-def merge(model: Any) -> Any:
-    """The model with its adapters added to its weights, in place; it has no adapters then.
+def merge(model: nn.Module) -> nn.Module:
+    """Add the adapters to the weights, in place, and return the model without adapters.
 
     A call that fails leaves the model as it was. For this, a copy of the weights that have adapters
-    is kept in the memory of the host until the call ends.
+    stays in the memory of the host until the call ends.
     """
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, import_peft().tuners.tuners_utils.BaseTunerLayer)
-    ]
+    layers = [layer for _, layer in _adapted_layers(model)]
     weights = {
-        p: p.detach().to("cpu", copy=True) for m in layers for p in m.get_base_layer().parameters()
+        parameter: parameter.detach().to("cpu", copy=True)
+        for layer in layers
+        for parameter in layer.get_base_layer().parameters()
     }
-    merged_before = [(m, list(m.merged_adapters)) for m in layers]
+    merged_before = [(layer, list(layer.merged_adapters)) for layer in layers]
+    # Any: PEFT finds this method of the tuner by __getattr__
+    peft_model: Any = model
     try:
         with unchanged_on_error(model):
-            merged = model.merge_and_unload()
+            merged: nn.Module = peft_model.merge_and_unload()
     except BaseException:
         with torch.no_grad():
             for parameter, weight in weights.items():
@@ -228,20 +252,22 @@ def merge(model: Any) -> Any:
     return merged
 
 
-def remove_adapters_(model: Any) -> Any:
-    """Put the base layers of a model back, in place; its weights do not change."""
-    layers = import_peft().tuners.tuners_utils.BaseTunerLayer
-    for name, module in list(model.named_modules()):
-        if isinstance(module, layers):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+def remove_adapters_(model: nn.Module) -> nn.Module:
+    """Replace layers with adapters by their base layers, in place; weights do not change."""
+    for name, layer in _adapted_layers(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
     # PEFT would warn that the model has adapters
     vars(model).pop("peft_config", None)
     return model.requires_grad_(True)
 
 
 def save_model(
-    model: Any, tokenizer: Any, path: Path, *, state: dict[str, Tensor] | None = None
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    path: Path,
+    *,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint that :func:`cats.from_pretrained` loads; it appears when it is complete.
 
@@ -249,20 +275,27 @@ def save_model(
         StorageError: If it cannot be written.
     """
     with replacing(path, directory=True) as temporary:
-        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+        kwargs: dict[str, Any] = {} if state is None else {"state_dict": state}
+        cast(PreTrainedModel, model).save_pretrained(temporary, **kwargs)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(str(temporary))
+
+
+def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Name and layer of each layer with adapters; Any, since PEFT types them incompletely."""
+    layer_class = import_peft().tuners.tuners_utils.BaseTunerLayer
+    return [(n, module) for n, module in model.named_modules() if isinstance(module, layer_class)]
 
 
 @contextmanager
-def _without_renames() -> Iterator[None]:
-    """Hide a warning: PEFT uses names of attributes that newer transformers warn about."""
+def _without_rename_warning() -> Iterator[None]:
+    """Hide a warning: PEFT uses a name that newer transformers have renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
 
 
-def import_peft() -> Any:
+def import_peft() -> ModuleType:
     """The package ``peft``.
 
     Raises:

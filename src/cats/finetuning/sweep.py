@@ -5,41 +5,42 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cats.apply import densify_, sparsify_
 from cats.calibration import Statistics, collect
-from cats.config import CatsConfig
 from cats.errors import ConfigError, TrainingError
 from cats.finetuning import adapters
 from cats.finetuning.data import Blocks, Examples, Pairs
 from cats.finetuning.options import FinetuneOptions
-from cats.finetuning.run import (
+from cats.finetuning.run import Recorder, measure_answers, train_model
+from cats.finetuning.settings import (
     check_same_run,
     data_settings,
     device_environment,
-    measure_answers,
     settings_of,
     thresholds_of,
-    train_model,
 )
 from cats.history import History, Point
+from cats.protocols import Tokenizer
 
 _CALIBRATION_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One cell of a sweep.
+    """One run of a sweep.
 
     Attributes:
         method: ``"dense"``, ``"relu"``, or ``"cats-50"`` for a target of 50 %.
-        learning_rate: Its learning rate.
-        distillation: Its share of distillation.
+        learning_rate: As in :class:`FinetuneOptions`.
+        distillation: Share of distillation in the loss.
         recalibrate: Steps between two calibrations; 0 for fixed thresholds.
     """
 
@@ -50,7 +51,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of its file, without the ending."""
+        """Name of its file, without the suffix."""
         parts = [self.method, f"lr{self.learning_rate:g}"]
         parts += [f"distill{self.distillation:g}"] if self.distillation else []
         parts += [f"recalibrate{self.recalibrate}"] if self.recalibrate else []
@@ -63,7 +64,7 @@ def grid(
     distillation: Sequence[float] = (0.0,),
     recalibrate: Sequence[int] = (0,),
 ) -> list[Run]:
-    """All runs; distillation is for sparse models, recalibration for those with a target.
+    """All combinations; distillation needs a sparse model, recalibration a target sparsity.
 
     Raises:
         ConfigError: If there is no such method.
@@ -93,38 +94,38 @@ def parse_method(text: str) -> tuple[str, float | None]:
 
 
 def sweep(
-    model: Any,
+    model: nn.Module,
     train: Examples,
     *,
     runs: Sequence[Run],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     options: FinetuneOptions,
     calibration: Tensor,
     evaluations: Mapping[str, Blocks | Pairs],
     answers: Mapping[str, Pairs] | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, object] | None = None,
     commit: str | None = None,
     on_point: Callable[[Run, Point], None] = lambda run, point: None,
     on_step: Callable[[Run, int], None] = lambda run, step: None,
 ) -> Iterator[tuple[Run, History | TrainingError]]:
-    """Run what the folder does not hold yet; give the history of each run, or why it stopped.
+    """Do the runs that the folder does not hold yet; yield each run's history, or its error.
 
-    Every run starts from the weights of ``model`` and sees the same rows in the same order. Only
-    histories are kept: ``folder/NAME.jsonl``.
+    Every run starts from the weights of ``model`` and trains on the same rows in the same order.
+    Only histories are stored: ``folder/NAME.jsonl``.
 
     Args:
         model: The dense model; its weights do not change.
-        train: What to learn.
-        runs: What to run; see :func:`grid`.
+        train: Examples of the training.
+        runs: See :func:`grid`.
         tokenizer: Tokenizer of the model.
         folder: Where the histories are written.
-        options: What the runs have in common.
+        options: The options that all runs share.
         calibration: Token ids ``[N, T]`` for thresholds.
         evaluations: Name to held-out examples.
         answers: Name to pairs whose answers are compared at the end.
         about: Further settings, such as the name of the model.
-        commit: Commit of the sources, if they are not a checkout that tells it.
+        commit: Commit of the sources, if they are not in a git checkout.
         on_point: Called with each evaluation.
         on_step: Called with the number of steps taken.
 
@@ -136,9 +137,9 @@ def sweep(
         raise ConfigError(
             "runs of a sweep start from the same weights: full fine-tuning changes them"
         )
-    counted: dict[str, Statistics] = {}
-    # all of them before the first run: options that cannot be right are refused at once
-    chosen_of = {
+    statistics: dict[str, Statistics] = {}
+    # made before the first run: options that cannot be right are refused at once
+    options_of = {
         run: dataclasses.replace(
             options,
             learning_rate=run.learning_rate,
@@ -154,78 +155,62 @@ def sweep(
         if name == "dense":
             densify_(model)
             return
-        if name not in counted:
-            counted[name] = collect(
-                densify_(model), calibration.split(_CALIBRATION_ROWS), method=name
-            )
-        sparsify_(model, counted[name].config(target))
+        if name not in statistics:
+            batches = calibration.split(_CALIBRATION_ROWS)
+            statistics[name] = collect(densify_(model), batches, method=name)
+        sparsify_(model, statistics[name].config(target))
 
-    # what the folder holds already, before anything is run
-    there: dict[Run, History] = {}
+    # all histories of the folder are read before the first run
+    complete: dict[Run, History] = {}
     settings: dict[Run, dict[str, Any]] = {}
     data = data_settings(train, evaluations, answers or {}, calibration)
-    calibration_hash = data["calibration"]
-    for run, chosen in chosen_of.items():
+    for run, run_options in options_of.items():
         apply_(run.method)
-        named = {**(about or {}), "run": run.name}
-        of_run = data | {"calibration": calibration_hash if run.recalibrate else None}
-        settings[run] = settings_of(model, tokenizer, chosen, of_run, named)
+        run_data = data | {"calibration": data["calibration"] if run.recalibrate else None}
+        run_about = {**(about or {}), "run": run.name}
+        settings[run] = settings_of(model, tokenizer, run_options, run_data, run_about)
         path = folder / f"{run.name}.jsonl"
         if not path.exists():
             continue
-        found = History.load(path)
-        check_same_run(path, found.settings, settings[run])
-        if found.complete:
-            there[run] = found
+        stored = History.load(path)
+        check_same_run(path, stored.settings, settings[run])
+        if stored.complete:
+            complete[run] = stored
 
-    for run, chosen in chosen_of.items():
-        if run in there:
-            yield run, there[run]
+    for run, run_options in options_of.items():
+        if run in complete:
+            yield run, complete[run]
             continue
         apply_(run.method)
-        path = folder / f"{run.name}.jsonl"
         history = History(settings=settings[run], environment=device_environment(model, commit))
+        recorder = Recorder(history, folder / f"{run.name}.jsonl", partial(on_point, run))
         try:
-            _run(
-                model, train, run=run, options=chosen, tokenizer=tokenizer, history=history,
-                path=path, thresholds=thresholds_of(model), calibration=calibration,
-                evaluations=evaluations, answers=answers or {}, on_point=on_point, on_step=on_step,
-            )  # fmt: skip
+            with tempfile.TemporaryDirectory() as trainer_folder, _adapters_removed(model):
+                trainer = train_model(
+                    model,
+                    train,
+                    options=run_options,
+                    folder=Path(trainer_folder),
+                    thresholds=thresholds_of(model),
+                    evaluations=evaluations,
+                    recorder=recorder,
+                    checkpoint=None,
+                    calibration=calibration,
+                    on_step=partial(on_step, run),
+                )
+                measure_answers(trainer, tokenizer, answers or {}, recorder)
         except TrainingError as error:
             yield run, error
             continue
+        recorder.finish()
         yield run, history
     densify_(model)
 
 
-def _run(
-    model: Any,
-    train: Examples,
-    *,
-    run: Run,
-    options: FinetuneOptions,
-    tokenizer: Any,
-    history: History,
-    path: Path,
-    thresholds: CatsConfig | None,
-    calibration: Tensor,
-    evaluations: Mapping[str, Blocks | Pairs],
-    answers: Mapping[str, Pairs],
-    on_point: Callable[[Run, Point], None],
-    on_step: Callable[[Run, int], None],
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            trainer = train_model(
-                model, train, options=options, folder=Path(folder), thresholds=thresholds,
-                evaluations=evaluations, history=history, path=path, checkpoint=None,
-                calibration=calibration, on_point=lambda point: on_point(run, point),
-                on_step=lambda step: on_step(run, step),
-            )  # fmt: skip
-            measure_answers(
-                trainer, tokenizer, answers, history, path, lambda point: on_point(run, point)
-            )
-        finally:
-            adapters.remove_adapters_(model)
-    history.complete = True
-    history.save(path)
+@contextmanager
+def _adapters_removed(model: nn.Module) -> Iterator[None]:
+    """After the block, the model has no adapters."""
+    try:
+        yield
+    finally:
+        adapters.remove_adapters_(model)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,15 +17,15 @@ from transformers.trainer_callback import PrinterCallback
 from cats.config import CatsConfig
 from cats.errors import ConfigError, StorageError, TrainingError
 from cats.finetuning.adapters import dense_teacher
+from cats.finetuning.checkpoints import empty_unfinished, publish, unfinished_folder
 from cats.finetuning.data import IGNORED, Blocks, Examples, Pairs, collate
 from cats.finetuning.evaluation import evaluate_loss
 from cats.finetuning.options import FinetuneOptions
+from cats.finetuning.processes import is_launched
 from cats.history import Point
 from cats.model import CatsActivation
 
 _THRESHOLDS = "thresholds.safetensors"
-# Checkpoints are written and deleted under this name, which nothing resumes from.
-_UNFINISHED = ".unfinished"
 
 
 class FinetuneTrainer(Trainer):
@@ -36,12 +34,12 @@ class FinetuneTrainer(Trainer):
     Args:
         model: A model with adapters, or one whose weights are all trained.
         options: How to train.
-        train: What to train on.
+        train: Examples of the training.
         evaluations: Name to held-out examples.
         folder: Where checkpoints are written.
         thresholds: Those of the sparse model; None for a dense one.
         recalibrate: Gives new thresholds for the current weights; see ``options.recalibrate``.
-        resuming: Whether a checkpoint is continued; then there is no evaluation at the start.
+        resuming: Whether a checkpoint is continued, without an evaluation at the start.
         on_point: Called in the first process with each evaluation.
         on_step: Called in the first process with the number of steps taken.
     """
@@ -55,7 +53,7 @@ class FinetuneTrainer(Trainer):
         evaluations: Mapping[str, Blocks | Pairs],
         folder: Path,
         thresholds: CatsConfig | None,
-        recalibrate: Callable[[Any], CatsConfig],
+        recalibrate: Callable[[nn.Module], CatsConfig],
         resuming: bool,
         on_point: Callable[[Point], None],
         on_step: Callable[[int], None],
@@ -78,30 +76,32 @@ class FinetuneTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
 
-    # --- the loss
+    # Any below: the signatures are those of transformers.Trainer, which passes its own objects.
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(self.accelerator.gather(loss)).all():
             raise TrainingError(
-                f"the loss is NaN or infinite after {self.state.global_step} steps, so that "
-                "training stopped; the checkpoints before are good. Try a lower learning rate, "
+                f"the loss is NaN or infinite after {self.state.global_step} steps, so the "
+                "training stops; earlier checkpoints are good. Try a lower learning rate or "
                 "float32, or look for broken examples"
             )
         mask = inputs.get("attention_mask")
         tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        counted = self.accelerator.gather(torch.tensor([tokens], device=self.accelerator.device))
-        self.state.num_input_tokens_seen += int(counted.sum())
+        in_all = self.accelerator.gather(torch.tensor([tokens], device=self.accelerator.device))
+        self.state.num_input_tokens_seen += int(in_all.sum())
         return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Any,
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The ordinary loss; with distillation, mixed with the divergence from the dense model."""
+        """The ordinary loss; with distillation, also the divergence from the dense model."""
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -115,18 +115,16 @@ class FinetuneTrainer(Trainer):
             loss = (1 - share) * loss + share * divergence
         return (loss, outputs) if return_outputs else loss
 
-    def _divergence(self, model: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
-        """Sum over the learnt tokens of KL(dense || sparse)."""
+    def _divergence(self, model: nn.Module, inputs: dict[str, Tensor], logits: Tensor) -> Tensor:
+        """Sum of KL(dense || sparse) over the tokens of the loss."""
         with torch.no_grad(), dense_teacher(model):
             ids = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
             teacher = model(**ids, use_cache=False).logits
         learnt = inputs["labels"][:, 1:] != IGNORED
         return divergence(logits[:, :-1][learnt], teacher[:, :-1][learnt])
 
-    # --- evaluation
-
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure every held-out text, record a point, and log it."""
+        """Measure all held-out examples, record a point, and log it."""
         self.clock.stop()
         losses, shares = {}, []
         for name, examples in self._evaluations.items():
@@ -177,20 +175,17 @@ class FinetuneTrainer(Trainer):
     def _last_logged(self, key: str) -> float | None:
         return next((e[key] for e in reversed(self.state.log_history) if key in e), None)
 
-    # --- checkpoints
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name, and rename it when it is whole.
 
-        The Trainer writes file by file under the final name, and resumes from what it finds. If the
-        optimiser's file were missing, it would start with a fresh optimiser and say nothing.
+        The Trainer writes file by file under the final name, and resumes from the files that exist.
+        Without the optimiser's file, it would start with a new optimiser and give no error.
         """
         self.clock.stop()
-        folder = self._folder
-        unfinished = folder / _UNFINISHED
+        folder, unfinished = self._folder, unfinished_folder(self._folder)
         name = f"checkpoint-{self.state.global_step}"
         if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            empty_unfinished(folder)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(unfinished)
         try:
@@ -198,7 +193,7 @@ class FinetuneTrainer(Trainer):
             if self.thresholds is not None and self.accelerator.is_main_process:
                 self.thresholds.save(unfinished / name / _THRESHOLDS)
         except (OSError, SafetensorError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its archive's writer
+            # if the disk is full, the writer of torch's archives raises RuntimeError
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise StorageError(f"{folder / name}: cannot be written: {error}") from error
@@ -206,19 +201,12 @@ class FinetuneTrainer(Trainer):
             self.args.output_dir = str(folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _flush(unfinished / name)
-            if (folder / name).exists():
-                (folder / name).rename(unfinished / "replaced")
-            (unfinished / name).rename(folder / name)
-            for old in checkpoints(folder)[: -self.options.keep]:
-                # renamed first, so that a checkpoint which is half deleted is not found
-                old.rename(unfinished / old.name)
-            shutil.rmtree(unfinished)
+            publish(folder, name, keep=self.options.keep)
         self.accelerator.wait_for_everyone()
         self.clock.start(self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in the Trainer, but without asking the hub, and without a pickle of the arguments."""
+        """As in the Trainer, but without a request to the hub and a pickle of the arguments."""
         assert output_dir is not None
         if self.args.should_save:
             kwargs = {} if state_dict is None else {"state_dict": state_dict}
@@ -231,12 +219,10 @@ class FinetuneTrainer(Trainer):
         if self.thresholds is not None:
             self.set_thresholds(CatsConfig.load(checkpoint / _THRESHOLDS))
 
-    # --- recalibration
-
     def recalibrate(self) -> None:
         """Calibrate the thresholds again for the current weights."""
         self.clock.stop()
-        self.set_thresholds(self._recalibrate(self.model))
+        self.set_thresholds(self._recalibrate(cast(nn.Module, self.model)))
         self.clock.start(self.state.global_step)
 
     def set_thresholds(self, config: CatsConfig) -> None:
@@ -244,18 +230,18 @@ class FinetuneTrainer(Trainer):
         self.thresholds = config
         model = self.accelerator.unwrap_model(self.model)
         model.config.cats = config.to_dict()
-        found = {
+        activations = {
             name.rpartition(".")[0]: module
             for name, module in model.named_modules()
             if isinstance(module, CatsActivation)
         }
         for name, threshold in config.thresholds.items():
             # PEFT puts the names of its wrappers in front of the model's
-            act = next(act for mlp, act in found.items() if f".{mlp}".endswith(f".{name}"))
+            act = next(a for mlp, a in activations.items() if f".{mlp}".endswith(f".{name}"))
             act.threshold = threshold.to(act.threshold.device)
 
     def check_thresholds(self) -> None:
-        """Raise ConfigError if a wrapper has rounded the thresholds."""
+        """Raise ConfigError if a wrapper (FSDP, mixed precision) has rounded the thresholds."""
         for name, module in self.model_wrapped.named_modules():
             if isinstance(module, CatsActivation) and module.threshold.dtype != torch.float32:
                 raise ConfigError(
@@ -265,7 +251,7 @@ class FinetuneTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """Between steps: the clock, the bar, and recalibration."""
+    """What happens between steps: the clock, the progress bar, and recalibration."""
 
     def __init__(self, trainer: FinetuneTrainer, on_step: Callable[[int], None]) -> None:
         self._trainer, self._on_step = trainer, on_step
@@ -275,7 +261,7 @@ class _Steps(TrainerCallback):
         self._trainer.clock.start(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # the Trainer evaluates after the last step, but logs at multiples only
+        # the Trainer evaluates after the last step, but logs only at multiples of logging_steps
         control.should_log = control.should_log or state.global_step >= state.max_steps
         every = self._trainer.options.recalibrate
         if every and state.global_step % every == 0:
@@ -324,9 +310,8 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def training_arguments(
     model: nn.Module, options: FinetuneOptions, folder: Path, *, resuming: bool
 ) -> TrainingArguments:
-    """The Trainer's own arguments."""
     device = next(model.parameters()).device
-    on_cpu = device.type == "cpu" and not (torch.cuda.is_available() and _launched())
+    on_cpu = device.type == "cpu" and not (torch.cuda.is_available() and is_launched())
     bfloat16 = options.bfloat16
     if bfloat16 is None:
         bfloat16 = not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -349,7 +334,7 @@ def training_arguments(
         eval_on_start=not resuming,
         logging_strategy="steps",
         logging_steps=options.log_every,
-        # NaN is an error here, not something to be averaged away
+        # NaN is an error here; the filter would leave it out of the mean
         logging_nan_inf_filter=False,
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or options.steps,
@@ -362,26 +347,3 @@ def training_arguments(
     # without a launcher one process uses one GPU: DataParallel would replicate hooks and adapters
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a folder, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
-    return next(reversed(checkpoints(folder)), None)
-
-
-def _launched() -> bool:
-    return "LOCAL_RANK" in os.environ
-
-
-def _flush(folder: Path) -> None:
-    """Wait until the disk has the files: a rename must not overtake what it names."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
