@@ -44,6 +44,7 @@ class CausalModel(Protocol):
     """A Hugging Face causal language model, or a wrapper with the same interface (PEFT)."""
 
     config: ModelConfig
+    generation_config: Any
     training: bool
 
     @property
