@@ -20,6 +20,7 @@ from cats.results.records import (
     Moment,
     PeakMemory,
     PrefillTime,
+    SeveralGPUs,
     StartUpTime,
     TokenTime,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "PrefillTime",
     "ProfileRecord",
     "Result",
+    "SeveralGPUs",
     "StartUpTime",
     "TaskScore",
     "TokenTime",

@@ -215,3 +215,24 @@ class Moment(ModelResult):
     context: int
     launch: str
     event: str
+
+
+class SeveralGPUs(Result):
+    """Tokens per second of one piece of work on one or more GPUs of one machine.
+
+    Attributes:
+        task: The step of ``benchmarks/several_gpus.py``.
+        variant: How the work was shared.
+        gpus: How many GPUs worked.
+        same_as_one: Whether the result is that of one GPU, bit for bit.
+        difference: Largest relative difference from one GPU.
+    """
+
+    benchmark: Literal["several_gpus"] = "several_gpus"
+    quantity: Literal["rate"] = "rate"
+    unit: Literal["tokens/s"] = "tokens/s"
+    task: str
+    variant: str
+    gpus: int
+    same_as_one: Annotated[bool | None, FOUND] = None
+    difference: MayBeFound = None
