@@ -39,7 +39,7 @@ def test_call_leaves_no_cache_behind():
 
 def test_each_row_is_written_to_its_own_slot():
     cache = SlotCache(make_model().config, 8)
-    layer, states = cache.slots[0], torch.randn(3, 1, 1, 4)
+    layer, states = cache.slot_layers[0], torch.randn(3, 1, 1, 4)
     cache.newest, cache.window = torch.tensor([2, 0, 5]), 8
     keys, values = layer.update(states, 2 * states)
     for row, slot in enumerate(cache.newest.tolist()):

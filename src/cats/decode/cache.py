@@ -1,28 +1,30 @@
-"""The keys and values of a conversation, in buffers that stay where they are."""
+"""The keys and values of a conversation, in buffers whose addresses do not change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from cats.errors import UnsupportedModelError
+from cats.protocols import ModelConfig
 
-# Layers that keep one key and one value a token. Sliding and chunked layers keep all of them here:
-# their mask restricts what is read, and any prefix can be used again.
+# Layers that store one key and one value per token. Sliding and chunked layers store all of them
+# here: their mask restricts what is read, and any prefix can be used again.
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, ``[B, heads, capacity, head_dim]``, one slot a token.
+    """Keys and values of one layer, ``[B, heads, capacity, head_dim]``, one slot per token.
 
     Attributes:
-        written: How many tokens each pass over the layer has written; see
+        written: How many tokens each call of :meth:`update` has written since
             :meth:`SlotCache.expecting`.
     """
 
@@ -30,26 +32,26 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, owner: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        # a cycle would leave the buffers to the garbage collector
+        # in a cycle, the buffers would stay until the garbage collector runs
         self._owner = ref(owner)
         self.written: list[int] = []
 
     @property
     def owner(self) -> SlotCache:
-        """The cache, which says where the next tokens go and how many slots are read."""
+        """The cache that the layer belongs to."""
         owner = self._owner()
         assert owner is not None, "a layer lives in its cache"
         return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate both buffers in the shape and dtype of the first tokens."""
+        """Allocate both buffers, for states like these."""
         self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens to their slots; returns views of all slots that are read."""
+        """Write the new tokens to their slots; returns views of the slots that attention reads."""
         self.written.append(key_states.shape[2])
         self.owner.check(self.written)
         if not self.is_initialized:
@@ -57,7 +59,7 @@ class SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         keys, values = self.keys, self.values
-        # into the buffers themselves: a traced step then changes its inputs, not views of them
+        # written into the buffers, not into views: a traced step then changes its inputs
         slots = self.owner.newest
         if slots is not None and len(slots) == 1:
             keys.index_copy_(2, slots, key_states.to(keys.dtype))
@@ -85,7 +87,7 @@ class SlotLayer(CacheLayerMixin):
 
     def _buffer(self, states: Tensor) -> Tensor:
         batch, heads, _, size = states.shape
-        # zeros: an unused slot is masked, but 0 * NaN would still be NaN
+        # zeros, since attention multiplies the values of unused slots by 0, and 0 * NaN is NaN
         return states.new_zeros(batch, heads, self.owner.capacity, size)
 
     def _moved(self, states: Tensor) -> Tensor:
@@ -105,25 +107,24 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A cache for a Hugging Face model in which the loop says where the next tokens go.
+    """A cache for a Hugging Face model; the decode loop sets where the next tokens go.
 
     Attributes:
         capacity: Slots of each buffer.
-        start: Slots in use before the next tokens. Masks are made for it: a number, or a tensor
-            ``[1]`` where one captured step must serve every slot.
-        newest: The slot that the next token of each row is written to, ``[B]``, or ``[1]`` where
-            all rows share it; None where several tokens are written from ``start`` on, a number
-            then.
-        window: Slots that attention reads, from the first; at least ``start`` and the new tokens.
+        start: Slots in use before the next tokens, from which the model makes its masks. A number,
+            or a tensor ``[1]`` that a traced step reads.
+        newest: The slot of each row's next token, ``[B]``, or ``[1]`` where rows share it. None
+            where several tokens are written from ``start`` on, which is a number then.
+        window: Attention reads the first ``window`` slots, the new tokens among them.
     """
 
-    def __init__(self, config: Any, capacity: int) -> None:
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
         """
         Raises:
-            UnsupportedModelError: If a layer remembers something else than keys and values.
+            UnsupportedModelError: If a layer stores something else than keys and values.
         """
         text = config.get_text_config(decoder=True)
-        kinds, _ = get_layer_types_and_kwargs(text)
+        kinds, _ = get_layer_types_and_kwargs(cast(PreTrainedConfig, text))
         # decoders of encoder-decoders count the encoder's layers as their own
         if (layers := getattr(text, "decoder_layers", None)) and set(kinds) == {"full_attention"}:
             kinds = ["full_attention"] * layers
@@ -137,22 +138,22 @@ class SlotCache(Cache):
         self.newest: Tensor | None = None
         self.window = 0
         self._expected: tuple[int, str] | None = None
-        self.slots = [SlotLayer(self) for _ in kinds]
-        super().__init__(layers=list(self.slots))
+        self.slot_layers = [SlotLayer(self) for _ in kinds]
+        super().__init__(layers=list(self.slot_layers))
 
     @contextmanager
     def expecting(self, tokens: int, model: str) -> Iterator[None]:
-        """A forward pass that must write so many tokens, once in each layer.
+        """Around a forward pass that must write ``tokens`` tokens, once in each layer.
 
         Raises:
-            UnsupportedModelError: If the model wrote something else, or nothing.
+            UnsupportedModelError: If a layer wrote another number of them, or nothing.
         """
         self._expected = tokens, model
-        for layer in self.slots:
+        for layer in self.slot_layers:
             layer.written = []
         try:
             yield
-            for index, layer in enumerate(self.slots):
+            for index, layer in enumerate(self.slot_layers):
                 if not layer.written:
                     raise UnsupportedModelError(
                         f"layer {index} of {model} keeps nothing in its cache of keys and values, "
@@ -162,36 +163,41 @@ class SlotCache(Cache):
             self._expected = None
 
     def check(self, written: list[int]) -> None:
-        """Complain about a layer that has not written what the running pass must write."""
+        """
+        Raises:
+            UnsupportedModelError: If a layer has not written what the running pass must write.
+        """
         if self._expected is None or written == [self._expected[0]]:
             return
         tokens, model = self._expected
-        found = f"{len(written)} times in one pass" if len(written) > 1 else f"{written[0]} tokens"
+        actual = f"{len(written)} times in one pass" if len(written) > 1 else f"{written[0]} tokens"
         raise UnsupportedModelError(
-            f"{model} writes a layer's keys and values {found}, expected {tokens} tokens once "
+            f"{model} writes a layer's keys and values {actual}, expected {tokens} tokens once "
             "(loops over layers, or virtual tokens of an adapter): use model.generate"
         )
 
     def grow(self, capacity: int) -> None:
-        """Keep what is stored, in larger buffers."""
+        """Move what is stored to larger buffers."""
         self.capacity = capacity
-        for layer in self.slots:
+        for layer in self.slot_layers:
             layer.grow()
 
     def buffers(self) -> list[Tensor]:
-        """Keys and values of each layer in turn, once the first tokens are there."""
-        return [t for layer in self.slots for t in (layer.keys, layer.values) if t is not None]
+        """Keys and values of each layer in turn; empty before the first tokens."""
+        return [
+            t for layer in self.slot_layers for t in (layer.keys, layer.values) if t is not None
+        ]
 
     @contextmanager
-    def lent(self, buffers: list[Tensor]) -> Iterator[None]:
-        """Work on other buffers for a while, those of a tracer for one."""
-        before = self.buffers()
-        self._put(buffers)
+    def working_on(self, buffers: list[Tensor]) -> Iterator[None]:
+        """Use other buffers within the block, such as those of a tracer."""
+        own = self.buffers()
+        self._use(buffers)
         try:
             yield
         finally:
-            self._put(before)
+            self._use(own)
 
-    def _put(self, buffers: list[Tensor]) -> None:
-        for layer, keys, values in zip(self.slots, buffers[::2], buffers[1::2], strict=True):
+    def _use(self, buffers: list[Tensor]) -> None:
+        for layer, keys, values in zip(self.slot_layers, buffers[::2], buffers[1::2], strict=True):
             layer.keys, layer.values = keys, values

@@ -17,7 +17,7 @@ _SMALLEST_WINDOW = 256
 
 
 def window_of(length: int, capacity: int | None = None) -> int:
-    """Slots that a masked step reads for ``length`` tokens a row."""
+    """Slots that a masked step reads for rows of ``length`` tokens."""
     window = _SMALLEST_WINDOW
     while window < length:
         window *= 2
@@ -25,12 +25,12 @@ def window_of(length: int, capacity: int | None = None) -> int:
 
 
 def windows_of(state: State, lengths: range) -> list[int]:
-    """The windows of steps at these lengths."""
+    """The windows of the steps at these lengths, in order."""
     return sorted({window_of(length, state.capacity) for length in lengths})
 
 
 def must_be_deterministic() -> bool:
-    """Whether ``torch.use_deterministic_algorithms`` makes other sums than in order an error."""
+    """Whether ``torch.use_deterministic_algorithms`` forbids sums in any order."""
     return (
         torch.are_deterministic_algorithms_enabled()
         and not torch.is_deterministic_algorithms_warn_only_enabled()
@@ -38,18 +38,24 @@ def must_be_deterministic() -> bool:
 
 
 def graph_key(engine: str, window: int, options: Options) -> Hashable:
-    """What a captured step depends on: not the seed, nor what the host looks at."""
-    return engine, window, replace(
-        options, seed=None, max_new_tokens=1, stop_strings=(), num_return_sequences=1,
-        max_time=None, stopping_criteria=(),
-    )  # fmt: skip
+    """What a captured step depends on: not the seed, nor the options that only the host reads."""
+    of_the_step = replace(
+        options,
+        seed=None,
+        max_new_tokens=1,
+        stop_strings=(),
+        num_return_sequences=1,
+        max_time=None,
+        stopping_criteria=(),
+    )
+    return engine, window, of_the_step
 
 
 def capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
     """A CUDA graph of a step.
 
     Args:
-        step: Runs the newest tokens, chooses the next ones and moves on.
+        step: Runs the newest tokens and chooses the next ones.
         state: The conversation whose buffers it reads and writes.
 
     Raises:
@@ -72,7 +78,7 @@ def _capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # allocates what libraries keep, which a capture must not do
+        # libraries allocate their workspaces in the first run, which a capture does not allow
         step()
     torch.cuda.current_stream().wait_stream(stream)
     for tensor, old in zip(state.moving(), before, strict=True):
@@ -81,12 +87,12 @@ def _capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
     if state.noise is not None:
-        # fills the seed before each replay, which greedy tokens need not wait for
+        # replays then set the seed first, which takes time that greedy steps need not spend
         graph.register_generator_state(state.generator)
-    # by itself, torch captures on a stream of the GPU of the first capture, whatever the model's is
+    # without a stream, torch captures on one of the first capture's GPU, even for another GPU
     try:
         with torch.cuda.graph(graph, stream=stream):
-            # it may find other graphs, which must not be destroyed while one is captured
+            # a collection could destroy another graph, which a capture does not allow
             gc.disable()
             step()
     finally:
@@ -97,6 +103,8 @@ def _capture(step: Callable[[], None], state: State) -> torch.cuda.CUDAGraph:
 
 def replay(state: State, key: Hashable) -> None:
     """Run a captured step."""
-    # a graph runs on the current device, which need not be the model's
+    graph = state.captured[key]
+    assert isinstance(graph, torch.cuda.CUDAGraph)
+    # a graph runs on the current device, which may be another one than the model's
     with torch.cuda.device(state.device):
-        state.captured[key].replay()
+        graph.replay()

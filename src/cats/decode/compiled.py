@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,10 +20,10 @@ from cats.ops import tracing_for_compiler
 
 
 class CompiledEngine:
-    """``torch.compile`` of the step; on a GPU the step and the choice of its token in one graph.
+    """``torch.compile`` of the step. On a GPU, one CUDA graph runs the step and chooses the token.
 
-    The compiled code is shared. A CUDA graph reads and writes the buffers of one conversation,
-    which keeps it.
+    Conversations share the compiled code. Each conversation holds its own graphs, which read and
+    write its buffers.
     """
 
     name = "compiled"
@@ -77,7 +76,7 @@ class CompiledEngine:
         try:
             with tracing_for_compiler():
                 traced = trace_window(shadow_of(model), state, window)
-        except Exception as error:  # a tracer meets whatever a model does
+        except Exception as error:  # a model may raise anything in a tracer
             raise BackendError(
                 f"the engine compiled cannot trace {type(model).__name__} "
                 f"({first_line(error)}): use engine='eager'"
@@ -91,7 +90,7 @@ class CompiledEngine:
         )
         difference = differs(lambda: traced(*inputs), computed="masked")
         graph: StepFunction = compile_blocks(traced, _compile)
-        # writes the newest token to its slot, as the real step will
+        # both write the newest token to its slot, where the step will write it again
         difference = difference or differs(lambda: graph(*inputs), computed="otherwise")
         if difference is not None:
             raise BackendError(
@@ -102,7 +101,7 @@ class CompiledEngine:
 
 
 def _is_captured(state: State, options: Options) -> bool:
-    # processors of transformers are no operators that a graph could repeat
+    # processors of transformers run Python at each step, which a graph does not repeat
     return state.device.type == "cuda" and options.processors is None
 
 
@@ -110,10 +109,10 @@ def _run(step: StepFunction, state: State, options: Options) -> None:
     state.advance(step(*step_inputs(state)), options)
 
 
-def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
-    # With it, inductor writes products of one row as reductions, which read weights faster than
-    # the GEMMs of cuBLAS. Elsewhere than on a GPU it does nothing.
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
+def _compile(graph: fx.GraphModule) -> Callable[..., object]:
+    # With this option, inductor computes products of one row as reductions, which read weights
+    # faster than the GEMMs of cuBLAS. Without a GPU, it does nothing.
+    options: dict[str, str | int | bool | Callable[..., object]] = {
         "coordinate_descent_tuning": torch.cuda.is_available()
     }
     return torch.compile(graph, fullgraph=True, dynamic=False, options=options)

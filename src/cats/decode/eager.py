@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import cast
 
 from torch import Tensor, fx, nn
 
@@ -23,17 +23,20 @@ from cats.decode.marks import runs_own_code
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.decode.tracing import casts, disagreement, exclusion, first_line, shadow_of
+from cats.protocols import CausalModel
 
 _UNMASKED = "unmasked"
+# The batch with _UNMASKED; or batch, capacity and window of a masked step.
+_StepKey = tuple[int | str, ...]
 
 
 class EagerEngine:
     """Operator by operator, on any device.
 
-    The step is traced into a flat list of operators, which leaves out the Python of the model's
-    modules; on a CPU some of them become our own. A trace is used only after its logits agreed with
-    those of the model. Where there is none, the step runs module by module: hooks must run, the
-    model branches on the value of a tensor, or its forward pass stores something in its modules.
+    A step is traced into a flat list of operators, without the Python of the model's modules. On a
+    CPU, our own operators replace some of them. A trace is used only after its logits agreed with
+    the model's. A step runs module by module where it has hooks, where the model branches on the
+    value of a tensor, and where a forward pass stores something in its modules.
     """
 
     name = "eager"
@@ -42,15 +45,15 @@ class EagerEngine:
     def __init__(self, model: nn.Module, untraceable: str | None = None) -> None:
         """
         Args:
-            model: The model that it will run; its settings say at which lengths it may change.
-            untraceable: Why no step of the model may be traced; None where one may.
+            model: The model that it will run. Its settings say at which lengths it may change.
+            untraceable: Why steps of the model must not be traced; None where they may be.
         """
         self._untraceable = untraceable
         self._critical_lengths = _critical_lengths(model)
-        self._steps: dict[tuple[Any, ...], StepFunction | None] = {}
-        # as traced, before kernels were replaced: what is compared with the model
-        self._traced: dict[tuple[Any, ...], fx.GraphModule] = {}
-        self._agreed: set[tuple[tuple[Any, ...], int]] = set()
+        self._steps: dict[_StepKey, StepFunction | None] = {}
+        # without our own operators: these are compared with the model
+        self._traced: dict[_StepKey, fx.GraphModule] = {}
+        self._agreed: set[tuple[_StepKey, int]] = set()
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -78,13 +81,13 @@ class EagerEngine:
 
     def _prepare(
         self,
-        key: tuple[Any, ...],
+        key: _StepKey,
         model: nn.Module,
         state: State,
         length: int,
         trace: Callable[[nn.Module], fx.GraphModule | None],
     ) -> None:
-        """Trace a step, unless that is done, and compare its next logits with the model's."""
+        """Trace a step once, and compare its next logits with the model's."""
         if key in self._steps:
             return
         with exclusion.tracing():
@@ -100,21 +103,20 @@ class EagerEngine:
                 graph = trace(shadow_of(model))
                 replaced = None if graph is None else use_cpu_kernels(copy_of(graph))
             except Exception as error:
-                # a tracer meets whatever a model does; the step runs untraced, and errors there
+                # a model may raise anything in a tracer; its own errors come again without one
                 _warn_untraced(model, first_line(error))
                 return
             if graph is not None:
                 self._traced[key], self._steps[key] = graph, replaced
                 self._check(key, model, state, length)
 
-    def _check(self, key: tuple[Any, ...], model: nn.Module, state: State, length: int) -> None:
+    def _check(self, key: _StepKey, model: nn.Module, state: State, length: int) -> None:
         """Compare a traced step with the model's own at this length; drop it if they differ."""
         step, traced = self._steps[key], self._traced.get(key)
         if step is None or traced is None or (key, length) in self._agreed:
             return
         masked = key[-1] != _UNMASKED
         inputs = step_inputs(state, None if masked else length)
-
         differs = partial(
             disagreement,
             lambda: prefill(model, state, state.tokens, length - 1),
@@ -138,23 +140,24 @@ class EagerEngine:
             return prefill(model, state, state.tokens, length - 1)
         return step(*step_inputs(state, length if key[-1] == _UNMASKED else None))
 
-    def _key(self, state: State, length: int) -> tuple[Any, ...]:
-        """Which step runs the token that makes a row so long."""
+    def _key(self, state: State, length: int) -> _StepKey:
+        """The step after which rows have this length."""
         unmasked = state.batch, _UNMASKED
         if not state.padded and length <= state.unmasked_slots and self._steps.get(unmasked):
             return unmasked
         return state.batch, state.capacity, window_of(length, state.capacity)
 
 
-def _critical_lengths(model: Any) -> frozenset[int]:
+def _critical_lengths(model: nn.Module) -> frozenset[int]:
     """Lengths at which a model may begin to compute something else.
 
-    Those just above a number of its configuration, such as an original context, and above powers
-    of 2, by which tables grow.
+    These are 1 more than a number of its configuration, such as the original context, and 1 more
+    than a power of 2, since tables grow to these.
     """
-    config = model.config.get_text_config(decoder=True)
-    found = [*vars(config).values(), *(getattr(config, "rope_parameters", None) or {}).values()]
-    numbers = {value for value in found if type(value) is int and value > 1}
+    config = cast(CausalModel, model).config.get_text_config(decoder=True)
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    settings = [*vars(config).values(), *rope_parameters.values()]
+    numbers = {value for value in settings if type(value) is int and value > 1}
     return frozenset(n + 1 for n in numbers | {2**i for i in range(5, 24)})
 
 

@@ -1,12 +1,12 @@
-"""Run a Hugging Face model over a cache: as it is, or as one flat list of operators."""
+"""Run a Hugging Face model with a cache: module by module, or as a flat list of operators."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache as remembered
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,11 +16,15 @@ from torch.utils import _pytree as pytree
 from cats.decode.cache import SlotCache
 from cats.decode.state import State
 from cats.errors import UnsupportedModelError
+from cats.protocols import CausalModel
 
-# Tokens, positions, slot, valid, then keys and values of each layer in turn; to logits [B, V].
+# Tokens, positions, slot and valid of a state, then keys and values of each layer in turn.
+StepInputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+# Takes StepInputs; gives logits [B, V].
 StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
 
-# Slots in sight while a step for any number of slots is traced: no dimension of a model.
+# Slots that are read while a step for any number of slots is traced. No model has a dimension of
+# this size, so that it is recognised in the trace.
 _TRACED_SLOTS = 59
 
 
@@ -31,19 +35,19 @@ def prefill(
     start: int,
     extras: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Logits of the last token, ``[B, V]``, after tokens ``[B, T]`` went to the slots at ``start``.
+    """Run tokens module by module, and return the logits of the last one, ``[B, V]``.
 
-    Attention reads the slots up to the last new one, without a mask where there is no padding.
+    Attention reads the slots up to the last new one. It has no mask where there is no padding.
 
     Args:
-        model: Runs module by module.
+        model: A Hugging Face causal model.
         state: The conversation.
         ids: Token ids ``[B, T]``.
-        start: Slots in use before them.
-        extras: What the model takes of a prompt beside ids and mask, such as ``pixel_values``.
+        start: The slot of their first column.
+        extras: What the model takes with a prompt beside ids and mask, such as ``pixel_values``.
 
     Raises:
-        UnsupportedModelError: If the model did not write its keys and values as decoding needs.
+        UnsupportedModelError: If the model did not write keys and values of these tokens once.
     """
     end = start + ids.shape[1]
     cache = state.cache
@@ -60,27 +64,28 @@ def prefill(
     return logits.to(state.device)
 
 
-def step_inputs(
-    state: State, slots: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """What a step reads and writes, with the keys and values of all slots or of the first ones."""
+def step_inputs(state: State, slots: int | None = None) -> StepInputs:
+    """What a traced step reads and writes: keys and values of all slots, or of the first ``slots``.
+
+    All rows of a traced step have the slot of the first row, see below.
+    """
     stored = state.cache.buffers()
     if slots is not None:
         stored = [t[:, :, :slots] for t in stored]
-    # transformers makes its masks from one number of earlier tokens, so all rows of a traced step
-    # have the slot of the first one: the engines eager and compiled step rows together
+    # transformers makes its masks from one number of earlier tokens: the engines eager and compiled
+    # step all rows together, and this is the only place that says so
     return state.tokens, state.positions, state.slots[:1], state.valid, stored
 
 
 def trace_window(model: nn.Module, state: State, window: int) -> fx.GraphModule:
     """A step as a flat list of operators, without the Python of the model's modules.
 
-    Its attention reads the first ``window`` slots under a mask, so that it serves every slot among
-    them, and rows with padding. Weights and buffers are those of the model: what is written into
-    them later is seen.
+    Attention reads the first ``window`` slots under a mask. So the step serves every slot among
+    them, and rows with padding. Weights and buffers are those of the model, so that later writes
+    into them are seen.
 
     Raises:
-        Exception: Whatever stops the tracing, a branch on the value of a tensor for one.
+        Exception: Whatever stops the tracing, such as a branch on the value of a tensor.
     """
     cache = state.cache
 
@@ -88,16 +93,16 @@ def trace_window(model: nn.Module, state: State, window: int) -> fx.GraphModule:
         tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
     ) -> Tensor:
         cache.start, cache.newest, cache.window = slot, slot, window
-        with cache.lent(stored):
+        with cache.working_on(stored):
             return _logits(model, tokens, positions, valid[:, :window], cache)
 
     return _trace(step, step_inputs(state))
 
 
 def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
-    """A step for rows without padding that reads as many slots as it is given, without a mask.
+    """A step without a mask, for rows without padding; its inputs are the slots that it reads.
 
-    It serves fewer slots than a sliding window has. None where a model needs a step a length.
+    It serves fewer slots than a sliding window has. None where the operators depend on the length.
 
     Raises:
         Exception: As :func:`trace_window`.
@@ -110,15 +115,15 @@ def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
         tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
     ) -> Tensor:
         cache.start, cache.newest, cache.window = _TRACED_SLOTS - 1, slot, _TRACED_SLOTS
-        with cache.lent(stored):
+        with cache.working_on(stored):
             return _logits(model, tokens, positions, None, cache)
 
     graph = _trace(step, step_inputs(state, _TRACED_SLOTS))
     return None if _mentions(graph, {_TRACED_SLOTS - 1, _TRACED_SLOTS}) else graph
 
 
-def _trace(step: StepFunction, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    # it would log whole tracebacks of operators that cannot be traced, for which we say why
+def _trace(step: StepFunction, inputs: StepInputs) -> fx.GraphModule:
+    # the logger prints a traceback for what cannot be traced; our warning gives the reason
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level, log.level = log.level, logging.CRITICAL
     try:
@@ -131,23 +136,19 @@ def _trace(step: StepFunction, inputs: tuple[Any, ...]) -> fx.GraphModule:
 
 
 def copy_of(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same operators on the same weights, to be changed apart."""
+    """A copy of the list of operators, over the same weights."""
     nodes = fx.Graph()
     nodes.output(nodes.graph_copy(graph.graph, {}))
-    nodes.set_codegen(graph.graph._codegen)  # which takes the list of keys and values apart
+    nodes.set_codegen(graph.graph._codegen)  # it flattens the list of keys and values
     return fx.GraphModule(graph, nodes)
 
 
 def _mentions(graph: fx.GraphModule, numbers: set[int]) -> bool:
-    found: list[bool] = []
-
-    def visit(argument: Any) -> Any:
-        found.append(type(argument) is int and argument in numbers)
-        return argument
-
-    for node in graph.graph.nodes:
-        pytree.tree_map(visit, (node.args, node.kwargs))
-    return any(found)
+    return any(
+        type(argument) is int and argument in numbers
+        for node in graph.graph.nodes
+        for argument in pytree.tree_leaves((node.args, node.kwargs))
+    )
 
 
 def _logits(
@@ -158,48 +159,47 @@ def _logits(
     cache: SlotCache,
     extras: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    takes = arguments_of(model)
-    given: dict[str, Any] = {
+    names = arguments_of(model)
+    arguments: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": valid,
         "position_ids": positions,
         "use_cache": True,
-        # the logits of the last token alone
+        # only the logits of the last token are computed
         "logits_to_keep": 1,
         **(extras or {}),
     }
-    output: Any = model(
-        **{name: value for name, value in given.items() if name in takes},
+    output = cast(CausalModel, model)(
+        **{name: value for name, value in arguments.items() if name in names},
         **{cache_argument(model): cache},
     )
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    return output.logits[:, -1]
 
 
 def arguments_of(model: nn.Module) -> frozenset[str]:
-    """The named arguments of a model's forward pass; those of its base where it is a wrapper."""
-    kind: Any = type(model)
-    found = _parameters(kind)
-    base: Any = getattr(model, "get_base_model", None)
-    inner = None if base is None else base()
-    return found if inner is None or inner is model else found | arguments_of(inner)
+    """The argument names of a model's forward pass, with those of the base of a PEFT wrapper."""
+    names = _parameters(type(model).forward)
+    get_base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    base = model if get_base is None else get_base()
+    return names if base is model else names | arguments_of(base)
 
 
-@remembered
-def _parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+# cached, since every step of an untraced model asks
+@functools.cache
+def _parameters(forward: Callable[..., object]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a model calls the argument for its keys and values.
+    """Name of a model's argument for its keys and values.
 
-    ``cache`` since transformers 5.24, ``past_key_values`` before.
+    It is ``cache`` since transformers 5.24, ``past_key_values`` before.
 
     Raises:
         UnsupportedModelError: If its forward pass takes none.
     """
-    takes = arguments_of(model)
-    name = next((name for name in ("cache", "past_key_values") if name in takes), None)
+    names = arguments_of(model)
+    name = next((name for name in ("cache", "past_key_values") if name in names), None)
     if name is None:
         raise UnsupportedModelError(
             f"the forward pass of {type(model).__name__} takes no keys and values of earlier "
@@ -211,10 +211,10 @@ def cache_argument(model: nn.Module) -> str:
 def _drop_copies(graph: fx.GraphModule) -> None:
     """Remove operators that return their input, and compute repeated ones once.
 
-    Only operators whose result no one writes to are touched: here all but the keys and values.
+    This needs that no operator writes into such a result. A step writes into keys and values only.
     """
     aten = torch.ops.aten
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[object, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             twin = seen.setdefault(("get_attr", node.target), node)
@@ -224,7 +224,7 @@ def _drop_copies(graph: fx.GraphModule) -> None:
             twin = source if same and not node.args[2:] and not node.kwargs else node
         elif node.target is aten.unsqueeze.default:
             twin = seen.setdefault((node.target, *node.args), node)
-            # next to its source, so that the first layer has the same operators as the others
+            # moved to its source, out of the first layer, which then equals the others
             if twin is node and isinstance(node.args[0], fx.Node):
                 node.args[0].append(node)
         else:

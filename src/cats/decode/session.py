@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 from weakref import ref
 
 import torch
@@ -21,23 +20,24 @@ from cats.decode.sampling import check_drawn
 from cats.decode.state import State
 from cats.decode.stop import stops_of
 from cats.decode.turns import Turn
+from cats.protocols import ModelConfig
 
 
 class Session:
-    """Runs one request after the other; what a prompt shares with the last one is not run again.
+    """Runs one request after the other. The beginning that two prompts share runs once.
 
-    Its owner lets one thread at a time run it.
+    Only one thread at a time may use it.
 
     Attributes:
         reasons: Why each row of the last answer ended: ``"stop"`` (a token or text that ends it),
-            ``"length"``, or ``"cancelled"``; empty before the first and while one is running.
+            ``"length"``, or ``"cancelled"``. Empty before the first answer and during an answer.
     """
 
-    def __init__(self, model: nn.Module, config: Any, engine: str) -> None:
+    def __init__(self, model: nn.Module, config: ModelConfig, engine: str) -> None:
         """
         Args:
             model: A Hugging Face causal model.
-            config: Of its text part.
+            config: The configuration of its text part.
             engine: Name of the engine.
         """
         self.reasons: list[str] = []
@@ -53,16 +53,16 @@ class Session:
         self._state = self._marks = self._stored = None
 
     def cancel(self) -> None:
-        """End the answer that is running after its current token; from any thread."""
+        """End the running answer after its current token. Any thread may call this."""
         self._cancelled.set()
 
     def answer(self, request: Request, turn: Turn) -> Iterator[Tensor]:
-        """The tokens of each step, ``[B]``, int64 on the CPU; rows that ended get padding.
+        """The tokens of each step, ``[B]``, int64 on the CPU. Rows that ended get padding.
 
         Args:
-            request: What to continue.
-            turn: The right to run. A later answer takes it away; this one then raises at its next
-                step, and leaves the account of the session alone.
+            request: The prompt and its options.
+            turn: The right to run. When a later answer takes it, this one raises at its next step
+                and no longer changes what the session remembers.
         """
         self._cancelled.clear()
         self.reasons = []
@@ -70,29 +70,29 @@ class Session:
         stops = stops_of(options, request.tokenizer, request.ids, request.mask)
         runner, marks = runner_of(self._model, self._engine)
         state, start = self._ready_state(runner, request, marks)
-        given = request.ids.to(state.device)
-        # until this answer's account is complete, another one finds no prefix
+        prompt = request.ids.to(state.device)
+        # what the cache holds is known again when this answer has ended
         self._stored = None
         length, count = request.length, options.max_new_tokens
-        started = 1  # steps whose tokens are chosen; all but the newest are in the cache
-        read: list[Tensor] = []
-        ended = torch.zeros(len(given), dtype=torch.bool)
+        started = 1  # steps; the cache holds the tokens of all but the last
+        tokens_read: list[Tensor] = []
+        ended = torch.zeros(len(prompt), dtype=torch.bool)
         try:
             with torch.inference_mode():
                 pending = deque([self._first(runner, state, request, start)])
             for number in range(count):
                 turn.check()
-                if self._cancelled.is_set() and read:
+                if self._cancelled.is_set() and tokens_read:
                     break
                 with torch.inference_mode():
                     while started <= min(number + runner.engine.lag, count - 1):
-                        self._step(runner, state, given, length + started, options)
+                        self._step(runner, state, prompt, length + started, options)
                         pending.append(_Read(state, started))
                         started += 1
                     tokens = pending.popleft().wait()
                 if options.sampling.do_sample:
                     check_drawn(tokens)
-                read.append(tokens)
+                tokens_read.append(tokens)
                 shown = tokens.where(~ended, options.pad_token_id)
                 for eos in options.eos_token_ids:
                     ended |= tokens == eos
@@ -102,23 +102,25 @@ class Session:
                 if ended.all():
                     break
         finally:
-            # a text with images is not recognised by its ids
-            if read and turn.is_valid():
-                rest = "length" if len(read) == count else "cancelled"
-                self.reasons = ["stop" if row else rest for row in ended.tolist()]
+            if tokens_read and turn.is_valid():
+                otherwise = "length" if len(tokens_read) == count else "cancelled"
+                self.reasons = ["stop" if row else otherwise for row in ended.tolist()]
+                # ids do not say which image a prompt had
                 if not request.extras:
-                    self._store(request, read[: started - 1])
+                    self._store(request, tokens_read[: started - 1])
 
     def logits(self, ids: Tensor, request: Request) -> tuple[Tensor, str]:
-        """What steps make of given tokens, in buffers of their own; see ``Decoder.logits``.
+        """The logits of decode steps over known tokens; see ``Decoder.logits``.
+
+        They run in buffers of their own, so that the conversation does not change.
 
         Args:
             ids: Token ids ``[B, T]``.
-            request: Their beginning, and one new token for each of the others and one more.
+            request: The first ``P`` tokens as the prompt, with ``max_new_tokens`` of ``T - P + 1``.
 
         Returns:
-            Logits behind each token after the prompt, ``[B, T - P, V]``, NaN where the engine does
-            not show them, and the name of the engine.
+            The logits after each token that follows the prompt, ``[B, T - P, V]``, NaN where the
+            engine does not show them; and the name of the engine.
         """
         runner, _ = runner_of(self._model, self._engine)
         length, options = ids.shape[1], request.options
@@ -129,11 +131,11 @@ class Session:
         for end in range(request.length + 1, length + 1):
             state.tokens.copy_(ids[:, end - 1 : end])
             self._step(runner, state, ids[:, :end].to(state.device), end, options)
-        # the first is that of the prompt
+        # the first ones follow the prompt
         return state.logits[1:].transpose(0, 1), runner.name_for(len(ids))
 
     def _store(self, request: Request, steps: list[Tensor]) -> None:
-        """Keep account of the tokens that the cache holds."""
+        """Remember which tokens the cache holds: those of the prompt and of these steps."""
         ids, mask = request.ids.cpu(), request.mask.cpu()
         new = torch.stack(steps, 1) if steps else ids[:, :0]
         self._stored = (
@@ -161,36 +163,36 @@ class Session:
     def _step(
         self, runner: Runner, state: State, ids: Tensor, length: int, options: Options
     ) -> None:
-        """Run the newest tokens, which make ``length`` a row, and choose the next ones.
+        """Run the newest tokens, and choose the next ones.
 
         Args:
             runner: Of the model.
             state: The buffers.
-            ids: What came before the chosen tokens, ``[B, T]``, on the model's device.
-            length: Of a row.
+            ids: The tokens before the chosen ones, ``[B, T]``, on the model's device.
+            length: Tokens of the longest row, the newest included.
             options: Of this request.
         """
         with runner.running(self._model, state):
             if runner.runs_again_at(self._model, length):
-                # NO_TOKEN, at which the host raises, is no token of a pass
+                # the embedding has no row for NO_TOKEN, at which the host raises
                 chosen = state.chosen[: length - ids.shape[1]].T.clamp(min=0)
                 state.frequencies = runner.frequencies(length)
-                whole = torch.cat([ids, chosen], dim=1)
-                runner.engine.prefill(self._model, state, whole, 0, options)
+                text = torch.cat([ids, chosen], dim=1)
+                runner.engine.prefill(self._model, state, text, 0, options)
                 return
             if state.frequencies != runner.frequencies(length):
-                state.frequencies = None  # its keys are of two kinds
+                state.frequencies = None  # keys of different frequencies are stored
             runner.engine.step(self._model, state, length, options)
 
     def _ready_state(self, runner: Runner, request: Request, marks: Marks) -> tuple[State, int]:
         """Buffers for the whole answer, and how many tokens of the prompt they hold."""
         ids, mask = request.ids, request.mask
-        state, stored, known = self._state, self._stored, self._marks
+        state, stored, old_marks = self._state, self._stored, self._marks
         capacity = window_of(request.length + request.options.max_new_tokens)
-        # a released model, or one of another structure, has another runner
+        # a model that was released, or whose structure changed, has another runner
         same_runner = self._runner is not None and self._runner() is runner
         self._runner = ref(runner)
-        same_weights = known is not None and known.content == marks.content
+        same_weights = old_marks is not None and old_marks.content == marks.content
         self._marks = marks
         if state is None or not same_runner or state.batch != len(ids):
             with torch.inference_mode():
@@ -221,7 +223,7 @@ class _Read:
         if reader is None:
             self._host = chosen.clone()
             return
-        # not between two steps, where the GPU would wait 10 us for it
+        # on the stream of the steps, the copy would delay the next step by 10 us
         reader.wait_stream(torch.cuda.current_stream(state.device))
         self._host = torch.empty_like(chosen, device="cpu", pin_memory=True)
         with torch.cuda.stream(reader):
