@@ -50,9 +50,12 @@ def test_all_options_together_give_the_scores_of_transformers():
     )
     expected = logits.clone()
     for processor in (
-        RepetitionPenaltyLogitsProcessor(1.2), TemperatureLogitsWarper(1.4),
-        TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05),
-    ):  # fmt: skip
+        RepetitionPenaltyLogitsProcessor(1.2),
+        TemperatureLogitsWarper(1.4),
+        TopKLogitsWarper(20),
+        TopPLogitsWarper(0.9),
+        MinPLogitsWarper(0.05),
+    ):
         expected = processor(ids, expected)
     torch.testing.assert_close(process(logits, seen, options), expected)
 
@@ -84,16 +87,20 @@ def test_without_noise_the_likeliest_is_chosen():
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "value"),
     [
-        {"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": -0.1},
-        {"top_p": 1.1}, {"min_p": 1.5}, {"repetition_penalty": 0.0},
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", -0.1),
+        ("top_p", 1.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
     ],
-    ids=str,
-)  # fmt: skip
-def test_options_out_of_range_are_errors(changes):
+)
+def test_options_out_of_range_are_errors(name, value):
     with pytest.raises(ConfigError):
-        Sampling(do_sample=True, **changes)
+        Sampling(do_sample=True, **{name: value})
 
 
 def test_likeliest_token_in_two_steps_is_that_of_argmax(monkeypatch):

@@ -10,7 +10,7 @@ from torch import Tensor
 from cats.errors import ConfigError, LogitsError
 
 _COLUMNS = 128
-# In the place of a token where none can be drawn.
+# Instead of a token where none can be drawn.
 NO_TOKEN = -1
 
 
@@ -21,10 +21,12 @@ class Sampling:
     Attributes:
         do_sample: Draw a token; otherwise the likeliest is taken.
         temperature: Divides the logits.
-        top_k: Tokens that stay; 0 keeps all.
-        top_p: The likeliest tokens stay whose probabilities reach this sum; 1 keeps all.
-        min_p: Tokens stay with at least this share of the likeliest's probability; 0 keeps all.
-        repetition_penalty: Divides positive logits of tokens that occurred, multiplies negative.
+        top_k: How many of the likeliest tokens are kept; 0 keeps all.
+        top_p: The likeliest tokens are kept until their probabilities reach this sum; 1 keeps all.
+        min_p: Tokens are kept that have at least this share of the likeliest token's probability;
+            0 keeps all.
+        repetition_penalty: Divides the positive logits of tokens that occurred, and multiplies the
+            negative ones.
     """
 
     do_sample: bool = False
@@ -80,16 +82,16 @@ def process(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
 
 
 def choose(scores: Tensor, noise: Tensor | None) -> Tensor:
-    """One token a row, ``[B]``: the likeliest, or with noise one drawn by its probability.
+    """One token per row, ``[B]``: the likeliest, or with noise one drawn by its probability.
 
     Args:
         scores: ``[B, V]``, of :func:`process`.
-        noise: ``[B, V]``, independent draws of the exponential distribution. The smallest of
-            exponentials with rates ``p`` is number ``i`` with probability ``p[i]``.
+        noise: ``[B, V]``, independent draws from the exponential distribution. Among draws with
+            rates ``p``, number ``i`` is the smallest with probability ``p[i]``.
 
     Returns:
-        ``NO_TOKEN`` where the probabilities are NaN, for the host to see; without noise the first
-        NaN counts as the likeliest, as in transformers.
+        Tokens, with ``NO_TOKEN`` where the probabilities are NaN. Without noise, the first NaN
+        counts as the likeliest, as in transformers.
     """
     if noise is None:
         return _largest(scores)
@@ -101,10 +103,10 @@ def choose(scores: Tensor, noise: Tensor | None) -> Tensor:
 def check_drawn(tokens: Tensor) -> None:
     """
     Args:
-        tokens: What was chosen, ``[B]``, on the CPU.
+        tokens: The chosen tokens, ``[B]``, on the CPU.
 
     Raises:
-        LogitsError: If there was no token to draw for a row.
+        LogitsError: If no token could be drawn for a row.
     """
     failed = (tokens == NO_TOKEN).nonzero()
     if len(failed):
@@ -117,8 +119,8 @@ def check_drawn(tokens: Tensor) -> None:
 def _largest(scores: Tensor) -> Tensor:
     """``argmax`` over ``[B, V]``, the first of equals; NaN counts as the largest.
 
-    A GPU reduces one row in one block, which takes 28 microseconds for 128,256 tokens. Two steps
-    over a table of the row take 5.
+    A GPU reduces a row of 128,256 tokens in one block, which takes 28 microseconds. In two steps,
+    with the row as a table, it takes 5.
     """
     rows, size = scores.shape
     if not scores.is_cuda or size % _COLUMNS or size < _COLUMNS**2:
@@ -129,12 +131,12 @@ def _largest(scores: Tensor) -> Tensor:
     return line[:, 0] * _COLUMNS + column
 
 
-def _keep(scores: Tensor, kept: Tensor) -> Tensor:
-    return scores.masked_fill(~kept, -torch.inf)
+def _keep(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask, -torch.inf)
 
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     ascending, order = scores.sort(-1)
-    kept = ascending.softmax(-1).cumsum(-1) > 1 - top_p
-    kept[:, -1] = True  # whatever the rounding of the sum
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    mask = ascending.softmax(-1).cumsum(-1) > 1 - top_p
+    mask[:, -1] = True  # whatever the rounding of the sum
+    return torch.zeros_like(mask).scatter(-1, order, mask)
