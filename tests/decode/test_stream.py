@@ -15,6 +15,7 @@ from transformers import (
 
 import cats
 from cats.decode.forward import prefill
+from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import BackendError, UnsupportedModelError
 from tests.models import FAMILIES, assert_same_tokens, make_ids, make_model
@@ -94,16 +95,13 @@ def test_kernels_compile_for_each_generation(capability, dtype):
     assert compile_kernel("choice/choose.cu", dict(DTYPE=2, TRACE=1), capability)
     for normed in (0, 1):
         for width, parts in ((40, 1), (4096, 2)):
-            defines = dict(
-                DTYPE=dtype, WIDTH=width, NORMED=normed, WARPS=8, STAGES=2, PARTS=parts,
-                EARLY_PARTS=4,
-            )  # fmt: skip
+            shape = dict(DTYPE=dtype, WIDTH=width, NORMED=normed, PARTS=parts)
+            defines = shape | dict(WARPS=8, STAGES=2, EARLY_PARTS=4)
             assert compile_kernel("linear/linear.cu", defines, capability)
     for head, heads, queries in ((64, 3, 3), (96, 1, 1), (128, 4, 4), (256, 4, 8)):
-        defines = dict(
-            DTYPE=dtype, HEAD=head, ROTARY=head, HEADS=heads, QUERIES=queries,
-            UNSPLIT_SLOTS=256, SPLIT_SLOTS=64, MAX_SPLITS=64, HEAD_NORM=1, SOFTCAP=1, TRACE=1,
-        )  # fmt: skip
+        shape = dict(DTYPE=dtype, HEAD=head, ROTARY=head, HEADS=heads, QUERIES=queries)
+        splits = dict(UNSPLIT_SLOTS=256, SPLIT_SLOTS=64, MAX_SPLITS=64)
+        defines = shape | splits | dict(HEAD_NORM=1, SOFTCAP=1, TRACE=1)
         assert compile_kernel("attention/attention.cu", defines, capability)
 
 
@@ -134,20 +132,30 @@ def gpu_model(config=LlamaConfig, *, sparsity=0.5, fuse=True, dtype=torch.float3
     return model
 
 
+def head_sizes(heads, key_heads, head_dim):
+    """Options of a configuration with these heads."""
+    return dict(
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        hidden_size=16 * heads,
+    )
+
+
 def assert_tokens_of_transformers(model, ids, count):
-    """In float32: the same logits all along, and tokens that these choose, up to a near tie."""
+    """In float32, the logits of each step agree, and so do the tokens, up to a near tie."""
     model.generation_config.eos_token_id = None
-    wanted = model.generate(
+    expected = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **GREEDY
     )
     decoder = cats.Decoder(model, engine="stream")
     actual = decoder.generate(ids, max_new_tokens=count, **GREEDY)
     assert decoder.engine == "stream"
     with torch.no_grad():
-        logits = model(wanted).logits[0]
-    found = decoder.logits(wanted, prompt_length=ids.shape[1])[0]
-    torch.testing.assert_close(found, logits[ids.shape[1] :], rtol=1e-3, atol=2e-3)
-    assert_same_tokens(model, actual, wanted, tie=1e-3)
+        logits = model(expected).logits[0]
+    step_logits = decoder.logits(expected, prompt_length=ids.shape[1])[0]
+    torch.testing.assert_close(step_logits, logits[ids.shape[1] :], rtol=1e-3, atol=2e-3)
+    assert_same_tokens(model, actual, expected, tie=1e-3)
 
 
 @needs_gpu
@@ -164,12 +172,10 @@ def test_tokens_of_every_family_are_those_of_transformers(config, sparsity):
 def test_16_bit_logits_stay_close_to_the_models(config, dtype):
     model = gpu_model(config, dtype=dtype)
     ids = make_ids(1, 100).cuda()
-    found = cats.Decoder(model, engine="stream").logits(ids, prompt_length=20)
+    actual = cats.Decoder(model, engine="stream").logits(ids, prompt_length=20).log_softmax(-1)
     with torch.no_grad():
-        wanted = model(ids).logits[:, 20:].float()
-    divergence = (
-        wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))
-    ).sum(-1)  # fmt: skip
+        expected = model(ids).logits[:, 20:].float().log_softmax(-1)
+    divergence = (expected.exp() * (expected - actual)).sum(-1)
     assert divergence.mean() < 2e-2
 
 
@@ -185,10 +191,7 @@ def test_tokens_past_the_sliding_window_are_those_of_transformers(config, window
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (7, 1), (16, 2)])
 def test_heads_of_all_sizes_give_the_tokens_of_transformers(head_dim, heads, key_heads):
-    model = gpu_model(
-        head_dim=head_dim, num_attention_heads=heads, num_key_value_heads=key_heads,
-        hidden_size=16 * heads,
-    )  # fmt: skip
+    model = gpu_model(**head_sizes(heads, key_heads, head_dim))
     ids = make_ids(1, 40).cuda()
     assert_tokens_of_transformers(model, ids, 100)
 
@@ -196,24 +199,22 @@ def test_heads_of_all_sizes_give_the_tokens_of_transformers(head_dim, heads, key
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (8, 2)])
-def test_layers_behind_many_slots_are_those_of_the_model(monkeypatch, heads, key_heads, dtype):
-    from cats.decode.stream import probe
+def test_layers_after_many_tokens_are_those_of_the_model(heads, key_heads, dtype):
+    from cats.decode.stream.engine import lay_out_down
+    from cats.decode.stream.probe import probe
 
-    monkeypatch.setattr(probe, "_SHORT", (1, 1001, 9000, 30_000))
-    model = gpu_model(
-        sparsity=0, dtype=dtype, head_dim=128, num_attention_heads=heads,
-        num_key_value_heads=key_heads, hidden_size=16 * heads, max_position_embeddings=32_768,
-    )  # fmt: skip
-    assert cats.Decoder(model, engine="stream").engine == "stream"
+    sizes = head_sizes(heads, key_heads, 128)
+    model = gpu_model(sparsity=0, dtype=dtype, max_position_embeddings=32_768, **sizes)
+    spec = read_spec(model)
+    lay_out_down(spec, [])
+    probe(model, spec, lengths=(1, 1001, 9000, 30_000))
 
 
 @needs_gpu
 def test_scaled_rotary_gives_the_tokens_of_transformers():
-    scaled = dict(
-        rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=64,
-    )  # fmt: skip
-    model, ids = gpu_model(rope_parameters=scaled), make_ids(1, 12).cuda()
+    factors = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    scaled = dict(rope_type="llama3", rope_theta=1e4, original_max_position_embeddings=64)
+    model, ids = gpu_model(rope_parameters=scaled | factors), make_ids(1, 12).cuda()
     assert_tokens_of_transformers(model, ids, 300)
 
 
@@ -223,37 +224,49 @@ CHOICES = ("random", "none possible", "equals", "NaN")
 def choice(kind, vocabulary):
     """Logits ``[V]``, and the token that a greedy choice takes."""
     logits = torch.randn(vocabulary)
-    wanted = int(logits.argmax())
+    token = int(logits.argmax())
     if kind == "none possible":
         logits.fill_(-torch.inf)
-        wanted = 0
+        token = 0
     elif kind == "equals":
         logits.fill_(0)
         logits[[100, 200, vocabulary - 1]] = 1.0
-        wanted = 100
+        token = 100
     elif kind == "NaN":
         logits[[50, 250]] = torch.nan
-        wanted = 50
-    return logits, wanted
+        token = 50
+    return logits, token
+
+
+def check_greedy_choices(model):
+    """Runs the end of a token on each kind of logits; the last of them ends the row.
+
+    Returns:
+        The chain and its conversation.
+    """
+    from cats.decode.stream.chain import Chain
+
+    device, vocabulary = model.device, model.config.vocab_size
+    state = State(model, model.config, 1, 256)
+    with torch.inference_mode():
+        prefill(model, state, make_ids(1, 1).to(device), 0)
+        state.eos = torch.tensor([3, 50], device=device)
+        chain = Chain(read_spec(model), state)
+        for number, kind in enumerate(CHOICES):
+            logits, token = choice(kind, vocabulary)
+            chain.buffers.logits.copy_(logits)
+            chain.choose(7)
+            assert int(state.tokens) == int(state.chosen[number]) == token
+            assert int(state.slots) == int(state.positions) == int(state.step) == number + 1
+            assert bool(state.finished) == (kind == CHOICES[-1])
+        chain.choose(7)
+        assert int(state.tokens) == int(state.chosen[len(CHOICES)]) == 7  # the row has ended
 
 
 @needs_gpu
 @pytest.mark.parametrize("vocabulary", [257, 70_001])
 def test_greedy_choice_is_the_first_of_the_largest(vocabulary):
-    from cats.decode.state import State
-    from cats.decode.stream.chain import Chain
-
-    model = gpu_model(sparsity=0, vocab_size=vocabulary)
-    state = State(model, model.config, 1, 256)
-    with torch.inference_mode():
-        prefill(model, state, make_ids(1, 1).cuda(), 0)
-        chain = Chain(read_spec(model), state)
-        for number, kind in enumerate(CHOICES):
-            logits, wanted = choice(kind, vocabulary)
-            chain.buffers.logits.copy_(logits)
-            chain._launch([chain._choice(0)])
-            assert int(state.tokens) == int(state.chosen[number]) == wanted
-            assert int(state.slots) == int(state.positions) == int(state.step) == number + 1
+    check_greedy_choices(gpu_model(sparsity=0, vocab_size=vocabulary))
 
 
 @needs_gpu
@@ -301,10 +314,10 @@ def test_padded_batch_takes_another_engine():
     mask[1, :3] = 0
     decoder = cats.Decoder(model)
     actual = decoder.generate(ids, attention_mask=mask, max_new_tokens=20, **GREEDY)
-    wanted = cats.generate(
+    expected = cats.generate(
         model, ids, attention_mask=mask, engine="compiled", max_new_tokens=20, **GREEDY
     )
-    assert torch.equal(actual, wanted)
+    assert torch.equal(actual, expected)
     assert (decoder.engine_for(1), decoder.engine_for(2)) == ("stream", "compiled")
     with pytest.raises(BackendError, match="one row"):
         cats.generate(model, ids, engine="stream", max_new_tokens=20, **GREEDY)
@@ -323,12 +336,12 @@ def test_conversations_on_two_gpus_do_not_disturb_each_other():
     ]
     # a token of each in turn
     steps = [[int(token) for token in tokens] for tokens in zip(*streams, strict=True)]
-    wanted, *others = (
+    expected, *others = (
         torch.tensor([[*ids[0], *tokens]]).cuda() for tokens in zip(*steps, strict=True)
     )
-    assert wanted.shape == (1, 69)
+    assert expected.shape == (1, 69)
     for actual in others:
-        assert_same_tokens(first, actual, wanted, tie=1e-3)
+        assert_same_tokens(first, actual, expected, tie=1e-3)
 
 
 @needs_gpu
@@ -344,10 +357,10 @@ def test_weight_written_right_before_a_step_is_seen():
     seen = [int(next(steps)) for _ in range(5)]
     token = seen[1]  # a step was under way
     with torch.no_grad():
-        for wanted in seen[2:]:
+        for next_token in seen[2:]:
             hidden = model.model.norm(model.model.embed_tokens.weight[token])
             token = int(model.lm_head(hidden).argmax())
-            assert token == wanted
+            assert token == next_token
 
 
 @needs_gpu
@@ -380,13 +393,13 @@ def test_fused_model_keeps_its_layout_when_released():
 @needs_gpu
 def test_weights_that_are_replaced_during_a_stream_do_not_harm_it():
     model, ids = gpu_model(sparsity=0), make_ids(1, 9).cuda()
-    wanted = cats.generate(model, ids, engine="stream", max_new_tokens=60, **GREEDY)[0, 9:]
+    expected = cats.generate(model, ids, engine="stream", max_new_tokens=60, **GREEDY)[0, 9:]
     stream = cats.Decoder(model, engine="stream").stream(ids, max_new_tokens=60, **GREEDY)
-    found = [int(next(stream)) for _ in range(3)]
+    actual = [int(next(stream)) for _ in range(3)]
     for p in model.parameters():
         p.data = torch.randn_like(p)
-    found += [int(token) for token in stream]
-    assert found == wanted.tolist()
+    actual += [int(token) for token in stream]
+    assert actual == expected.tolist()
 
 
 @needs_gpu
@@ -396,13 +409,12 @@ def test_text_past_the_original_context_gives_the_tokens_of_transformers(engine,
     from tests.decode.test_rotary import longrope, reference
 
     ids = make_ids(1, prompt).cuda()
-    wanted = reference(lambda: longrope().cuda(), ids, 25)
+    expected = reference(lambda: longrope().cuda(), ids, 25)
     model = longrope().cuda()
     decoder = cats.Decoder(model, engine=engine)
-    assert_same_tokens(model, decoder.generate(ids, max_new_tokens=25, **GREEDY), wanted, tie=1e-3)
-    if engine == "stream":
-        again = decoder.generate(ids, max_new_tokens=25, **GREEDY)
-        assert_same_tokens(model, again, wanted, tie=1e-3)
+    for _ in range(2 if engine == "stream" else 1):
+        actual = decoder.generate(ids, max_new_tokens=25, **GREEDY)
+        assert_same_tokens(model, actual, expected, tie=1e-3)
 
 
 @needs_gpu
@@ -433,8 +445,8 @@ def test_without_memory_for_a_graph_each_token_runs_without_it(monkeypatch):
     with pytest.warns(UserWarning, match="goes on with eager"):
         actual = cats.generate(model, ids, max_new_tokens=9, **GREEDY)
     model.generation_config.eos_token_id = None
-    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, **GREEDY)
-    assert_same_tokens(model, actual, wanted, tie=1e-3)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, **GREEDY)
+    assert_same_tokens(model, actual, expected, tie=1e-3)
 
 
 @needs_gpu
@@ -450,4 +462,4 @@ def test_memory_stays_flat_over_many_conversations(engine):
         return torch.cuda.memory_allocated()
 
     before = used(40)
-    assert used(200) - before < 200 * 1024  # less than one workspace a conversation
+    assert used(200) - before < 200 * 1024  # less than one workspace per conversation

@@ -13,7 +13,7 @@ from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import UnsupportedModelError
 from tests.benchmarks.test_timeline import check_moments
-from tests.decode.test_stream import CHOICES, choice
+from tests.decode.test_stream import check_greedy_choices, head_sizes
 from tests.models import FAMILIES, make_ids, make_model
 from tests.ops.emulator import emulated_kernels, imagine_gpu, needs_emulator
 
@@ -35,17 +35,17 @@ def sparse_model(config, sparsity=0.5, **changes):
     model = make_model(config, **changes)
     if sparsity:
         cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=sparsity))
-    from cats.decode.stream.engine import _lay_out
+    from cats.decode.stream.engine import lay_out_down
 
-    _lay_out(read_spec(model))
+    lay_out_down(read_spec(model), [])
     return model
 
 
-def probe(model, spec=None):
-    """Complains where a layer or a token differs from the model's."""
+def probe(model, spec=None, **options):
+    """Raises where a layer or a token differs from the model's."""
     from cats.decode.stream.probe import probe
 
-    probe(model, spec or read_spec(model))
+    probe(model, spec or read_spec(model), **options)
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
@@ -80,10 +80,7 @@ def test_weights_at_odd_addresses_are_refused(chain_module):
 
 @pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (3, 1, 256)])
 def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_heads, head_dim):
-    model = sparse_model(
-        LlamaConfig, hidden_size=16 * heads, num_attention_heads=heads,
-        num_key_value_heads=key_heads, head_dim=head_dim,
-    )  # fmt: skip
+    model = sparse_model(LlamaConfig, **head_sizes(heads, key_heads, head_dim))
     probe(model)
 
 
@@ -94,13 +91,11 @@ def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_head
 def test_turns_of_a_block_give_the_layers_of_the_model(
     chain_module, monkeypatch, heads, head_dim, slots
 ):
+    # private: one block must take many turns, which takes far more slots with several blocks
     monkeypatch.setattr("cats.ops.attention.cuda._MAX_SPLITS", 1)
-    monkeypatch.setattr("cats.decode.stream.probe._SHORT", (1, 37, slots))
-    model = sparse_model(
-        LlamaConfig, 0, hidden_size=16 * heads, num_attention_heads=heads,
-        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=4096,
-    ).to(torch.bfloat16)  # fmt: skip
-    probe(model)
+    sizes = head_sizes(heads, 1, head_dim)
+    model = sparse_model(LlamaConfig, 0, max_position_embeddings=4096, **sizes)
+    probe(model.to(torch.bfloat16), lengths=(1, 37, slots))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,7 +110,7 @@ def test_greedy_tokens_are_those_of_transformers(chain_module, config):
     # a window that the tokens leave behind, where the family has one
     model.config.sliding_window = 12
     model.generation_config.eos_token_id = None
-    wanted = model.generate(
+    expected = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
     )
     spec = read_spec(model)
@@ -130,27 +125,13 @@ def test_greedy_tokens_are_those_of_transformers(chain_module, config):
         chain = chain_module.Chain(spec, state, scale)
         for _ in range(12):
             chain.run_greedily(256, 0)
-    assert state.chosen[:12, 0].tolist() == wanted[0, 9:].tolist()
+    assert state.chosen[:12, 0].tolist() == expected[0, 9:].tolist()
     assert int(state.slots) == int(state.positions) == 20
 
 
 @pytest.mark.parametrize("vocabulary", [257, 20_001])
 def test_greedy_choice_is_the_first_of_the_largest(chain_module, vocabulary):
-    model = sparse_model(LlamaConfig, 0, vocab_size=vocabulary)
-    state = State(model, model.config, 1, 256)
-    with torch.inference_mode():
-        prefill(model, state, make_ids(1, 1), 0)
-        state.eos = torch.tensor([3, 50])
-        chain = chain_module.Chain(read_spec(model), state)
-        for number, kind in enumerate(CHOICES):
-            row, wanted = choice(kind, vocabulary)
-            chain.buffers.logits.copy_(row)
-            chain._launch([chain._choice(7)])
-            assert int(state.tokens) == int(state.chosen[number]) == wanted
-            assert int(state.slots) == int(state.positions) == int(state.step) == number + 1
-            assert bool(state.finished) == (number == 3)
-        chain._launch([chain._choice(7)])
-        assert int(state.tokens) == int(state.chosen[len(CHOICES)]) == 7  # the row has ended
+    check_greedy_choices(sparse_model(LlamaConfig, 0, vocab_size=vocabulary))
 
 
 def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
@@ -159,11 +140,11 @@ def test_every_launch_of_a_traced_token_notes_its_events(chain_module):
     with torch.inference_mode():
         prefill(model, state, make_ids(1, 5), 0)
         state.start_at(5)
-        wanted = chain_module.Chain(spec, state).run(8).clone()
+        expected = chain_module.Chain(spec, state).run(8).clone()
         chain = chain_module.Chain(spec, state, traced=True)
         chain.run_greedily(8, 0)
-        assert state.chosen[0] == wanted.argmax()
-    assert torch.equal(chain.buffers.logits, wanted)
+        assert state.chosen[0] == expected.argmax()
+    assert torch.equal(chain.buffers.logits, expected)
     check_moments(moments(chain.stamps))
 
 
@@ -173,6 +154,6 @@ def test_a_window_that_is_split_gives_the_layers_of_the_model(chain_module):
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_parts_that_wait_for_others_give_the_layers_of_the_model(chain_module, monkeypatch, parts):
-    # rows of 64 bytes
+    # private: the rows of tiny models, 64 bytes, would never be long enough to come in parts
     monkeypatch.setattr("cats.ops.linear.cuda._EARLY_BYTES", 64 * parts)
     probe(sparse_model(LlamaConfig))

@@ -1,4 +1,4 @@
-"""What the launches of a token leave to each other."""
+"""The memory through which the launches of a token pass on what they compute."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _TICKET_STRIDE = 32  # a cache line
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Memory of one chain, float32 where nothing else is said. Graphs hold its addresses.
+    """Buffers of one chain, float32 where no other dtype stands. Graphs hold their addresses.
 
     Attributes:
         residual: ``[D]``, the residual stream at the start of a layer.
         middle: ``[D]``, the residual stream between attention and MLP.
-        branch: ``[D]``, the output of attention where it goes through a norm of its own.
-        sums: ``[D]``, the output of the MLP where it goes through a norm of its own.
+        branch: ``[D]``, the output of attention, where a norm follows it.
+        sums: ``[D]``, the output of the MLP, where a norm follows it.
         qkv: ``[heads + 2 * key heads, head size]``, flat: queries, keys and values.
         attended: ``[heads * head size]``, in the dtype of the model.
         logits: ``[V]``.
         partials: ``[splits, heads, head size + 2]``, of attention.
-        counters: int32 zeros of attention, one for each column of its grid.
-        tickets: ``[layers, stride]``, int32, of the MLPs; the first launch makes them zero.
+        counters: ``[columns]``, int32 zeros, of attention: one per column of its grid.
+        tickets: ``[layers, stride]``, int32, of the MLPs. The first launch sets them to zero.
         best: ``[2, blocks]``, of the choice.
-        arrived: One int32 zero, of the choice.
+        arrived: ``[1]``, an int32 zero, of the choice.
     """
 
     residual: Tensor
@@ -47,7 +47,7 @@ class Buffers:
 
     @classmethod
     def of(cls, spec: ModelSpec, device: torch.device, *, splits: int, columns: int) -> Buffers:
-        """Those of a model whose attention has a grid of at most ``[splits, columns]`` blocks."""
+        """Buffers for attention with a grid of at most ``[splits, columns]`` blocks."""
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)

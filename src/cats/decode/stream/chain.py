@@ -1,9 +1,8 @@
-"""The launches of one token of a conversation, and the buffers between them."""
+"""The launches of one token of a conversation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from weakref import proxy
 
 import torch
@@ -23,7 +22,7 @@ from cats.ops.embedding import cuda as embedding
 from cats.ops.linear import cuda as linear
 from cats.ops.mlp.cuda import residual as feed_forward
 
-# What the kernels note where they note times (trace.cuh): events of so many warps.
+# Times that a block writes (trace.cuh): of so many warps, so many events each.
 _TRACED_WARPS, _EVENTS = 32, 4
 
 
@@ -31,8 +30,9 @@ class Chain:
     """All launches of a token at one capacity of the cache.
 
     Attributes:
-        buffers: What the launches leave to each other.
-        stamps: ``[launches, blocks, warps, events]``, or None where it is not traced.
+        buffers: What the launches pass on to each other.
+        stamps: Times of the events, ``[launches, blocks, warps, events]``, int64, nanoseconds, 0
+            where a warp wrote none; None without tracing.
     """
 
     def __init__(
@@ -46,22 +46,22 @@ class Chain:
         """
         Args:
             spec: The model.
-            state: A conversation of one row, whose cache holds its first tokens.
+            state: A conversation of one row, after its first pass. Launches read and write its
+                buffers.
             embedding_scale: Multiplies the embedding.
-            traced: Whether each warp notes in :attr:`stamps` when it starts, has its input, has
-                worked on its last weights and ends.
+            traced: Whether each warp writes to :attr:`stamps` when it starts, when it has its
+                input, when it has used its last weights, and when it ends.
 
         Raises:
             UnsupportedModelError: If a shape does not fit the kernels.
         """
         device = state.device
-        # graphs read these very weights: they stay alive even if the model gets others
+        # graphs read these weights, so they stay in memory even if the model gets new ones
         spec = spec.detached()
-        # the conversation keeps this: a cycle would leave both to the garbage collector
+        # the state holds this chain: in a cycle, both would stay until the garbage collector runs
         self._spec, self._state, self._scale = spec, proxy(state), embedding_scale
         self._multiprocessors = multiprocessors(int(device.index or 0))
-        self._options: Any = {"multiprocessors": self._multiprocessors, "traced": traced}
-
+        self._traced = traced
         self._columns = attention.columns_of(spec.heads, spec.key_heads)
         splits = attention.splits_of(state.capacity, self._columns, self._multiprocessors)
         self.buffers = Buffers.of(spec, device, splits=splits, columns=self._columns)
@@ -69,15 +69,14 @@ class Chain:
         self._rotary = RotaryTables(spec, state.capacity)
 
     def use_frequencies_of(self, length: int) -> None:
-        """Rotate positions as the model does in a pass over so many tokens.
+        """Rotate positions as the model does in a pass over ``length`` tokens.
 
-        Captured launches read the tables from the same place afterwards.
+        Captured launches see the change: the tables keep their addresses.
         """
         self._rotary.use_frequencies_of(length)
 
     def _empty_stamps(self) -> Tensor:
-        """``[launches, blocks, warps, events]``, int64, nanoseconds; 0 where nothing was noted."""
-        # the embedding, four a layer, the head and the choice
+        # the embedding, four per layer, the head and the choice
         launches = 4 * len(self._spec.layers) + 3
         at_once = attention.BLOCKS_ON_A_MULTIPROCESSOR * self._multiprocessors
         blocks = max(at_once, self._columns, choice.BLOCKS)
@@ -85,10 +84,10 @@ class Chain:
         return torch.zeros(shape, dtype=torch.int64, device=self._state.device)
 
     def run(self, window: int) -> Tensor:
-        """Launch it all on the current stream; returns logits ``[V]``, float32.
+        """Run the newest token on the current stream; returns logits ``[V]``, float32.
 
         Args:
-            window: The newest token lies in one of the first ``window`` slots.
+            window: The newest token's slot is one of the first ``window``.
         """
         self._launch(self._token(window))
         if softcap := self._spec.logit_softcap:
@@ -96,16 +95,20 @@ class Chain:
         return self.buffers.logits
 
     def run_greedily(self, window: int, padding: int) -> None:
-        """Launch it all, take the likeliest token and move on.
+        """Run the newest token, take the likeliest next one, and count slot, position and step on.
 
         Args:
-            window: The newest token lies in one of the first ``window`` slots.
+            window: The newest token's slot is one of the first ``window``.
             padding: The token of a row that has ended.
         """
         self._launch([*self._token(window), self._choice(padding)])
 
+    def choose(self, padding: int) -> None:
+        """The end of :meth:`run_greedily`, for the logits that are in the buffers."""
+        self._launch([self._choice(padding)])
+
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
-        """One layer alone, ``[D]``, float32, to float32."""
+        """The output of one layer for an input ``[D]``, float32; both are the residual stream."""
         self.buffers.tickets.zero_()
         self.buffers.residual.copy_(x)
         layer = self._spec.layers[index]
@@ -123,12 +126,15 @@ class Chain:
             if self.stamps is not None:
                 assert launch.blocks * launch.columns <= self.stamps.shape[1]
                 arguments = with_stamps(arguments, self.stamps[number])
-            # The first follows a kernel of which nothing is known. The others follow one of this
-            # chain, none of which writes a weight or ends before all in front of it.
+            # A dependent launch may start early. That is right after kernels of this chain: they
+            # write no weights, and none ends before those before it. Other kernels may do both.
             launch.function.launch(
-                arguments, blocks=launch.blocks, columns=launch.columns, stream=stream,
+                arguments,
+                blocks=launch.blocks,
+                columns=launch.columns,
+                stream=stream,
                 dependent=number > 0,
-            )  # fmt: skip
+            )
 
     def _token(self, window: int) -> list[Launch]:
         layers = range(len(self._spec.layers))
@@ -145,13 +151,13 @@ class Chain:
             residual=self.buffers.residual,
             counters=self.buffers.tickets,
             scale=self._scale,
-            traced=self.stamps is not None,
+            traced=self._traced,
         )
 
     def _layer(self, index: int, window: int, alone: bool = False) -> list[Launch]:
         layers = self._spec.layers
         layer = layers[index]
-        before = None if index == 0 or alone else layers[index - 1]
+        previous = None if index == 0 or alone else layers[index - 1]
         b = self.buffers
         if layer.attention_post_norm is None:
             project = self._linear(
@@ -161,12 +167,16 @@ class Chain:
         else:
             project = self._linear(layer.o, x=b.attended, out=b.branch, copy=b.sums)
             mlp_input = self._normed(
-                layer, layer.mlp_norm, b.residual,
-                delta=b.branch, delta_weight=layer.attention_post_norm, total=b.middle,
-            )  # fmt: skip
+                layer,
+                layer.mlp_norm,
+                b.residual,
+                delta=b.branch,
+                delta_weight=layer.attention_post_norm,
+                total=b.middle,
+            )
             mlp_output = b.sums
-        attention_input = self._after(before, layer, layer.attention_norm)
-        # in a layer alone, behind kernels of which nothing is known
+        attention_input = self._after(previous, layer, layer.attention_norm)
+        # a layer alone follows kernels that may write its weights
         early = not alone
         return [
             self._linear(layer.q, layer.k, layer.v, x=attention_input, out=b.qkv, early=early),
@@ -195,18 +205,22 @@ class Chain:
             chosen=state.chosen,
             padding=padding,
             softcap=self._spec.logit_softcap,
-            traced=self.stamps is not None,
+            traced=self._traced,
         )
 
-    def _after(self, before: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> Residual:
-        """The residual stream behind a layer, normed."""
+    def _after(self, previous: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> Residual:
+        """The norm of the residual stream after a layer; None for the embedding."""
         b = self.buffers
-        if before is None or before.mlp_post_norm is None:
+        if previous is None or previous.mlp_post_norm is None:
             return self._normed(layer, weight, b.residual)
         return self._normed(
-            layer, weight, b.middle,
-            delta=b.sums, delta_weight=before.mlp_post_norm, total=b.residual,
-        )  # fmt: skip
+            layer,
+            weight,
+            b.middle,
+            delta=b.sums,
+            delta_weight=previous.mlp_post_norm,
+            total=b.residual,
+        )
 
     def _normed(
         self,
@@ -228,13 +242,25 @@ class Chain:
             weight_offset=layer.weight_offset,
         )
 
-    def _linear(self, *matrices: Matrix, x: Tensor | Residual, **buffers: Any) -> Launch:
+    def _linear(
+        self,
+        *matrices: Matrix,
+        x: Tensor | Residual,
+        out: Tensor,
+        add: Tensor | None = None,
+        copy: Tensor | None = None,
+        early: bool = True,
+    ) -> Launch:
         return linear.launch(
             [matrix.weight for matrix in matrices],
             [matrix.bias for matrix in matrices],
             x=x,
-            **self._options,
-            **buffers,
+            out=out,
+            add=add,
+            copy=copy,
+            early=early,
+            multiprocessors=self._multiprocessors,
+            traced=self._traced,
         )
 
     def _attention(self, index: int, layer: LayerSpec, window: int) -> Launch:
@@ -261,7 +287,8 @@ class Chain:
             softcap=layer.softcap,
             epsilon=layer.epsilon,
             weight_offset=layer.weight_offset,
-            **self._options,
+            multiprocessors=self._multiprocessors,
+            traced=self._traced,
         )
 
     def _mlp(self, index: int, layer: LayerSpec, x: Residual, sums: Tensor) -> Launch:
@@ -277,9 +304,6 @@ class Chain:
             up_bias=mlp.up.bias,
             sums=sums,
             counters=self.buffers.tickets[index],
-            **self._options,
+            multiprocessors=self._multiprocessors,
+            traced=self._traced,
         )
-
-    @property
-    def _traced(self) -> bool:
-        return self.stamps is not None

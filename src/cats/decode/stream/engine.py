@@ -26,12 +26,15 @@ from cats.decode.tracing import exclusion
 from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion import fused_mlps
 
+# Key of a conversation's chain, beside its graphs, which hold the addresses of its buffers.
+_CHAIN = "chain"
+
 
 class StreamEngine:
-    """Kernels that stream the weights, chained over the whole token, in one CUDA graph.
+    """All kernels of a token, each a stream of weights, in one CUDA graph.
 
-    One row without padding. ``down`` of each MLP is laid out column by column, in place, until
-    :meth:`reset`.
+    It runs one row without padding. ``down`` of each MLP is stored column by column, in place,
+    until :meth:`reset`.
     """
 
     name = "stream"
@@ -49,7 +52,7 @@ class StreamEngine:
         self._laid_out: list[ref[nn.Parameter]] = []
         try:
             self._spec = read_spec(model)
-            _lay_out(self._spec, self._laid_out)
+            lay_out_down(self._spec, self._laid_out)
             with torch.cuda.device(self._spec.norm.device):
                 self._embedding_scale = probe(model, self._spec)
         except (UnsupportedModelError, AttributeError) as error:
@@ -77,12 +80,12 @@ class StreamEngine:
         }
         if options.processors is not None:
             windows = {}
-        if "chain" in state.captured and all(key in state.captured for key in windows.values()):
+        if _CHAIN in state.captured and all(key in state.captured for key in windows.values()):
             return
         with exclusion.tracing():
-            if "chain" not in state.captured:
-                state.captured["chain"] = self.chain(state)
-            chain = state.captured["chain"]
+            if _CHAIN not in state.captured:
+                state.captured[_CHAIN] = self.chain(state)
+            chain = _chain_of(state)
             chain.use_frequencies_of(lengths[0])
             for window, key in windows.items():
                 if key not in state.captured:
@@ -91,47 +94,59 @@ class StreamEngine:
 
     def step(self, model: nn.Module, state: State, length: int, options: Options) -> None:
         window = window_of(length, state.capacity)
-        state.captured["chain"].use_frequencies_of(length)
+        chain = _chain_of(state)
+        chain.use_frequencies_of(length)
         if options.processors is not None:
-            # no operators that a graph could repeat
+            # they run Python at each step, which a graph does not repeat
             with torch.cuda.device(state.device):
-                _step(state.captured["chain"], window, state, options)
+                _step(chain, window, state, options)
             return
         replay(state, graph_key(self.name, window, options))
 
     def chain(self, state: State, *, traced: bool = False) -> Chain:
-        """The launches of a token of a conversation, apart from those that :meth:`step` runs.
+        """New launches for a token of a conversation.
 
         Args:
-            state: A conversation of one row, whose cache holds its first tokens.
-            traced: Whether its warps note times.
+            state: A conversation of one row, after its first pass.
+            traced: Whether warps write times.
         """
         return Chain(self._spec, state, self._embedding_scale, traced=traced)
 
     def reset(self) -> None:
-        """Give the weights that were laid out here their own memory layout back."""
+        """Store ``down`` again as it was before this engine."""
         model = self._model()
-        # fused MLPs need the layout themselves
+        # fused MLPs need the column-major layout too
         fused = {
             id(parameter)
             for _, mlp in (() if model is None else fused_mlps(model))
             for parameter in mlp.parameters()
         }
-        for known in self._laid_out:
-            down = known()
+        for weight in self._laid_out:
+            down = weight()
             if down is not None and id(down) not in fused and down.t().is_contiguous():
                 down.data = down.data.contiguous()
         self._laid_out.clear()
 
 
-def _lay_out(spec: ModelSpec, done: list[ref[nn.Parameter]] | None = None) -> None:
-    """Make the weights of each neuron contiguous, in place; notes which ones were not."""
+def lay_out_down(spec: ModelSpec, laid_out: list[ref[nn.Parameter]]) -> None:
+    """Store ``down`` of each layer column by column, in place.
+
+    Args:
+        spec: The model.
+        laid_out: Gets the weights that had another layout.
+    """
     for layer in spec.layers:
         down = layer.mlp.down.weight
         if not down.t().is_contiguous():
             down.data = down.data.t().contiguous().t()
-            if done is not None and isinstance(down, nn.Parameter):
-                done.append(ref(down))
+            if isinstance(down, nn.Parameter):
+                laid_out.append(ref(down))
+
+
+def _chain_of(state: State) -> Chain:
+    chain = state.captured[_CHAIN]
+    assert isinstance(chain, Chain)
+    return chain
 
 
 def _step(chain: Chain, window: int, state: State, options: Options) -> None:

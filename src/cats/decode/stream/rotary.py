@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +11,13 @@ from cats.decode.stream.spec import ModelSpec
 
 
 class RotaryTables:
-    """Cosines and sines of each kind of layer, in buffers that stay where they are."""
+    """Cosines and sines of each kind of layer, in buffers whose addresses do not change."""
 
     def __init__(self, spec: ModelSpec, capacity: int) -> None:
         """
         Args:
             spec: The model.
-            capacity: How many positions there are.
+            capacity: Positions of the tables.
         """
         self._spec, self._capacity = spec, capacity
         self._frequencies: int | None = None
@@ -26,18 +25,18 @@ class RotaryTables:
         self.use_frequencies_of(1)
 
     def __getitem__(self, kind: str) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, ``[capacity, R]``, float32, of a kind of layer."""
+        """Cosines and sines of a kind of layer, ``[capacity, R]``, float32."""
         return self._tables[kind]
 
     def use_frequencies_of(self, length: int) -> None:
-        """Rotate positions as the model does in a pass over so many tokens."""
+        """Rotate positions as the model does in a pass over ``length`` tokens."""
         rule = self._spec.length_rule
-        number = 0 if rule is None else rule.range_of(length)
-        if number == self._frequencies:
+        frequencies = 0 if rule is None else rule.range_of(length)
+        if frequencies == self._frequencies:
             return
         # a model chooses its frequencies by the largest position of a pass
         slots = self._capacity
-        if rule is not None and not number:
+        if rule is not None and not frequencies:
             slots = min(slots, rule.original)
         for kind in {layer.rotary for layer in self._spec.layers}:
             tables = _rotary_table(self._spec, kind, slots)
@@ -46,12 +45,12 @@ class RotaryTables:
                 self._tables[kind] = empty[0], empty[1]
             for table, new in zip(self._tables[kind], tables, strict=True):
                 table[:slots] = new
-        self._frequencies = number
+        self._frequencies = frequencies
 
 
 def _rotary_table(spec: ModelSpec, kind: str, slots: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines, ``[slots, R]``, float32, as the model's own module computes them."""
-    rotary: Any = spec.base.rotary_emb
+    rotary = spec.base.get_submodule("rotary_emb")
     positions = torch.arange(slots, device=spec.norm.device)[None]
     like = torch.zeros(1, 1, 1, device=spec.norm.device)
     if "layer_type" in inspect.signature(rotary.forward).parameters:

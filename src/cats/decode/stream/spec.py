@@ -1,9 +1,9 @@
-"""The description of a model that the kernels run, or a refusal of what they cannot run."""
+"""The description of a model that the kernels can run; other models are refused with the reason."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from cats.decode.rotary import LengthRule
 from cats.errors import UnsupportedModelError
 from cats.model import Decoder, DecoderLayer, Linear, describe_decoder
+from cats.protocols import CausalModel
 from cats.weights import Dense
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# What launches are made from: a matrix or some of its rows, and the matrices of a layer.
+# A matrix or some of its rows, and the matrices of a layer.
 Matrix = Linear
 LayerSpec = DecoderLayer
 
@@ -33,7 +34,10 @@ class ModelSpec(Decoder):
     length_rule: LengthRule | None
 
     def detached(self) -> ModelSpec:
-        """The same over tensors that share the memory of the weights, whatever becomes of these."""
+        """A copy over tensors of its own, in the memory of the weights.
+
+        It keeps this memory alive when the model's parameters get other memory.
+        """
         return _detached(self)
 
 
@@ -41,14 +45,13 @@ def read_spec(model: nn.Module) -> ModelSpec:
     """The specification that modules and configuration suggest; a probe must confirm it.
 
     Raises:
-        UnsupportedModelError: If something is not of the common form.
+        UnsupportedModelError: If the kernels cannot run a part of the model.
     """
-    whole: Any = model
-    rule = LengthRule.of(whole.config.get_text_config(decoder=True))
+    rule = LengthRule.of(cast(CausalModel, model).config.get_text_config(decoder=True))
     if rule is not None and rule.kind != "longrope":
         raise UnsupportedModelError("its rotary frequencies change with each length")
-    found = describe_decoder(model)
-    for index, layer in enumerate(found.layers):
+    decoder = describe_decoder(model)
+    for index, layer in enumerate(decoder.layers):
         matrices = {name: getattr(layer, name) for name in ("q", "k", "v", "o")}
         for name, matrix in (matrices | {"gate": layer.mlp.gate, "up": layer.mlp.up}).items():
             _check_rows(matrix, f"{name} of layer {index}")
@@ -59,13 +62,15 @@ def read_spec(model: nn.Module) -> ModelSpec:
             )
         if layer.mlp.down.bias is not None:
             raise UnsupportedModelError(f"down of layer {index} has a bias")
-    _check_rows(found.head, "the head")
-    kinds = {(p.dtype, p.device) for p in found.base.parameters()}
+    _check_rows(decoder.head, "the head")
+    kinds = {(p.dtype, p.device) for p in decoder.base.parameters()}
     if len(kinds) != 1:
         raise UnsupportedModelError("its weights have several dtypes or devices")
     if (dtype := kinds.pop()[0]) not in _DTYPES:
         raise UnsupportedModelError(f"no kernel takes weights in {dtype}")
-    return ModelSpec(**{f.name: getattr(found, f.name) for f in fields(found)}, length_rule=rule)
+    return ModelSpec(
+        **{field.name: getattr(decoder, field.name) for field in fields(decoder)}, length_rule=rule
+    )
 
 
 def _check_dense(linear: Linear, name: str) -> None:
@@ -83,13 +88,15 @@ def _check_rows(linear: Linear, name: str) -> None:
 
 
 def _detached(value: T) -> T:
-    result: Any = value
-    if isinstance(value, Tensor | Dense):
-        result = value.detach() if isinstance(value, Tensor) else value.detached()
+    result: object = value
+    if isinstance(value, Tensor):
+        result = value.detach()
+    elif isinstance(value, Dense):
+        result = value.detached()
     elif isinstance(value, list):
         result = [_detached(item) for item in value]
     elif is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _detached(getattr(value, f.name)) for f in fields(value)}
-        result = replace(value, **changed)
-    found: T = result
-    return found
+        result = replace(
+            value, **{f.name: _detached(getattr(value, f.name)) for f in fields(value)}
+        )
+    return cast(T, result)
