@@ -5,7 +5,7 @@ import torch
 from cats.decode.inputs import batch_of
 from cats.errors import DataError
 
-WANTED = [[9, 9, 1], [2, 3, 4]]
+IDS = [[9, 9, 1], [2, 3, 4]]
 
 
 def batch(inputs, mask=None, **options):
@@ -23,13 +23,13 @@ def batch(inputs, mask=None, **options):
         np.array([[1], [2, 3, 4]], dtype=object),
         {"input_ids": [[1], [2, 3, 4]], "attention_mask": [[1], [1, 1, 1]]},
         {"input_ids": [[9, 9, 1], [2, 3, 4]], "attention_mask": [[0, 0, 1], [1, 1, 1]]},
-        {"input_ids": np.array(WANTED), "attention_mask": np.array([[0, 0, 1], [1, 1, 1]])},
+        {"input_ids": np.array(IDS), "attention_mask": np.array([[0, 0, 1], [1, 1, 1]])},
     ],
     ids=str,
 )
 def test_ids_in_every_form_are_one_batch(inputs):
     ids, mask = batch(inputs)
-    assert ids.tolist() == WANTED
+    assert ids.tolist() == IDS
     assert mask.tolist() == [[False, False, True], [True, True, True]]
     assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
 
@@ -45,7 +45,7 @@ def test_uint32_is_taken():
 
 @pytest.mark.parametrize("infer", [False, True])
 def test_padding_is_inferred_where_that_is_asked_for(infer):
-    _, mask = batch(torch.tensor(WANTED), infer_mask=infer)
+    _, mask = batch(torch.tensor(IDS), infer_mask=infer)
     assert (not mask.all()) == infer
     # the ids of lists are what their owner meant
     assert batch([[9, 1]], infer_mask=True)[1].all()

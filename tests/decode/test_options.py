@@ -82,9 +82,14 @@ def test_scores_and_lengths_are_those_of_transformers(of_model, scores):
 def test_processed_steps_give_the_tokens_of_transformers(engine):
     model = make_model()
     options = dict(
-        do_sample=False, no_repeat_ngram_size=2, bad_words_ids=[[5, 6], [9]], min_new_tokens=10,
-        max_new_tokens=40, repetition_penalty=1.1, attention_mask=MASK,
-    )  # fmt: skip
+        do_sample=False,
+        no_repeat_ngram_size=2,
+        bad_words_ids=[[5, 6], [9]],
+        min_new_tokens=10,
+        max_new_tokens=40,
+        repetition_penalty=1.1,
+        attention_mask=MASK,
+    )
     ours = cats.generate(model, IDS, engine=engine, **options)
     assert torch.equal(ours, model.generate(IDS, **options))
 
@@ -109,9 +114,14 @@ def test_processors_and_criteria_given_as_objects_run(llama, do_sample):
     until.token = 15
     ids = make_ids(1, 9).clamp(min=100)
     found = cats.generate(
-        llama, ids, logits_processor=[Only()], stopping_criteria=[until], max_new_tokens=30,
-        do_sample=do_sample, eos_token_id=None,
-    )  # fmt: skip
+        llama,
+        ids,
+        logits_processor=[Only()],
+        stopping_criteria=[until],
+        max_new_tokens=30,
+        do_sample=do_sample,
+        eos_token_id=None,
+    )
     assert found[0, 9:].tolist() == list(range(9, 16))
 
 
@@ -128,9 +138,12 @@ def test_processor_of_the_user_replaces_that_of_the_option(llama):
     own = MinNewTokensLengthLogitsProcessor(5, 9, torch.tensor([7], device=llama.device))
     free = cats.generate(llama, make_ids(1, 5), max_new_tokens=20, do_sample=False)
     options = dict(
-        min_new_tokens=1, logits_processor=[own], eos_token_id=int(free[0, 6]), max_new_tokens=20,
+        min_new_tokens=1,
+        logits_processor=[own],
+        eos_token_id=int(free[0, 6]),
+        max_new_tokens=20,
         do_sample=False,
-    )  # fmt: skip
+    )
     ids = make_ids(1, 5).to(llama.device)
     assert torch.equal(cats.generate(llama, ids, **options), llama.generate(ids, **options))
 
@@ -235,10 +248,17 @@ def test_what_cannot_run_is_refused(llama, options):
 
 def test_settings_that_ask_for_the_usual_are_taken(llama):
     usual = dict(
-        num_beams=1, num_return_sequences=1, use_cache=True, return_dict_in_generate=False,
-        guidance_scale=None, bos_token_id=1, length_penalty=1.0, penalty_alpha=0.0,
-        suppress_tokens=None, synced_gpus=False,
-    )  # fmt: skip
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        return_dict_in_generate=False,
+        guidance_scale=None,
+        bos_token_id=1,
+        length_penalty=1.0,
+        penalty_alpha=0.0,
+        suppress_tokens=None,
+        synced_gpus=False,
+    )
     options = resolve(llama, 5, usual)
     assert options == resolve(llama, 5, {})
     assert options.processors is None

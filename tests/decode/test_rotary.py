@@ -12,9 +12,14 @@ from tests.models import OLDER_TRANSFORMERS, assert_same_tokens, make_ids, make_
 ORIGINAL = 40
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 LONGROPE = dict(
-    rope_type="longrope", rope_theta=1e4, partial_rotary_factor=1.0, short_factor=[1.0] * 4,
-    long_factor=[2.0 + i for i in range(4)], original_max_position_embeddings=ORIGINAL, factor=12.8,
-)  # fmt: skip
+    rope_type="longrope",
+    rope_theta=1e4,
+    partial_rotary_factor=1.0,
+    short_factor=[1.0] * 4,
+    long_factor=[2.0 + i for i in range(4)],
+    original_max_position_embeddings=ORIGINAL,
+    factor=12.8,
+)
 DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
 
 
@@ -58,9 +63,9 @@ def test_keys_of_both_sides_have_other_frequencies():
 @pytest.mark.parametrize("name", MODELS)
 def test_tokens_past_the_original_context_are_those_of_transformers(name, prompt):
     make, ids = MODELS[name], make_ids(1, prompt)
-    wanted = reference(make, ids, 25)
+    expected = reference(make, ids, 25)
     model = make()
-    assert_same_tokens(model, cats.generate(model, ids, max_new_tokens=25, **GREEDY), wanted)
+    assert_same_tokens(model, cats.generate(model, ids, max_new_tokens=25, **GREEDY), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be traced")
@@ -69,9 +74,9 @@ def test_padded_rows_past_the_original_context_are_those_of_transformers():
     mask[1, :9] = 0
     model = longrope()
     model.generation_config.eos_token_id = None
-    wanted = model.generate(ids, attention_mask=mask, max_new_tokens=12, **GREEDY)
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, **GREEDY)
     actual = cats.generate(longrope(), ids, attention_mask=mask, max_new_tokens=12, **GREEDY)
-    assert_same_tokens(model, actual, wanted, mask)
+    assert_same_tokens(model, actual, expected, mask)
 
 
 @pytest.mark.skipif(
@@ -80,9 +85,9 @@ def test_padded_rows_past_the_original_context_are_those_of_transformers():
 )
 def test_compiled_step_follows_the_lengths():
     ids = make_ids(1, 36)
-    wanted = reference(longrope, ids, 12)
+    expected = reference(longrope, ids, 12)
     actual = cats.generate(longrope(), ids, engine="compiled", max_new_tokens=12, **GREEDY)
-    assert torch.equal(actual, wanted)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be traced")
@@ -93,9 +98,9 @@ def test_continued_conversation_gives_the_tokens_of_a_fresh_one(name):
     decoder = cats.Decoder(model)
     text = make_ids(1, 20)
     for turn in range(3):  # the second one crosses the original context, the third begins beyond it
-        wanted = reference(make, text, 15)
+        expected = reference(make, text, 15)
         actual = decoder.generate(text, max_new_tokens=15, **GREEDY)
-        assert_same_tokens(model, actual, wanted)
+        assert_same_tokens(model, actual, expected)
         text = torch.cat([actual, make_ids(1, 3, seed=turn)], 1)
     # and back: keys with frequencies of a long text are of no use to a short one
     short = decoder.generate(text[:, :30], max_new_tokens=5, **GREEDY)
@@ -107,8 +112,8 @@ def test_conversations_of_both_lengths_at_once_do_not_mix():
     model = longrope()
     prompts = make_ids(1, 12), make_ids(1, 60, seed=1)
     streams = [cats.Decoder(model).stream(ids, max_new_tokens=20, **GREEDY) for ids in prompts]
-    found = [torch.stack(row) for row in zip(*zip(*streams, strict=True), strict=True)]
-    for ids, row in zip(prompts, found, strict=True):
+    answers = [torch.stack(row) for row in zip(*zip(*streams, strict=True), strict=True)]
+    for ids, row in zip(prompts, answers, strict=True):
         assert torch.equal(row.T, reference(longrope, ids, 20)[:, ids.shape[1] :])
 
 
@@ -122,10 +127,10 @@ def test_dynamic_texts_that_run_by_turns_do_not_mix():
     model = dynamic()
     first, second = make_ids(1, 30), make_ids(1, 90, seed=5).clamp(min=1)
     stream = cats.Decoder(model).stream(first, max_new_tokens=30, **GREEDY)
-    found = [int(next(stream)) for _ in range(15)]
+    tokens = [int(next(stream)) for _ in range(15)]
     other = cats.generate(model, second, max_new_tokens=10, **GREEDY)
-    found += [int(token) for token in stream]
-    assert found == reference(dynamic, first, 30)[0, 30:].tolist()
+    tokens += [int(token) for token in stream]
+    assert tokens == reference(dynamic, first, 30)[0, 30:].tolist()
     assert torch.equal(other, reference(dynamic, second, 10))
     # a text after a longer one, and the model itself afterwards
     assert torch.equal(

@@ -38,7 +38,7 @@ def end_of(stop, tokenizer, prompt, new):
         ("t 😀 c", "▁cat ▁ <0xF0> <0x9F> <0x98> <0x80> ▁cat", 7),
     ],
 )
-def test_strings_are_found_in_the_text_behind_the_prompt(sentencepiece, stop, new, end):
+def test_strings_are_found_in_the_text_after_the_prompt(sentencepiece, stop, new, end):
     ids = sentencepiece.convert_tokens_to_ids
     assert end_of(stop, sentencepiece, ids(["▁A"]), ids(new.split())) == end
 
@@ -54,5 +54,5 @@ def test_rows_end_by_themselves():
     tokenizer = make_tokenizer()
     stops = StopStrings(("ab", "c"), tokenizer, [[1], [2], []])
     columns = zip(*(tokenizer(text)["input_ids"] for text in ("abx", "xxc", "baa")), strict=True)
-    found = [stops.add(torch.tensor(column)).tolist() for column in columns]
-    assert found == [[False] * 3, [True, False, False], [True, True, False]]
+    ended = [stops.add(torch.tensor(column)).tolist() for column in columns]
+    assert ended == [[False] * 3, [True, False, False], [True, True, False]]

@@ -27,16 +27,12 @@ def byte_level():
 
 
 def llama():
-    """As that of Llama 2: ``▁`` is a space, what is unknown is bytes, the first space goes."""
+    """As that of Llama 2: ``▁`` is a space, unknown text is bytes, a first space is dropped."""
     names = [f"<0x{i:02X}>" for i in range(256)] + WORDS
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )  # fmt: skip
+    to_bytes = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*to_bytes, decoders.Strip(" ", 1, 0)])
     return with_added(tokenizer)
 
 
@@ -49,8 +45,8 @@ def unigram():
 
 def wordpiece(clean_up=True):
     """As that of BERT: parts of words, and rules about spaces."""
-    words = ["[UNK]", "do", "n", "t", "##t", "##n", "'", ".", ",", "!", "m", "s", "re", "ve", "n't",
-             "'s", "a", " ", "##'"]  # fmt: skip
+    parts = "do n t ##t ##n ' . , ! m s re ve n't 's a ##'"
+    words = ["[UNK]", " ", *parts.split()]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)

@@ -6,11 +6,13 @@ import time
 import pytest
 import torch
 from torch import nn
+
+# torch has no public name for it
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, Phi3Config
 
 import cats
-from cats.decode import eager as engines
+from cats.decode import eager
 from cats.decode.marks import Marks
 from cats.decode.tracing import Exclusion, disagreement, shadow_of
 from tests.decode.test_rotary import longrope
@@ -51,7 +53,7 @@ class Unequal(nn.Module):
         return self.inner(x, *args, **kwargs)
 
 
-def wanted(model, ids, count):
+def expected_tokens(model, ids, count):
     model.generation_config.eos_token_id = None
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **GREEDY)
 
@@ -73,13 +75,13 @@ def test_model_is_left_without_fake_tensors(make):
     tensors = [t for t in state_of(model).values() if isinstance(t, torch.Tensor)]
     tensors += [*model.parameters(), *model.buffers()]
     assert not any(isinstance(t, FakeTensor) for t in tensors)
-    wanted(model, make_ids(1, 60), 5)  # the model itself can be used
+    expected_tokens(model, make_ids(1, 60), 5)  # the model itself can be used
 
 
 def test_forward_that_stores_a_tensor_runs_module_by_module_and_says_so():
     model, ids = make_model(), make_ids(1, 9)
     model.model.layers[0].mlp = Storing(model.model.layers[0].mlp)
-    expected = wanted(model, ids, 20)
+    expected = expected_tokens(model, ids, 20)
     called = int(model.model.layers[0].mlp.calls)
     with pytest.warns(UserWarning, match=r"stores .*mlp\.(table|calls)"):
         actual = cats.generate(model, ids, max_new_tokens=20, **GREEDY)
@@ -92,7 +94,7 @@ def test_model_that_changes_with_the_length_gives_its_own_tokens(limit):
     model, ids = make_model(), make_ids(1, 9)
     model.config.some_limit = limit
     model.model.layers[0] = Unequal(model.model.layers[0], limit)
-    expected = wanted(model, ids, limit + 20)
+    expected = expected_tokens(model, ids, limit + 20)
     with pytest.warns(UserWarning, match="differ"):
         actual = cats.generate(model, ids, max_new_tokens=limit + 20, **GREEDY)
     assert torch.equal(actual, expected)
@@ -100,7 +102,7 @@ def test_model_that_changes_with_the_length_gives_its_own_tokens(limit):
 
 def test_wrong_trace_is_not_used(monkeypatch):
     model, ids = make_model(), make_ids(1, 9)
-    real = engines.trace_unmasked
+    real = eager.trace_unmasked
 
     def wrong(model, state):
         graph = real(model, state)
@@ -109,10 +111,10 @@ def test_wrong_trace_is_not_used(monkeypatch):
         graph.recompile()
         return graph
 
-    monkeypatch.setattr(engines, "trace_unmasked", wrong)
+    monkeypatch.setattr(eager, "trace_unmasked", wrong)
     with pytest.warns(UserWarning, match="differ"):
         actual = cats.generate(model, ids, max_new_tokens=9, **GREEDY)
-    assert torch.equal(actual, wanted(model, ids, 9))
+    assert torch.equal(actual, expected_tokens(model, ids, 9))
 
 
 def test_shadow_shares_weights_and_keeps_what_is_stored_to_itself():
@@ -132,7 +134,7 @@ def test_module_that_cannot_be_copied_runs_untraced():
     model.model.layers[0].mlp.lock = threading.Lock()
     with pytest.warns(UserWarning, match="cannot be traced"):
         actual = cats.generate(model, ids, max_new_tokens=9, **GREEDY)
-    assert torch.equal(actual, wanted(model, ids, 9))
+    assert torch.equal(actual, expected_tokens(model, ids, 9))
 
 
 def test_one_thread_traces_alone():
