@@ -81,6 +81,24 @@ def task_score(variant, value, **changes):
     return _make(TaskScore, value, _quality(variant) | task | errors, changes)
 
 
+def profile(threshold):
+    """The block of a profile's file, with two equal layers."""
+    layer = dict(
+        name="model.layers.0.mlp.act_fn",
+        activation="silu",
+        threshold=threshold,
+        zero=0.5,
+        near_zero=0.6,
+        histogram=[0.5] + [0.01] * 50,
+        by_position=[0.5] * 16,
+        union={"2": 0.3, "4": 0.2},
+        overlap=0.6,
+    )
+    header = dict(version=1, kind="profile", model="tiny", text="wiki.txt", cats={"method": "cats"})
+    measured = dict(layers=[layer, layer], tokens=1000, near=0.1, by_token={"50%": 0.5})
+    return header | measured
+
+
 def demo_time(value, **changes):
     model = dict(model="tiny", dtype="float32", seed=0, calibration_tokens=64)
     loop = dict(variant="model.generate", sparsity=0.0, realized_sparsity=0.0, prompt="a prompt")

@@ -12,38 +12,36 @@ from cats.errors import DataError, FormatError, StorageError
 from cats.history import History
 from cats.report import Material, write_page
 from cats.results import append_results
-from tests.records import mlp_time, perplexity, task_score
+from tests.records import mlp_time, perplexity, profile, task_score
 
 pytest.importorskip("matplotlib", reason="needs the extra report")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)  # fmt: skip
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 ENVIRONMENT = {"device": "a <device> & more", "cats": "0.1.0", "time": "now"}
 
 
 def quality(method, target, value, **changes):
     """A perplexity and the accuracy of two tasks and their mean, of one variant."""
     variant = method if target is None else f"{method}-{target * 100:g}"
-    common = dict(model="tiny", dtype="float32", calibration_samples=500, calibration_length=1024,
-                  calibration_text="web.txt", calibration_seed=7, samples=8,
-                  environment=ENVIRONMENT) | changes  # fmt: skip
-    dropped = target if target is not None or method == "dense" else 0.4
-    yield perplexity(variant, 10 / value, text="wiki.txt", realized_sparsity=dropped,
-                     mlp_share=1 - (target or 0) * 2 / 3, token_bytes=round(1e9 * value),
-                     **common)  # fmt: skip
+    calibration = dict(text="web.txt", samples=500, length=1024, seed=7)
+    common = {f"calibration_{name}": setting for name, setting in calibration.items()}
+    common |= dict(model="tiny", dtype="float32", samples=8, environment=ENVIRONMENT) | changes
+    reads = dict(
+        realized_sparsity=target if target is not None or method == "dense" else 0.4,
+        mlp_share=1 - (target or 0) * 2 / 3,
+        token_bytes=round(1e9 * value),
+    )
+    yield perplexity(variant, 10 / value, text="wiki.txt", **reads, **common)
+    errors = dict(difference=value - 0.7, difference_stderr=0.011, limit=None)
     for task in ("piqa", "sciq", "mean"):
         split = "" if task == "mean" else "validation"
-        yield task_score(variant, value, task=task, split=split, limit=None,
-                         difference=value - 0.7, difference_stderr=0.011,
-                         **common)  # fmt: skip
+        yield task_score(variant, value, task=task, split=split, **errors, **common)
 
 
-def profile(threshold):
-    layer = dict(name="model.layers.0.mlp.act_fn", activation="silu", threshold=threshold, zero=0.5,
-                 near_zero=0.6, histogram=[0.5] + [0.01] * 50, by_position=[0.5] * 16,
-                 union={"2": 0.3, "4": 0.2}, overlap=0.6)  # fmt: skip
-    return dict(version=1, kind="profile", model="tiny", text="wiki.txt", cats={"method": "cats"},
-                layers=[layer, layer], tokens=1000, near=0.1, by_token={"50%": 0.5})  # fmt: skip
+def page_time(variant, s):
+    measured = dict(low=18.0 - 9 * s, high=22.0 - 11 * s, limit_us=15.0 - 10 * s)
+    return mlp_time(20.0 - 10 * s, variant=variant, sparsity=s, **measured)
 
 
 @pytest.fixture
@@ -51,11 +49,8 @@ def folder(tmp_path):
     """Results of every kind, as the commands leave them."""
     rows = [("dense", None, 0.7), ("cats", 0.5, 0.68), ("cats", 0.9, 0.4), ("relu", None, 0.3)]
     append_results(tmp_path / "quality.jsonl", [r for row in rows for r in quality(*row)])
-    append_results(tmp_path / "mlp.jsonl", [
-        mlp_time(20.0 - 10 * s, variant=v, sparsity=s, limit_us=15.0 - 10 * s,
-                 low=18.0 - 9 * s, high=22.0 - 11 * s)
-        for v, s in [("dense_eager", 0.0), ("cpu", 0.0), ("cpu", 0.5), ("cpu", 0.9)]
-    ])  # fmt: skip
+    times = [page_time("dense_eager", 0.0), *(page_time("cpu", s) for s in (0.0, 0.5, 0.9))]
+    append_results(tmp_path / "mlp.jsonl", times)
     (tmp_path / "profile-cats.json").write_text(json.dumps(profile(0.2)))
     (tmp_path / "answers" / "dense").mkdir(parents=True)
     (tmp_path / "answers" / "dense" / "piqa.jsonl").write_text("not a result\n")
@@ -139,10 +134,10 @@ def test_other_weights_under_the_same_name_stand_apart(folder):
     other = list(quality("dense", None, 0.5, weights="abc"))
     before = Material.read([folder])
     append_results(folder / "results.jsonl", other)
-    found = Material.read([folder])
+    after = Material.read([folder])
     for old, new in (
-        (before.tasks(), found.tasks()),
-        (before.perplexities(), found.perplexities()),
+        (before.tasks(), after.tasks()),
+        (before.perplexities(), after.perplexities()),
     ):
         ((name, results),) = old.items()
         assert new[f"{name}, hashes unknown"] == results
@@ -152,9 +147,9 @@ def test_other_weights_under_the_same_name_stand_apart(folder):
 def test_variants_stand_by_method_and_target_whatever_the_order_of_their_files(folder):
     rows = [("input", 0.2, 0.69), ("input", 0.6, 0.5), ("cats", 0.3, 0.69)]
     append_results(folder / "a.jsonl", [r for row in rows for r in quality(*row)])
-    found = Material.read([folder])
+    material = Material.read([folder])
     names = ["dense", "cats-30", "cats-50", "cats-90", "relu", "input-20", "input-60"]
-    for group in (found.perplexities(), found.tasks()):
+    for group in (material.perplexities(), material.tasks()):
         (results,) = group.values()
         assert list(dict.fromkeys(r.variant for r in results)) == names
 
@@ -186,10 +181,9 @@ def test_one_point_is_a_row_of_a_table_and_no_figure(tmp_path):
 
 
 def test_large_times_have_no_exponent(folder):
-    append_results(folder / "slow.jsonl", [
-        mlp_time(28180.4, variant="cpu", sparsity=s, limit_us=16130.0, hidden_size=4096)
-        for s in (0.0, 0.5)
-    ])  # fmt: skip
+    slow = dict(variant="cpu", limit_us=16130.0, hidden_size=4096)
+    times = [mlp_time(28180.4, sparsity=sparsity, **slow) for sparsity in (0.0, 0.5)]
+    append_results(folder / "slow.jsonl", times)
     write_page(Material.read([folder]), folder / "report.html")
     text = (folder / "report.html").read_text()
     assert "28,180" in text
@@ -224,7 +218,7 @@ def test_command_writes_page_and_figures(folder, monkeypatch):
     assert "prefers-color-scheme" not in output.read_text()
 
 
-# The page in a frame of the given width; reports what a browser made of it.
+# The page in a frame of some width. It reports the sizes and colours that a browser shows.
 FRAME = """<!doctype html><body><iframe id="f" style="width:{width}px;height:900px"></iframe>
 <script>
 const frame = document.getElementById("f");
@@ -253,18 +247,16 @@ def test_chromium_shows_the_page_without_overflow(page, width, scheme):
     frame = page.with_name("frame.html")
     source = json.dumps(page.read_text()).replace("</", "<\\/")
     frame.write_text(FRAME.format(width=width, page=source))
-    run = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
-         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
-         f"--user-data-dir={page.parent / 'chromium'}", "--window-size=1400,1000", "--dump-dom",
-         frame.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    options = "--headless --no-sandbox --disable-gpu --window-size=1400,1000 --dump-dom"
+    colours = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
+    command = [CHROMIUM, *options.split(), "--virtual-time-budget=5000", colours]
+    command += [f"--user-data-dir={page.parent / 'chromium'}", frame.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     seen = json.loads(html.unescape(re.search(r"<pre>(\{.*?\})</pre>", run.stdout)[1]))
     assert seen["width"] > width - 20
     assert seen["scroll"] == seen["width"]
     assert seen["wide"] == 0
-    # the first table is whole on a phone, and one that goes on shows a shadow
+    # the first table fits on a phone, and a wider one shows a shadow
     assert not seen["cut"][0]
     assert seen["shadows"]
     assert len(seen["svgs"]) == 8

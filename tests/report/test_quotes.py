@@ -15,15 +15,9 @@ def result(variant, sparsity, value, **changes):
 
 @pytest.fixture
 def document(tmp_path):
-    append_results(
-        tmp_path / "mlp.jsonl",
-        [
-            result("dense_eager", 0.0, 100.0),
-            result("cuda", 0.0, 80.0),
-            result("cuda", 0.5, 50.0),
-            result("cuda", 0.5, 70.0, neighbour="rmsnorm"),
-        ],
-    )
+    times = [result("dense_eager", 0.0, 100.0), result("cuda", 0.0, 80.0)]
+    times += [result("cuda", 0.5, 50.0), result("cuda", 0.5, 70.0, neighbour="rmsnorm")]
+    append_results(tmp_path / "mlp.jsonl", times)
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- mlp: mlp.jsonl -->\nold\n<!-- /mlp -->\nafter\n")
     return path
@@ -44,16 +38,16 @@ def test_quoting_again_changes_nothing(document):
 
 
 def test_check_shows_the_line_that_differs(document):
-    run = CliRunner().invoke(app, ["bench", "results", "quote", str(document), "--check"])
+    def quote(*options):
+        return CliRunner().invoke(app, ["bench", "results", "quote", str(document), *options])
+
+    run = quote("--check")
     assert isinstance(run.exception, DataError)
     assert "line 3" in str(run.exception)
     assert "\n- old\n+ a GPU, bfloat16" in str(run.exception)
     assert "\nold\n" in document.read_text()
-    assert CliRunner().invoke(app, ["bench", "results", "quote", str(document)]).exit_code == 0
-    assert (
-        CliRunner().invoke(app, ["bench", "results", "quote", str(document), "--check"]).exit_code
-        == 0
-    )
+    assert quote().exit_code == 0
+    assert quote("--check").exit_code == 0
 
 
 def quoted_tokens(folder, rows):
@@ -107,20 +101,18 @@ def quoted_mlps(folder, rows):
 
 
 def test_mlps_of_two_runs_are_not_compared(tmp_path):
-    text = quoted_mlps(tmp_path, [
-        *in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0)),
-        *in_run("2:00", result("triton", 0.5, 20.0)),
-    ])  # fmt: skip
+    first = in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0))
+    second = in_run("2:00", result("triton", 0.5, 20.0))
+    text = quoted_mlps(tmp_path, [*first, *second])
     assert "|  | cuda |  | 50.0 (0.80, 2.00x) |" in text
     assert "| 64x128, run of 2:00 | no dense in this run |  |  |" in text
     assert "|  | triton |  | 20.0 (2.00) |" in text
 
 
-def test_mlp_that_was_measured_again_whole_counts_once(tmp_path):
-    text = quoted_mlps(tmp_path, [
-        *in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0)),
-        *in_run("2:00", result("dense_eager", 0.0, 90.0), result("cuda", 0.5, 45.0)),
-    ])  # fmt: skip
+def test_run_whose_points_were_all_measured_again_is_left_out(tmp_path):
+    first = in_run("1:00", result("dense_eager", 0.0, 100.0), result("cuda", 0.5, 50.0))
+    second = in_run("2:00", result("dense_eager", 0.0, 90.0), result("cuda", 0.5, 45.0))
+    text = quoted_mlps(tmp_path, [*first, *second])
     assert text.count("64x128") == 1
     assert "| 64x128 | best dense of: dense_eager 90.0 | 90.0 |  |" in text
     assert "|  | cuda |  | 45.0 (0.89, 2.00x) |" in text
@@ -165,9 +157,9 @@ def test_histories_of_a_folder_are_quoted(tmp_path):
             for step, loss in zip((0, 9), losses, strict=True)
         ]
         settings = {"method": method, "model": "a model", "dtype": "bfloat16"}
-        History(
-            settings=settings, environment={"device": "a GPU"}, points=points, complete=True
-        ).save(tmp_path / "runs" / f"{name}.jsonl")
+        history = History(settings=settings, environment={"device": "a GPU"}, points=points)
+        history.complete = True
+        history.save(tmp_path / "runs" / f"{name}.jsonl")
     History(settings=settings, points=points).save(tmp_path / "runs" / "stopped.jsonl")
     document = tmp_path / "README.md"
     document.write_text("<!-- finetune: runs -->\n<!-- /finetune -->\n")

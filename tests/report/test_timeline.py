@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from typer.testing import CliRunner
 
@@ -10,14 +12,11 @@ from tests.records import moment
 
 
 def some_results():
+    names = itertools.product(LAUNCHES, EVENTS)
     return [
-        moment(
-            float(4 * row + column), low=float(4 * row + column) - 0.5,
-            high=float(4 * row + column) + 1, launch=launch, event=event,
-        )
-        for row, launch in enumerate(LAUNCHES)
-        for column, event in enumerate(EVENTS)
-    ]  # fmt: skip
+        moment(float(time), low=time - 0.5, high=time + 1.0, launch=launch, event=event)
+        for time, (launch, event) in enumerate(names)
+    ]
 
 
 def test_results_are_shown_and_drawn(tmp_path):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cats.errors import DataError
 from cats.history import History, names_of, recovered
 from cats.report import plots
 from cats.report.tables import Table, cell
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def table(found: Mapping[str, History]) -> Table:
+
+def table(histories: Mapping[str, History]) -> Table:
     """Log-perplexity before and after fine-tuning, one row per run.
 
     Raises:
-        DataError: If there is no run that came to its end.
+        DataError: If no run is complete.
     """
-    runs = {name: history for name, history in found.items() if history.complete}
+    runs = {name: history for name, history in histories.items() if history.complete}
     if not runs:
         raise DataError("there is no complete history of a fine-tuning to quote")
     texts, tasks = names_of(runs.values())
@@ -41,7 +44,7 @@ def table(found: Mapping[str, History]) -> Table:
     )
 
 
-def curves(histories: Mapping[str, History]) -> Any:
+def curves(histories: Mapping[str, History]) -> Figure:
     """One row per evaluated text, over steps on the left and tokens on the right.
 
     A run keeps its colour in every panel.
@@ -59,34 +62,32 @@ def curves(histories: Mapping[str, History]) -> Any:
     figure, axes = plots.figure(len(texts), 2)
     for row, text in enumerate(texts):
         for column, measure in enumerate(label_of):
-            axis = axes[row, column]
+            axis = axes[row][column]
             for i, (label, history) in enumerate(histories.items()):
                 points = [p for p in history.points if text in p.losses]
-                axis.plot(
-                    [getattr(p, measure) for p in points],
-                    [p.losses[text] for p in points],
-                    label=label, marker="o", markersize=3, color=plots.colour(i),
-                    linestyle="--" if history.settings["options"]["distillation"] else "-",
-                )  # fmt: skip
+                xs, losses = [getattr(p, measure) for p in points], [p.losses[text] for p in points]
+                distilled = history.settings["options"]["distillation"]
+                style = "o--" if distilled else "o-"
+                axis.plot(xs, losses, style, label=label, markersize=3, color=plots.colour(i))
             plots.label(axis, x=label_of[measure], y=f"log-perplexity, {text}")
-            # whole steps, and the losses themselves rather than what they have more than another
+            # whole steps, and the losses themselves instead of their distance from an offset
             axis.locator_params(axis="x", integer=True)
             axis.ticklabel_format(useOffset=False)
             low, high = _range(histories, text)
             axis.set_ylim(low, high)
             if high is not None:
                 axis.set_title("first points lie above the frame", fontsize=8)
-    plots.legend(axes[0, 0])
+    plots.legend(axes[0][0])
     return figure
 
 
 def _range(histories: Mapping[str, History], text: str) -> tuple[float | None, float | None]:
-    """Ends of the axis: a run may start above it, and then leaves the others room to differ."""
+    """Ends of the axis. A far higher start of a run is left out: it would hide differences."""
     losses = [[p.losses[text] for p in h.points if text in p.losses] for h in histories.values()]
-    all_of = [loss for run in losses for loss in run]
+    every = [loss for run in losses for loss in run]
     later = [loss for run in losses for loss in run[1:]]
-    room = max(later, default=0.0) - min(all_of, default=0.0)
+    room = max(later, default=0.0) - min(every, default=0.0)
     if room <= 0:
         return None, None
-    top = min(all_of) + 1.6 * room
-    return (min(all_of) - 0.1 * room, top) if max(all_of) > top else (None, None)
+    top = min(every) + 1.6 * room
+    return (min(every) - 0.1 * room, top) if max(every) > top else (None, None)

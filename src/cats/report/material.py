@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cats.errors import DataError, FormatError, StorageError
 from cats.history import is_history
@@ -21,11 +21,11 @@ from cats.results import (
     read_results,
 )
 
-# Times over variants and sparsities.
+# Records with a time, a variant and a sparsity.
 Time = MLPTime | TokenTime | DemoTime
 _Q = TypeVar("_Q", Perplexity, TaskScore)
-# A name for readers, and hashes of what it names.
-_Group = tuple[str, tuple[str, ...]]
+# A name for readers, and the hashes of the model and text.
+_GroupKey = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Tradeoff:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """What figures call the two."""
+        """Labels of the dense and the sparse model."""
         return self.dense.variant, self.sparse.variant
 
     @staticmethod
     def speed(time: DemoTime, value: float | None = None) -> float:
-        """Tokens per second of a time in milliseconds: of its value, or of another one."""
+        """Tokens per second, from the value of a time or from another one in milliseconds."""
         return 1e3 / (time.value if value is None else value)
 
     def sentence(self) -> str:
@@ -69,9 +69,9 @@ class Material:
     """What a report is made of.
 
     Attributes:
-        results: Of every kind, in the order of their files.
+        results: Results of every kind, in the order of their files.
         profiles: What ``cats profile -o`` wrote.
-        files: Where they come from.
+        files: Names of the files.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -87,38 +87,38 @@ class Material:
             FormatError: If a file holds something else.
             DataError: If there is nothing in them.
         """
-        found = cls()
+        material = cls()
         histories = 0
         for path in paths:
             for file in _files(path):
                 if file.suffix == ".jsonl" and path.is_dir() and is_history(file):
                     histories += 1
                     continue
-                found.files.append(str(file.relative_to(path.parent)))
+                material.files.append(str(file.relative_to(path.parent)))
                 if file.suffix == ".jsonl":
-                    found.results += read_results(file)
+                    material.results += read_results(file)
                 else:
-                    found.profiles.append(ProfileRecord.load(file))
-        if not found.results and not found.profiles:
+                    material.profiles.append(ProfileRecord.load(file))
+        if not material.results and not material.profiles:
             hint = "; cats bench results curves draws histories of fine-tuning" if histories else ""
             raise DataError(
                 f"no results: name .jsonl files of results or folders that hold some{hint}"
             )
-        return found
+        return material
 
     def tasks(self) -> dict[str, list[TaskScore]]:
         """Model and limit to its results of zero-shot tasks; a repeated one counts once."""
-        groups: dict[_Group, dict[Any, TaskScore]] = {}
+        groups: dict[_GroupKey, dict[Hashable, TaskScore]] = {}
         for r in self.results:
             if isinstance(r, TaskScore):
-                asked = "" if r.limit is None else f", at most {r.limit:,} questions per task"
-                group = f"{r.model}, {r.dtype}{asked}", r.hashes
+                limit = "" if r.limit is None else f", at most {r.limit:,} questions per task"
+                group = f"{r.model}, {r.dtype}{limit}", r.hashes
                 groups.setdefault(group, {})[r.variant, r.task, r.quantity] = r
         return _named(groups)
 
     def perplexities(self) -> dict[str, list[Perplexity]]:
         """Model and text to its perplexities, one per variant."""
-        groups: dict[_Group, dict[Any, Perplexity]] = {}
+        groups: dict[_GroupKey, dict[Hashable, Perplexity]] = {}
         for r in self.results:
             if isinstance(r, Perplexity):
                 group = f"{r.model}, {r.dtype}, {r.tokens:,} tokens of {r.text}", r.hashes
@@ -126,7 +126,7 @@ class Material:
         return _named(groups)
 
     def times(self) -> dict[str, list[Time]]:
-        """What was timed, where and how to its times, over variants and sparsities."""
+        """What was timed, with its device and settings, to the times of all its variants."""
         groups: dict[str, dict[tuple[str, float], Time]] = {}
         for r in self.results:
             if isinstance(r, Time):
@@ -147,37 +147,37 @@ class Material:
         for r in self.results:
             if isinstance(r, DemoTime):
                 times.setdefault((r.model, r.dtype, r.variant), {})[r.sparsity] = r
-        found = []
+        tradeoffs = []
         for group in self.perplexities().values():
             dense = next((r for r in group if r.method == "dense"), None)
             for p in group:
                 target = p.target_sparsity or 0.0
                 pairs = {
-                    loop: (of[0.0], of[target])
-                    for (model, dtype, loop), of in times.items()
+                    loop: (by_sparsity[0.0], by_sparsity[target])
+                    for (model, dtype, loop), by_sparsity in times.items()
                     if (model, dtype, p.method) == (p.model, p.dtype, "cats")
-                    and {0.0, target} <= of.keys()
+                    and {0.0, target} <= by_sparsity.keys()
                 }
                 if dense is not None and target and pairs:
-                    found.append(Tradeoff(dense, p, pairs))
-        return found
+                    tradeoffs.append(Tradeoff(dense, p, pairs))
+        return tradeoffs
 
 
-def _named(groups: dict[_Group, dict[Any, _Q]]) -> dict[str, list[_Q]]:
-    """The groups, sorted, by their names; those of one name say their hashes too."""
+def _named(groups: dict[_GroupKey, dict[Hashable, _Q]]) -> dict[str, list[_Q]]:
+    """Name of each group to its sorted results. Groups of one name have their hashes added."""
     names = Counter(name for name, _ in groups)
-    return {
-        name if names[name] == 1 else f"{name}, hashes {' '.join(hashes) or 'unknown'}":
-            sorted(group.values(), key=lambda r: r.order)
-        for (name, hashes), group in groups.items()
-    }  # fmt: skip
+    named = {}
+    for (name, hashes), group in groups.items():
+        label = name if names[name] == 1 else f"{name}, hashes {' '.join(hashes) or 'unknown'}"
+        named[label] = sorted(group.values(), key=lambda r: r.order)
+    return named
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        # the answers behind the results are none themselves
-        found = path.rglob("*.jsonl")
-        results = [p for p in found if "answers" not in p.relative_to(path).parts]
+        # answers to questions are not results
+        lines = path.rglob("*.jsonl")
+        results = [p for p in lines if "answers" not in p.relative_to(path).parts]
         return sorted([*results, *path.rglob("profile*.json")])
     if not path.is_file():
         raise StorageError(f"{path}: no such file")

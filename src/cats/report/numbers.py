@@ -2,9 +2,9 @@
 
 ``<!-- = PATH: EXPRESSION: FORMAT -->24.9<!-- / -->`` is such a number. An expression is arithmetic
 over fields of records: ``value(variant="dense", task="mean")`` is the value of the only measurement
-of which all that stands in the brackets is true. PATH is a file or a folder. FORMAT is that of
-Python, such as ``.1f``; with ``+`` or ``%`` it says sign or percent. The mark does not begin a
-line, where Markdown would end the paragraph.
+with these fields. PATH is a file or a folder. FORMAT is a format of Python, such as ``.1f``; a
+``+`` in it shows the sign, a ``%`` makes percent. The mark does not begin a line, since Markdown
+would end the paragraph there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from cats.errors import DataError
 from cats.history import History, is_history, recovered
@@ -37,12 +36,17 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
 }
 
 
-class Facts:
-    """All that the results and histories in a file or folder say.
+# Which measurement it is, and its fields.
+_Row = tuple[str, Mapping[str, object]]
 
-    Of a history, each evaluated text of each evaluation is a row with ``run``, ``text``, ``step``,
-    ``point`` (``"first"``, ``"last"`` or ``"between"``), ``loss``, ``sparsity`` and ``recovered``,
-    and each task a row with ``run``, ``task``, ``point`` and ``accuracy``.
+
+class Facts:
+    """All measurements of the results and histories in a file or folder.
+
+    Each evaluation of a history gives one row per text and one per task. The row of a text has
+    ``run``, ``text``, ``step``, ``point`` (``"first"``, ``"last"`` or ``"between"``), ``loss``,
+    ``sparsity`` and ``recovered``. The row of a task has ``run``, ``task``, ``step``, ``point`` and
+    ``accuracy``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +58,7 @@ class Facts:
         """
         self._path = path
         files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        self._rows: list[tuple[str, Mapping[str, Any]]] = []
+        self._rows: list[_Row] = []
         histories = {}
         for file in files:
             if "answers" in file.parts:
@@ -68,43 +72,45 @@ class Facts:
         if not self._rows:
             raise DataError(f"{path}: holds no results and no history")
 
-    def get(self, field: str, wanted: Mapping[str, Any]) -> float:
-        """A field of the only measurement with some fields of the wanted values.
+    def get(self, field: str, conditions: Mapping[str, object]) -> float:
+        """A field of the only measurement whose other fields have the values of ``conditions``.
 
-        Where it was measured again, the last one counts.
+        If it was measured again, the last one counts.
 
         Raises:
             DataError: If no measurement fits, or more than one.
         """
-        fitting = {
-            identity: row
-            for identity, row in self._rows
-            if all(row.get(name, _ABSENT) == value for name, value in wanted.items())
-            and isinstance(row.get(field), int | float)
-        }
-        asked = f"{field}({', '.join(f'{name}={value!r}' for name, value in wanted.items())})"
-        if not fitting:
-            raise DataError(f"nothing in {self._path} is {asked}")
-        if len(fitting) > 1:
-            first, second = list(fitting.values())[:2]
+        rows: dict[str, Mapping[str, object]] = {}
+        numbers: dict[str, float] = {}
+        for identity, row in self._rows:
+            number = row.get(field)
+            if isinstance(number, int | float) and all(
+                row.get(name, _ABSENT) == value for name, value in conditions.items()
+            ):
+                rows[identity], numbers[identity] = row, float(number)
+        terms = ", ".join(f"{name}={value!r}" for name, value in conditions.items())
+        if not rows:
+            raise DataError(f"nothing in {self._path} is {field}({terms})")
+        if len(rows) > 1:
+            first, second = list(rows.values())[:2]
             names = [n for n in first if n not in _VALUES and first[n] != second.get(n, _ABSENT)]
             raise DataError(
-                f"{len(fitting)} measurements in {self._path} are {asked}; say also one of "
+                f"{len(rows)} measurements in {self._path} are {field}({terms}); say also one of "
                 f"{', '.join(names)}"
             )
-        return float(next(iter(fitting.values()))[field])
+        return next(iter(numbers.values()))
 
 
 _ABSENT = object()
-# Of a row, what does not say which measurement it is.
+# Fields of a row that do not say which measurement it is.
 _VALUES = {"value", "low", "high", "samples"}
 
 
 def number(facts: Facts, expression: str, form: str) -> str:
-    """The number that an expression makes of what a results file or folder says.
+    """The number that an expression gives, in a format of Python.
 
     Raises:
-        DataError: If it is no such expression, or a measurement is not there or not the only one.
+        DataError: If it is no such expression, if a measurement is not there, or if several fit.
     """
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
@@ -126,14 +132,14 @@ def _value(node: ast.expr, facts: Facts) -> float:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
             return _FUNCTIONS[name](*(_value(arg, facts) for arg in args))
         case ast.Call(func=ast.Name(id=field), args=[], keywords=keywords):
-            wanted = {word.arg: ast.literal_eval(word.value) for word in keywords if word.arg}
-            return facts.get(field, wanted)
+            conditions = {word.arg: ast.literal_eval(word.value) for word in keywords if word.arg}
+            return facts.get(field, conditions)
     raise DataError(
         f"{ast.unparse(node)!r} is no number: write FIELD(NAME=VALUE, ...), and + - * / between"
     )
 
 
-def _row_of(result: Result) -> tuple[str, Mapping[str, Any]]:
+def _row_of(result: Result) -> _Row:
     row = {**result.model_dump(exclude={"environment"}), "device": result.device}
     if isinstance(result, TokenTime):
         row |= {"tokens_per_second": result.tokens_per_second, "speedup": result.speedup}
@@ -141,18 +147,16 @@ def _row_of(result: Result) -> tuple[str, Mapping[str, Any]]:
     return json.dumps(key, sort_keys=True), row
 
 
-def _rows_of(
-    run: str, history: History, all_of: Mapping[str, History]
-) -> list[tuple[str, Mapping[str, Any]]]:
-    rows: list[tuple[str, Mapping[str, Any]]] = []
+def _rows_of(run: str, history: History, histories: Mapping[str, History]) -> list[_Row]:
+    rows: list[_Row] = []
     for index, point in enumerate(history.points):
         last = index == len(history.points) - 1
-        where = "first" if index == 0 else "last" if last else "between"
-        about = {"run": run, "point": where, "step": point.step, "tokens": point.tokens}
+        position = "first" if index == 0 else "last" if last else "between"
+        common = {"run": run, "point": position, "step": point.step, "tokens": point.tokens}
         for text, loss in point.losses.items():
-            share = recovered(history, all_of.values(), text) if last else None
-            more = {"loss": loss, "sparsity": point.sparsity, "recovered": share}
-            rows.append((f"{run} {text} {index}", {**about, "text": text, **more}))
+            share = recovered(history, histories.values(), text) if last else None
+            fields = {"loss": loss, "sparsity": point.sparsity, "recovered": share}
+            rows.append((f"{run} {text} {index}", {**common, "text": text, **fields}))
         for task, accuracy in point.accuracy.items():
-            rows.append((f"{run} {task} {index}", {**about, "task": task, "accuracy": accuracy}))
+            rows.append((f"{run} {task} {index}", {**common, "task": task, "accuracy": accuracy}))
     return rows

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from cats.report import activations, paper, quality
 from cats.report.material import Material
@@ -32,9 +32,9 @@ def write_page(material: Material, path: Path, *, title: str = "CATS") -> dict[s
     """Write the report.
 
     Args:
-        material: What it is made of.
-        path: The page.
-        title: Its title.
+        material: Results and profiles.
+        path: File of the page.
+        title: Title of the page.
 
     Returns:
         Name of each figure to its SVG.
@@ -72,15 +72,13 @@ class _Page:
         self.figures: dict[str, str] = {}
 
     def tradeoffs(self, material: Material) -> None:
-        found = material.tradeoffs()
-        if found:
+        tradeoffs = material.tradeoffs()
+        if tradeoffs:
             self._heading("What was gained for what")
-        for each in found:
-            self._text(each.sentence())
-            self._draw({
-                "Perplexity against measured speed; the bars are quartiles of the runs":
-                    lambda name, e=each: quality.tradeoff(e, name)
-            })  # fmt: skip
+        for tradeoff in tradeoffs:
+            self._text(tradeoff.sentence())
+            caption = "Perplexity against measured speed; the bars are quartiles of the runs"
+            self._draw({caption: partial(quality.tradeoff, tradeoff)})
 
     def quality(self, material: Material) -> None:
         perplexities, tasks = material.perplexities(), material.tasks()
@@ -89,12 +87,8 @@ class _Page:
             self._heading("Perplexity")
         for name, group in perplexities.items():
             self._heading(name, level=3)
-            self._table(
-                Table(
-                    columns=["variant", "perplexity", "change", "MLP read", "MB per token"],
-                    rows=perplexity_rows(group),
-                )
-            )  # fmt: skip
+            columns = ["variant", "perplexity", "change", "MLP read", "MB per token"]
+            self._table(Table(columns=columns, rows=perplexity_rows(group)))
             self._note(calibration(group))
             self._quality_figures(group, "perplexity", traffic)
         if tasks:
@@ -122,18 +116,15 @@ class _Page:
         for profile in material.profiles:
             sparse = profile.cats
             label = label_of(sparse["method"], sparse.get("target_sparsity")) if sparse else "dense"
-            self._heading(
-                f"{profile.model}, {label}, {profile.tokens:,} tokens of {profile.text}",
-                level=3,
-            )
-            self._draw({
-                "Magnitudes of activations; dotted: the threshold of that layer":
-                    lambda name, p=profile: activations.histograms(p, name),
-                "Share of zeros, layer by layer":
-                    lambda name, p=profile: activations.layers(p, name),
-                "Share of zeros by position":
-                    lambda name, p=profile: activations.positions(p, name),
-            })  # fmt: skip
+            tokens = f"{profile.tokens:,} tokens of {profile.text}"
+            self._heading(f"{profile.model}, {label}, {tokens}", level=3)
+            magnitudes = "Magnitudes of activations; dotted: the threshold of that layer"
+            drawings = {
+                magnitudes: activations.histograms,
+                "Share of zeros, layer by layer": activations.layers,
+                "Share of zeros by position": activations.positions,
+            }
+            self._draw({caption: partial(draw, profile) for caption, draw in drawings.items()})
             shares = ", ".join(f"{q}: {value:.1%}" for q, value in profile.by_token.items())
             self._note(f"Share of zeros of a token, quantiles over the tokens: {shares}.")
 
@@ -145,9 +136,9 @@ class _Page:
             self._heading(name, level=3)
             # a demo's speeds stand in its figure of what was gained
             if not isinstance(group[0], DemoTime) and has_lines(group):
-                self._draw({"Speed against sparsity": lambda figure, g=group: times(g, figure)})
+                self._draw({"Speed against sparsity": partial(times, group)})
             header = ["variant", "sparsity", group[0].unit, "quartiles", "limit", "of limit"]
-            # a column that nothing stands in is left out
+            # empty columns are left out
             columns = 6 if any(r.limit is not None for r in group) else 4
             rows = [time_row(r)[:columns] for r in group]
             self._table(Table(columns=header[:columns], rows=rows))
@@ -169,7 +160,7 @@ class _Page:
         self._note("Files: " + ", ".join(material.files) + ".")
         by_benchmark: dict[str, dict[str, None]] = {}
         for r in material.results:
-            environment = {n: v for n, v in r.environment.items() if n != "time"}
+            environment = {name: v for name, v in r.environment.items() if name != "time"}
             block = json.dumps(environment, indent=1)
             by_benchmark.setdefault(r.benchmark, {})[block] = None
         for benchmark, environments in by_benchmark.items():
@@ -177,8 +168,8 @@ class _Page:
                 self._details(f"{benchmark}: where it was measured", block)
         for r in material.results:
             if isinstance(r, Perplexity) or (isinstance(r, TaskScore) and r.task == MEAN):
-                about = r.text if isinstance(r, Perplexity) else r.task
-                label = f"{r.variant}, {r.quantity}, {about}"
+                data = r.text if isinstance(r, Perplexity) else r.task
+                label = f"{r.variant}, {r.quantity}, {data}"
                 self._details(label, json.dumps(r.settings, indent=1))
 
     def _quality_figures(
@@ -188,35 +179,36 @@ class _Page:
         traffic: Mapping[tuple[str, str], Perplexity],
     ) -> None:
         def sparsity(r: Quality) -> float | None:
-            # ReLU has no target: what it drops
-            read = traffic.get((r.model, r.variant))
-            found = None if read is None else read.realized_sparsity
-            return found if r.target_sparsity is None else r.target_sparsity
+            if r.target_sparsity is not None:
+                return r.target_sparsity
+            # ReLU has no target: its realised sparsity
+            measured = traffic.get((r.model, r.variant))
+            return None if measured is None else measured.realized_sparsity
 
         def megabytes(r: Quality) -> float | None:
-            read = traffic.get((r.model, r.variant))
-            return None if read is None else read.token_bytes / 1e6
+            measured = traffic.get((r.model, r.variant))
+            return None if measured is None else measured.token_bytes / 1e6
 
+        draw = partial(quality.over, group, label=label, log=label == "perplexity")
         sparse = [r for r in group if r.method != "dense"]
-        drawings = {}
+        drawings: dict[str, Callable[[str], str]] = {}
         # one point says no more than the table
         if sum(sparsity(r) is not None for r in sparse) > 1:
-            caption = (
-                f"{label} at each sparsity; two methods may count the same sparsity differently"
-            )
-            drawings[_capital(caption)] = (sparsity, "sparsity")
+            note = "at each sparsity; two methods may count the same sparsity differently"
+            drawings[_capital(f"{label} {note}")] = partial(draw, x=sparsity, x_label="sparsity")
         if sum(megabytes(r) is not None for r in sparse) > 1:
-            caption = f"{label} against the weights that one token reads: compare methods here"
-            drawings[_capital(caption)] = (megabytes, "MB read per token")
-        self._draw({
-            caption: lambda name, x=x, x_label=x_label: quality.over(
-                group, name, label=label, x_label=x_label, x=x, log=label == "perplexity"
-            )
-            for caption, (x, x_label) in drawings.items()
-        })  # fmt: skip
+            note = "against the weights that one token reads: compare methods here"
+            x_label = "MB read per token"
+            drawings[_capital(f"{label} {note}")] = partial(draw, x=megabytes, x_label=x_label)
+        self._draw(drawings)
 
-    def _draw(self, drawings: dict[str, Any]) -> None:
-        """Figures side by side where there is room; each caption to what draws it."""
+    def _draw(self, drawings: Mapping[str, Callable[[str], str]]) -> None:
+        """Figures side by side if there is room.
+
+        Args:
+            drawings: Caption of each figure to what draws it: it takes the figure's name and gives
+                its SVG.
+        """
         if not drawings:
             return
         html = []

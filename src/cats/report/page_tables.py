@@ -1,4 +1,4 @@
-"""What the tables of the page say, and its figures of speed."""
+"""The tables of the page, and its figures of speed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from cats.results import MEAN, Perplexity, TaskScore, TokenTime
 
 
 def has_lines(group: Sequence[Time]) -> bool:
-    """Whether some variant was timed at two sparsities: one point says no more than a table."""
+    """Whether some variant was timed at two sparsities, so that a figure has a line."""
     variants = [r.variant for r in group]
     return len(variants) > len(set(variants))
 
 
 def times(group: Sequence[Time], name: str) -> str:
     """Tokens per second, or times of one unit, over sparsity, as SVG."""
-    figure, axes = plots.figure()
+    figure, axis = plots.single()
     steps = [r for r in group if isinstance(r, TokenTime)]
     if steps:
         variants = dict.fromkeys(r.variant for r in steps)
         colours = {variant: plots.colour(number) for number, variant in enumerate(variants)}
-        tokens.draw(axes[0, 0], steps, colours=colours)
+        tokens.draw(axis, steps, colours=colours)
     else:
-        mlp.draw(axes[0, 0], group)
+        mlp.draw(axis, group)
     return plots.svg(figure, name)
 
 
@@ -46,15 +46,15 @@ def perplexity_rows(group: Sequence[Perplexity]) -> list[list[str]]:
 
 def calibration(group: Sequence[Quality]) -> str:
     """Where the group was measured, and on what its thresholds were calibrated."""
-    where = f"On {group[0].device}. "
+    device = f"On {group[0].device}. "
     sparse = next((r for r in group if r.method != "dense"), None)
     if sparse is None:
-        return where
+        return device
     if sparse.calibration_samples is None:
         count = sparse.calibration_tokens
-        return where if count is None else f"{where}Calibrated on {count:,} tokens."
+        return device if count is None else f"{device}Calibrated on {count:,} tokens."
     return (
-        f"{where}Calibrated on {sparse.calibration_samples} blocks of "
+        f"{device}Calibrated on {sparse.calibration_samples} blocks of "
         f"{sparse.calibration_length} tokens of {sparse.calibration_text}, "
         f"seed {sparse.calibration_seed}."
     )
@@ -64,13 +64,13 @@ def task_table(group: Sequence[TaskScore], title: str, cell: Callable[[TaskScore
     """One row per variant, one column per task, the mean first."""
     tasks: dict[str, str] = {}
     rows: dict[str, dict[str, str]] = {}
-    # the mean, which stands last in the results, stays in sight on a narrow page
+    # the mean is last in the results; as the first column it stays in sight on a narrow page
     for r in sorted(group, key=lambda r: r.task != MEAN):
         tasks[r.task] = f"{r.task} ({r.split}, {r.samples:,})" if r.split else r.task
         rows.setdefault(r.variant, {})[r.task] = cell(r)
     return Table(
         columns=[title, *tasks.values()],
-        rows=[[variant, *(of.get(task, "") for task in tasks)] for variant, of in rows.items()],
+        rows=[[variant, *(row.get(task, "") for task in tasks)] for variant, row in rows.items()],
     )
 
 

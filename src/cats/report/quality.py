@@ -10,14 +10,14 @@ from pathlib import Path
 from cats.errors import DataError
 from cats.report import plots
 from cats.report.material import Tradeoff
-from cats.report.tables import Table, cell, points
+from cats.report.tables import Table, cell, plus_minus, points
 from cats.results import COMPARED, MEAN, Perplexity, TaskScore, read_results
 
 Quality = Perplexity | TaskScore
 
 
 def read_quality(folder: Path) -> list[Quality]:
-    """What ``cats reproduce`` found of perplexity and tasks.
+    """The perplexities and task scores of ``cats reproduce``.
 
     Raises:
         DataError: If there is none of the dense model.
@@ -26,42 +26,39 @@ def read_quality(folder: Path) -> list[Quality]:
     if (folder / "tasks.jsonl").exists():
         files.append(folder / "tasks.jsonl")
     read = (result for file in files for result in read_results(file))
-    found = [result for result in read if isinstance(result, Perplexity | TaskScore)]
-    if not any(result.variant == "dense" for result in found):
+    results = [result for result in read if isinstance(result, Perplexity | TaskScore)]
+    if not any(result.variant == "dense" for result in results):
         raise DataError(f"{folder} holds no results of the dense model: cats reproduce writes them")
-    return found
+    return results
 
 
-def tables(found: Sequence[Quality]) -> list[Table]:
+def tables(results: Sequence[Quality]) -> list[Table]:
     """One row per variant: bytes, perplexity of each text, mean accuracy and its loss; then tasks.
 
     The first table has a title for both.
     """
-    perplexity = {(r.variant, r.text): r for r in found if isinstance(r, Perplexity)}
+    perplexity = {(r.variant, r.text): r for r in results if isinstance(r, Perplexity)}
     accuracy = {
-        (r.variant, r.task): r for r in found if isinstance(r, TaskScore) and r.quantity == "acc"
+        (r.variant, r.task): r for r in results if isinstance(r, TaskScore) and r.quantity == "acc"
     }
-    variants = list(dict.fromkeys(r.variant for r in sorted(found, key=lambda r: r.order)))
+    variants = list(dict.fromkeys(r.variant for r in sorted(results, key=lambda r: r.order)))
     texts = list(dict.fromkeys(text for _, text in perplexity))
     tasks = [t for t in dict.fromkeys(task for _, task in accuracy) if t != MEAN]
-    # of one task there is no mean
+    # a single task has no mean
     has_mean = any(task == MEAN for _, task in accuracy)
     rows = []
     for variant in variants:
-        of_texts = [perplexity.get((variant, text)) for text in texts]
-        share = next((r.mlp_share for r in of_texts if r is not None), None)
-        row = [
-            variant,
-            cell(share, ".1%"),
-            *("" if r is None else f"{r.value:.2f}" for r in of_texts),
-        ]
+        records = [perplexity.get((variant, text)) for text in texts]
+        share = next((r.mlp_share for r in records if r is not None), None)
+        values = ["" if r is None else f"{r.value:.2f}" for r in records]
+        row = [variant, cell(share, ".1%"), *values]
         if has_mean:
             mean = accuracy.get((variant, MEAN))
             row += ["", ""] if mean is None else [f"{mean.value:.2%}", _difference(mean)]
         rows.append(row)
     columns = ["variant", "MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]
     columns += [f"mean of {len(tasks)} tasks", "difference"] if has_mean else []
-    out = [Table(title=_about(found[0]), columns=columns, rows=rows)]
+    out = [Table(title=_title(results[0]), columns=columns, rows=rows)]
     if tasks:
         rows = []
         for task in tasks:
@@ -73,7 +70,7 @@ def tables(found: Sequence[Quality]) -> list[Table]:
     return out
 
 
-def _about(r: Quality) -> str:
+def _title(r: Quality) -> str:
     begin = ", every block begun with a beginning-of-sequence token" if r.bos else ""
     return (
         f"{r.model}, {r.dtype}, on {r.device}; calibrated on {r.calibration_samples} blocks of "
@@ -95,12 +92,10 @@ def _score(result: TaskScore | None) -> str:
 
 
 def _difference(result: TaskScore) -> str:
-    """In points; empty for the dense model."""
+    """In percentage points; empty for the dense model."""
     if result.variant == "dense":
         return ""
-    error = result.difference_stderr
-    beside = "" if error is None else f" ± {100 * error:.2f}"
-    return points(result.difference) + beside
+    return plus_minus(points(result.difference), result.difference_stderr, ".2f")
 
 
 def over(
@@ -117,25 +112,24 @@ def over(
     Args:
         results: One per variant.
         name: Name of the figure on its page.
-        label: Of the measure.
-        x_label: Of what it is drawn over.
-        x: Gives that of a result; None leaves it out. The dense one is a line across.
-        log: A logarithmic scale, for what grows without bound.
+        label: Label of the measure.
+        x_label: Label of the x axis.
+        x: The x of a result; None leaves it out. The dense model is a horizontal line.
+        log: Whether the scale is logarithmic, for a measure without an upper bound.
     """
-    figure, axes = plots.figure()
-    axis = axes[0, 0]
+    figure, axis = plots.single()
     lines: defaultdict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     for r in results:
-        where = x(r)
+        position = x(r)
         if r.method == "dense":
             axis.axhline(r.value, color=plots.INK, linestyle="--", linewidth=1, label="dense")
-        elif where is not None:
-            lines[r.method].append((where, r.value, r.low, r.high))
+        elif position is not None:
+            lines[r.method].append((position, r.value, r.low, r.high))
     # a method has the same colour in every figure
     names = list(dict.fromkeys([*COMPARED[1:], *lines]))
-    for method, of in lines.items():
+    for method, line in lines.items():
         colour = plots.colour(names.index(method))
-        plots.line(axis, sorted(of), label=method, colour=colour)
+        plots.line(axis, sorted(line), label=method, colour=colour)
     plots.label(axis, x=x_label, y=label)
     if log:
         from matplotlib.ticker import LogFormatter
@@ -147,27 +141,38 @@ def over(
     return plots.svg(figure, name)
 
 
-def tradeoff(found: Tradeoff, name: str) -> str:
+def tradeoff(tradeoff: Tradeoff, name: str) -> str:
     """Perplexity against measured speed: dense and sparse, one line for each loop."""
-    figure, axes = plots.figure()
-    axis = axes[0, 0]
-    for number, (loop, (dense, sparse)) in enumerate(found.times.items()):
+    figure, axis = plots.single()
+    perplexities = tradeoff.dense.value, tradeoff.sparse.value
+    # labels stand above the upper point and below the lower one: away from the line between them
+    sides = (-1, 1) if perplexities[1] >= perplexities[0] else (1, -1)
+    for number, (loop, times) in enumerate(tradeoff.times.items()):
+        speeds = [tradeoff.speed(time) for time in times]
+        below = [v - tradeoff.speed(t, t.high) for v, t in zip(speeds, times, strict=True)]
+        above = [tradeoff.speed(t, t.low) - v for v, t in zip(speeds, times, strict=True)]
         colour = plots.colour(number)
-        times, ends = (dense, sparse), (found.dense.value, found.sparse.value)
-        speeds = [found.speed(time) for time in times]
-        below = [v - found.speed(t, t.high) for v, t in zip(speeds, times, strict=True)]
-        above = [found.speed(t, t.low) - v for v, t in zip(speeds, times, strict=True)]
         axis.errorbar(
-            speeds, ends, xerr=[below, above], label=loop, marker="o", markersize=4, capsize=2,
+            speeds,
+            perplexities,
+            xerr=[below, above],
+            label=loop,
             color=colour,
-        )  # fmt: skip
-        # above the upper point and below the lower one: away from the line between them
-        up = 1 if found.sparse.value >= found.dense.value else -1
-        for speed, value, word, side in zip(speeds, ends, found.labels, (-up, up), strict=True):
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
+        points = zip(speeds, perplexities, strict=True)
+        for point, label, side in zip(points, tradeoff.labels, sides, strict=True):
             axis.annotate(
-                word, (speed, value), (0, 6 * side), textcoords="offset points", fontsize=8,
-                ha="center", va="bottom" if side > 0 else "top",
-            )  # fmt: skip
+                label,
+                point,
+                xytext=(0, 6 * side),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+                va="bottom" if side > 0 else "top",
+            )
     x, y = "tokens per second (right is faster)", "perplexity (lower is better)"
     plots.label(axis, x=x, y=y)
     axis.margins(x=0.1, y=0.2)

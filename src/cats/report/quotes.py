@@ -1,7 +1,7 @@
 """Tables and numbers in documents that come from results files: none is typed by hand.
 
 A document holds ``<!-- mlp: PATH -->`` and ``<!-- /mlp -->``, each on a line of its own; the table
-of that file stands between them. ``decode`` instead of ``mlp`` quotes times of whole tokens,
+of that file stands between them. ``decode`` instead of ``mlp`` quotes times of tokens,
 ``finetune`` the histories in a folder, ``quality`` the folder of ``cats reproduce``. A number in a
 sentence stands between two marks of its own, as :mod:`cats.report.numbers` says.
 """
@@ -29,7 +29,7 @@ def _finetune(path: Path) -> str:
     return finetuning.table(runs).markdown()
 
 
-# What each kind of quote makes of the path behind it.
+# Kind of a quote to what makes its table from a path.
 _TABLES: dict[str, Callable[[Path], str]] = {
     "mlp": lambda path: mlp.summary(mlp.panels(read_results(path))).markdown(),
     "decode": lambda path: tokens.summary(tokens.panels(read_results(path))).markdown(),
@@ -39,8 +39,8 @@ _TABLES: dict[str, Callable[[Path], str]] = {
 _QUOTE = re.compile(
     rf"(?<=^<!-- )({'|'.join(_TABLES)})(: )(\S+)( -->\n)(.*?)(?=^<!-- /\1 -->$)", re.S | re.M
 )
-# What begins like a quote, right or not.
-_BEGUN = re.compile(rf"<!-- (?:=|{'|'.join(f'{kind}:' for kind in _TABLES)})")
+# The beginning of a quote, complete or not.
+_BEGINNING = re.compile(rf"<!-- (?:=|{'|'.join(f'{kind}:' for kind in _TABLES)})")
 
 
 def requote(document: Path) -> str:
@@ -50,7 +50,8 @@ def requote(document: Path) -> str:
 
     Raises:
         StorageError: If a file cannot be read.
-        DataError: If the document quotes nothing, a mark has no end, or a number is not there.
+        DataError: If the document quotes nothing, if a mark has no end, or if the files do not
+            hold a number.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -68,7 +69,7 @@ def requote(document: Path) -> str:
 
     facts_of = cache(Facts)
     text = document.read_text(encoding="utf-8")
-    marks = len(_BEGUN.findall(text))
+    marks = len(_BEGINNING.findall(text))
     changed, numbers = NUMBER.subn(quoted, text)
     changed, tables = _QUOTE.subn(table, changed)
     if not marks:
@@ -79,6 +80,6 @@ def requote(document: Path) -> str:
     if tables + numbers != marks:
         raise DataError(
             f"{document}: {marks} marks begin a table or a number and {tables + numbers} are "
-            "whole: a table ends with a line <!-- /KIND -->, a number with <!-- / -->"
+            "complete: a table ends with a line <!-- /KIND -->, a number with <!-- / -->"
         )
     return changed

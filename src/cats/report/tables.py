@@ -1,4 +1,4 @@
-"""One table, made of records once, and shown in a terminal, in Markdown or in HTML."""
+"""One table of text, shown in a terminal, in Markdown or in HTML."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows of cells that are text already.
+    """Rows of cells, which are text already.
 
     Attributes:
-        columns: Their names; a unit stands behind a comma. Without any name there is no header.
+        columns: Their names; a unit stands after a comma. Without any name there is no header.
         rows: One cell for each column.
-        names: How many of the first columns hold names, which stand at the left; the others hold
-            numbers, which stand at the right.
-        title: Above it.
-        caption: Below it.
+        names: How many of the first columns hold names, aligned left. The others hold numbers,
+            aligned right.
+        title: Text above the table.
+        caption: Text below the table.
         total: A last row that stands apart from the others, such as their mean.
         wrap: Whether names may be broken into lines; numbers never are.
         bars: Whether the last column holds bars, which begin at the left.
@@ -58,8 +58,10 @@ class Table:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def rich(self) -> Group:
-        """For a terminal. Without lines between columns, and with units below the names, most
-        tables fit into 80 characters."""
+        """The table for a terminal.
+
+        Units stand below the names, and no lines between columns: most tables fit 80 characters.
+        """
         from rich import box
         from rich.console import Group
         from rich.markup import escape as plain
@@ -92,15 +94,15 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number in a format such as ``".1%"``; empty where there is none."""
+    """A number in a format such as ``".1%"``; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def points(share: float | None) -> str:
-    """A difference of shares in percentage points; empty where there is none."""
+    """A difference of shares in percentage points; empty for None."""
     return "" if share is None else f"{100 * share:+.2f}"
 
 
 def plus_minus(value: str, error: float | None, form: str) -> str:
-    """A number and its standard error, in percent; the error only where there is one."""
+    """A number and its standard error in percent; without the error if that is None."""
     return value if error is None else f"{value} ± {100 * error:{form}}"

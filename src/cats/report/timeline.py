@@ -1,21 +1,24 @@
-"""Table and plot of ``cats bench timeline``, made of its results alone."""
+"""Table and plot of ``cats bench timeline``, from its results alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cats.errors import DataError
 from cats.report import plots
 from cats.report.tables import Table
 from cats.results import EVENTS, LAUNCHES, Moment, Result
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # device, model, dtype, sparsity, context
 _Key = tuple[str, str, str, float, int]
 
 
 class Panel:
-    """The moments of a layer of one model; the last results count."""
+    """The moments of a layer of one model. Of each moment, the last result counts."""
 
     def __init__(self, key: _Key) -> None:
         device, model, dtype, sparsity, context = key
@@ -25,7 +28,7 @@ class Panel:
 
 
 def panels(results: Iterable[Result]) -> list[Panel]:
-    """Results of this benchmark, by model, sparsity and context; none of other benchmarks."""
+    """Results of this benchmark, by model, sparsity and context; other results are left out."""
     groups: dict[_Key, Panel] = {}
     for r in results:
         if isinstance(r, Moment):
@@ -53,25 +56,25 @@ def _cell(moment: Moment | None) -> str:
     return f"{moment.value:.1f}\n{moment.low:.1f} .. {moment.high:.1f}"
 
 
-def plot(found: Sequence[Panel]) -> Any:
+def plot(layers: Sequence[Panel]) -> Figure:
     """A bar for each launch: pale until the median warp has its input, thin while warps end.
 
     Raises:
         DataError: If there is nothing to draw, or matplotlib is not installed.
     """
-    if not found:
+    if not layers:
         raise DataError("no result of `cats bench timeline` in the file")
-    figure, axes = plots.panels(len(found), size=(4.8, 2.4))
-    for panel, axis in zip(found, axes, strict=True):
+    figure, axes = plots.panels(len(layers), size=(4.8, 2.4))
+    for panel, axis in zip(layers, axes, strict=True):
         for row, launch in enumerate(LAUNCHES):
-            start, given, _, end = (panel.moments.get((launch, event)) for event in EVENTS)
-            if start is None or given is None or end is None:
+            start, ready, _, end = (panel.moments.get((launch, event)) for event in EVENTS)
+            if start is None or ready is None or end is None:
                 continue
             colour = plots.colour(row)
-            wait, work, rest = given.value - start.value, end.low - given.value, end.high - end.low
-            axis.barh(row, wait, left=start.value, color=colour, alpha=0.3)
-            axis.barh(row, work, left=given.value, color=colour)
-            axis.barh(row, rest, left=end.low, color=colour, height=0.3)
+            waiting, ending = ready.value - start.value, end.high - end.low
+            axis.barh(row, waiting, left=start.value, color=colour, alpha=0.3)
+            axis.barh(row, end.low - ready.value, left=ready.value, color=colour)
+            axis.barh(row, ending, left=end.low, color=colour, height=0.3)
         axis.set_yticks(range(len(LAUNCHES)), LAUNCHES)
         axis.invert_yaxis()
         x = "us after the layer before; pale: waits for its input"

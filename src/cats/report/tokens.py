@@ -1,16 +1,18 @@
-"""Tables and plot of ``cats bench decode``, made of its results alone."""
+"""Tables and plot of ``cats bench decode``, from its results alone."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cats.errors import DataError
 from cats.report import plots
 from cats.report.tables import Table, cell, points
 from cats.results import (
     DecodeBandwidth,
+    DecodeResult,
+    DecodeVariantResult,
     FirstTokenTime,
     LaunchTime,
     PeakMemory,
@@ -20,7 +22,11 @@ from cats.results import (
     run_of,
 )
 
-# What the columns mean, for below the tables.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What the columns mean; it stands below the tables.
 LEGEND = """\
 spread: distance of the quartiles over the median. x dense: speed over the fastest loop of the
 dense model, timed in turns in the same run. limit: share of the rate at which memory could
@@ -30,28 +36,30 @@ of memory over the dense model's weights. KL: divergence of each step from the m
 on the same tokens. own KL: of these modules a token at a time. same: equal choices. drop:
 sparsity above that of the modules, in percentage points."""
 
+_SPEED = ("variant", "target", "dropped", "tok/s", "ms", "spread", "x dense", "GB/s", "limit")
 _COSTS = ("variant", "target", "first, ms", "dense, ms", "start, s", "anew", "peak, MB", "over")
 # device, model, dtype, batch, prompt length, new tokens
 _Key = tuple[str, str, str, int, int, int]
 # variant, target sparsity
 _Row = tuple[str, float]
-_R = TypeVar("_R", bound=Result)
+_R = TypeVar("_R", bound=DecodeVariantResult)
 
 
 class Panel:
-    """The results of one model, dtype and prompt on one device; of each row the last run counts.
+    """The results of one model, dtype and prompt on one device.
 
-    Rows may be of different runs: nothing of one is compared with another.
+    Of each row, the last run counts. Rows may be of different runs, which are not compared with
+    each other.
 
     Attributes:
-        rows: By variant and target, one result of each type, all of one run.
-        launches: By variant and target, one result for each kernel.
+        rows: Variant and target to one result of each type, all of one run.
+        launches: Variant and target to one result for each kernel.
         bandwidths: The read bandwidth of each run, GB/s.
     """
 
     def __init__(self, key: _Key) -> None:
         self.device, self.model, self.dtype, self.batch, self.prompt_length, _ = key
-        self.rows: defaultdict[_Row, list[Result]] = defaultdict(list)
+        self.rows: defaultdict[_Row, list[DecodeVariantResult]] = defaultdict(list)
         self.launches: defaultdict[_Row, dict[str, LaunchTime]] = defaultdict(dict)
         self.bandwidths: dict[str, float] = {}
 
@@ -60,26 +68,26 @@ class Panel:
         case = f"batch {self.batch}, prompt {self.prompt_length:,}"
         return f"{self.model}, {self.dtype}, {case}, on {self.device}"
 
-    def add(self, r: Result) -> None:
+    def add(self, r: DecodeResult) -> None:
         if isinstance(r, DecodeBandwidth):
             self.bandwidths[run_of(r)] = r.value
         elif isinstance(r, LaunchTime):
             self.launches[r.variant, r.sparsity][r.kernel] = r
-        elif isinstance(r, TokenTime | FirstTokenTime | StartUpTime | PeakMemory):
+        elif isinstance(r, DecodeVariantResult):
             row = r.variant, r.sparsity
             if isinstance(r, TokenTime):
-                # nothing of an earlier run stands beside what is of this one
+                # a new run begins: results of an earlier one do not stand beside its own
                 self.launches.pop(row, None)
                 self.rows[row].clear()
             self.rows[row].append(r)
 
     def of(self, row: _Row, kind: type[_R]) -> _R | None:
-        """The result of a row that is of this type; the last one, where there are several."""
+        """The last result of a row that is of this type."""
         return next((r for r in reversed(self.rows[row]) if isinstance(r, kind)), None)
 
     def times(self) -> dict[_Row, TokenTime]:
-        found = {row: self.of(row, TokenTime) for row in self.rows}
-        return {row: time for row, time in found.items() if time is not None}
+        times = {row: self.of(row, TokenTime) for row in self.rows}
+        return {row: time for row, time in times.items() if time is not None}
 
     @property
     def runs(self) -> list[str]:
@@ -94,9 +102,8 @@ def panels(results: Iterable[Result]) -> list[Panel]:
         DataError: If there are none.
     """
     groups: dict[_Key, Panel] = {}
-    kinds = TokenTime | FirstTokenTime | StartUpTime | PeakMemory | LaunchTime | DecodeBandwidth
     for r in results:
-        if isinstance(r, kinds):
+        if isinstance(r, DecodeResult):
             key = r.device, r.model, r.dtype, r.batch, r.prompt_length, r.new_tokens
             groups.setdefault(key, Panel(key)).add(r)
     if not groups:
@@ -105,7 +112,7 @@ def panels(results: Iterable[Result]) -> list[Panel]:
 
 
 def tables(panel: Panel) -> list[Table]:
-    """Speed, what it takes, whether it is right where that was checked, the launches of a step."""
+    """Speed, other costs, the check of our own loops, and the launches of a step."""
     checks = _checks(panel)
     launches = (_launches(panel, row) for row in panel.launches)
     return [_speed(panel), _costs(panel), *([checks] if checks.rows else []), *launches]
@@ -116,25 +123,25 @@ def _speed(panel: Panel) -> Table:
     rates = [f"{panel.bandwidths[run]:.0f}" for run in panel.runs if run in panel.bandwidths]
     reads = f": reads {', '.join(rates)} GB/s" if rates else ""
     several = f" ({len(panel.runs)} runs)" if len(panel.runs) > 1 else ""
-    return Table(
-        title=panel.title + reads + several,
-        columns=(
-            "variant", "target", "dropped", "tok/s", "ms", "spread", "x dense", "GB/s", "limit",
-        ),
-        rows=[
-            [
-                variant, f"{sparsity:.0%}", f"{step.realized_sparsity:.1%}",
-                f"{step.tokens_per_second:.1f}", f"{step.value:.2f}",
-                f"{(step.high - step.low) / step.value:.0%}", cell(step.speedup, ".2f"),
-                f"{step.bytes / step.value / 1e6:.0f}", f"{step.limit_ms / step.value:.2f}",
-            ]
-            for (variant, sparsity), step in panel.times().items()
-        ],
-    )  # fmt: skip
+    rows = []
+    for (variant, sparsity), step in panel.times().items():
+        cells = {
+            "variant": variant,
+            "target": f"{sparsity:.0%}",
+            "dropped": f"{step.realized_sparsity:.1%}",
+            "tok/s": f"{step.tokens_per_second:.1f}",
+            "ms": f"{step.value:.2f}",
+            "spread": f"{(step.high - step.low) / step.value:.0%}",
+            "x dense": cell(step.speedup, ".2f"),
+            "GB/s": f"{step.bytes / step.value / 1e6:.0f}",
+            "limit": f"{step.limit_ms / step.value:.2f}",
+        }
+        rows.append([cells[column] for column in _SPEED])
+    return Table(title=panel.title + reads + several, columns=_SPEED, rows=rows)
 
 
 def _costs(panel: Panel) -> Table:
-    """What a token takes besides its time."""
+    """First token, start-up and memory."""
     rows = []
     for row in panel.rows:
         cells = dict.fromkeys(_COSTS, "") | {"variant": row[0], "target": f"{row[1]:.0%}"}
@@ -151,7 +158,7 @@ def _costs(panel: Panel) -> Table:
                 "over": f"{peak.over_dense_weights:+.1%}",
             }
         rows.append(cells)
-    # a CPU has no peak of its memory
+    # the peak of a CPU's memory is not measured
     on_gpu = any(row["peak, MB"] for row in rows)
     columns = [name for name in _COSTS if on_gpu or name not in ("peak, MB", "over")]
     return Table(columns=columns, rows=[[row[column] for column in columns] for row in rows])
@@ -189,16 +196,16 @@ def _launches(panel: Panel, row: _Row) -> Table:
     )
 
 
-def summary(found: Sequence[Panel]) -> Table:
+def summary(models: Sequence[Panel]) -> Table:
     """Tokens per second through the loop, one row for each model and variant.
 
-    A row names a batch or prompt that is not that of the heading.
+    A row names its batch or prompt if it is not that of the title.
     """
-    batch, prompt = found[0].batch, found[0].prompt_length
-    sparsities = sorted({sparsity for panel in found for _, sparsity in panel.times()})
-    dtypes = ", ".join(dict.fromkeys(panel.dtype for panel in found))
+    batch, prompt = models[0].batch, models[0].prompt_length
+    sparsities = sorted({sparsity for panel in models for _, sparsity in panel.times()})
+    dtypes = ", ".join(dict.fromkeys(panel.dtype for panel in models))
     rows = []
-    for panel in found:
+    for panel in models:
         times = panel.times()
         model = panel.model
         if dtypes != panel.dtype:
@@ -209,9 +216,9 @@ def summary(found: Sequence[Panel]) -> Table:
             model += f", prompt {panel.prompt_length:,}"
         for variant in dict.fromkeys(variant for variant, _ in times):
             steps = [times.get((variant, sparsity)) for sparsity in sparsities]
-            rows.append([model, variant, *map(_beside, steps)])
+            rows.append([model, variant, *map(_rate_cell, steps)])
     return Table(
-        title=f"{found[0].device}, {dtypes}, batch {batch}, prompt {prompt}: tokens per second "
+        title=f"{models[0].device}, {dtypes}, batch {batch}, prompt {prompt}: tokens per second "
         "(fraction of the memory limit, speed-up over the fastest dense loop of the same run)",
         columns=["model", "", *(f"{sparsity:.0%}" for sparsity in sparsities)],
         rows=rows,
@@ -219,40 +226,42 @@ def summary(found: Sequence[Panel]) -> Table:
     )
 
 
-def _beside(step: TokenTime | None) -> str:
+def _rate_cell(step: TokenTime | None) -> str:
     if step is None:
         return ""
     faster = "" if step.speedup is None else f", {step.speedup:.2f}x"
     return f"{step.tokens_per_second:.1f} ({step.limit_ms / step.value:.2f}{faster})"
 
 
-def plot(found: Sequence[Panel]) -> Any:
-    """Tokens per second against realised sparsity, a picture for each panel.
+def plot(models: Sequence[Panel]) -> Figure:
+    """Tokens per second over realised sparsity, a picture for each panel.
 
     Raises:
         DataError: If matplotlib is not installed.
     """
-    figure, axes = plots.panels(len(found))
-    names = sorted({variant for panel in found for variant, _ in panel.times()})
+    figure, axes = plots.panels(len(models))
+    names = sorted({variant for panel in models for variant, _ in panel.times()})
     # a variant has the same colour in all pictures
     colours = {name: plots.colour(number) for number, name in enumerate(names)}
-    for panel, axis in zip(found, axes, strict=True):
+    for panel, axis in zip(models, axes, strict=True):
         draw(axis, list(panel.times().values()), colours=colours, title=panel.title)
     return figure
 
 
 def draw(
-    axis: Any, steps: Sequence[TokenTime], *, colours: dict[str, str], title: str = ""
+    axis: Axes, steps: Sequence[TokenTime], *, colours: dict[str, str], title: str = ""
 ) -> None:
     """Tokens per second over the dropped share, with the limit that the bytes set."""
     lines: defaultdict[str, list[TokenTime]] = defaultdict(list)
-    limits: dict[float, tuple[float, float]] = {}  # by target: the highest of any run
+    limits: dict[float, tuple[float, float]] = {}  # target to the highest limit of any run
     for step in sorted(steps, key=lambda step: step.realized_sparsity):
         lines[step.variant].append(step)
         limit = step.realized_sparsity, step.rate(step.limit_ms)
         limits[step.sparsity] = max(limits.get(step.sparsity, limit), limit, key=lambda p: p[1])
-    for variant, of in lines.items():
-        rates = [(s.realized_sparsity, s.rate(s.value), s.rate(s.high), s.rate(s.low)) for s in of]
+    for variant, line in lines.items():
+        rates = [
+            (s.realized_sparsity, s.rate(s.value), s.rate(s.high), s.rate(s.low)) for s in line
+        ]
         plots.line(axis, rates, label=variant, colour=colours[variant])
     plots.limit(axis, dict(limits.values()))
     plots.label(axis, x="share of dropped neurons", y="tokens per second", title=title)
