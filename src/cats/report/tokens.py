@@ -33,8 +33,8 @@ dense model, timed in turns in the same run. limit: share of the rate at which m
 deliver the bytes. first: time of the first token. dense: the shortest of a dense loop, timed in
 turns. start: from the first call to its third token. anew: graphs compiled for it. over: peak
 of memory over the dense model's weights. KL: divergence of each step from the model's modules
-on the same tokens. own KL: of these modules a token at a time. same: equal choices. drop:
-sparsity above that of the modules, in percentage points."""
+on the same tokens. own KL: of these modules, run token by token. same: share of equal choices.
+drop: sparsity above that of the modules, in percentage points."""
 
 _SPEED = ("variant", "target", "dropped", "tok/s", "ms", "spread", "x dense", "GB/s", "limit")
 _COSTS = ("variant", "target", "first, ms", "dense, ms", "start, s", "anew", "peak, MB", "over")

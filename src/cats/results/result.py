@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 VERSION = 1
 Value = str | int | float | bool | None
-# A whole number stays one, so that a line that is read is written again byte for byte.
+# An integer stays an integer, so that a line that is read is written again byte for byte.
 Number = int | float
-# Marks a field that was found along with the value: two lines of one run that differ in
-# nothing else are the same measurement.
+# Marks a field that was measured along with the value. Two lines of one run that differ in
+# such fields only are the same measurement.
 FOUND = "found along with the value"
 Found = Annotated[float, FOUND]
 MayBeFound = Annotated[float | None, FOUND]
