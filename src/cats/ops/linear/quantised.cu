@@ -85,9 +85,8 @@ struct Copier {
         runs.ask();
         auto free_slot = [&] {
             if (slot == CHUNKS) slot = 0, parity ^= 1;
-            if (runs.taken < CHUNKS) return;
-            barrier_wait(&shared.done[slot], parity);
-            barrier_wait(&shared.reduced[slot], parity);
+            // the workers are done with a chunk before its sums are read
+            if (runs.taken >= CHUNKS) barrier_wait(&shared.reduced[slot], parity);
         };
         while (more && runs.taken < a.deal.fixed) {
             free_slot();
