@@ -82,18 +82,18 @@ class Uses:
 
     def generate(self):
         ids, count = self.ids(), self.random.randint(1, 12)
-        wanted = self.plain.generate(ids, max_new_tokens=count)
-        actual = cats.generate(self.model, **whole(ids), max_new_tokens=count, **GREEDY)
-        assert_same_tokens(self.plain.model, actual, wanted, tie=1e-3)
+        expected = self.plain.generate(ids, max_new_tokens=count)
+        actual = cats.generate(self.model, **without_padding(ids), max_new_tokens=count, **GREEDY)
+        assert_same_tokens(self.plain.model, actual, expected, tie=1e-3)
 
     def generate_batch(self):
         ids, mask = self.ids(3, 9), torch.ones(3, 9, dtype=torch.long, device=DEVICE)
         for row in range(3):
             mask[row, : self.random.randrange(9)] = 0
-        wanted = self.plain.generate(ids, mask, max_new_tokens=8)
+        expected = self.plain.generate(ids, mask, max_new_tokens=8)
         options = dict(attention_mask=mask, max_new_tokens=8, **GREEDY)
         actual = cats.generate(self.model, ids, **options)
-        assert_same_tokens(self.plain.model, actual, wanted, mask, tie=1e-3)
+        assert_same_tokens(self.plain.model, actual, expected, mask, tie=1e-3)
 
     def converse(self):
         new = self.ids(length=self.random.randint(1, 6))
@@ -102,18 +102,18 @@ class Uses:
         text = torch.cat([self.text, new], 1)
         if self.random.random() < 0.3:  # an earlier turn is edited
             text[0, self.random.randrange(text.shape[1])] = self.random.randrange(256)
-        wanted = self.plain.generate(text, max_new_tokens=10)
-        actual = self.decoder.generate(**whole(text), max_new_tokens=10, **GREEDY)
-        assert_same_tokens(self.plain.model, actual, wanted, tie=1e-3)
-        self.text = wanted
+        expected = self.plain.generate(text, max_new_tokens=10)
+        actual = self.decoder.generate(**without_padding(text), max_new_tokens=10, **GREEDY)
+        assert_same_tokens(self.plain.model, actual, expected, tie=1e-3)
+        self.text = expected
 
     def stream(self):
         ids, count = self.ids(), self.random.randint(1, 12)
-        wanted = self.plain.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
-        stream = self.decoder.stream(**whole(ids), max_new_tokens=12, **GREEDY)
-        found = [int(next(stream)) for _ in range(count)]  # and is dropped
-        row = torch.cat([ids, torch.tensor([found], device=DEVICE)], 1)
-        ended = torch.cat([ids, torch.tensor([wanted[:count]], device=DEVICE)], 1)
+        expected = self.plain.generate(ids, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+        stream = self.decoder.stream(**without_padding(ids), max_new_tokens=12, **GREEDY)
+        tokens = [int(next(stream)) for _ in range(count)]  # and is dropped
+        row = torch.cat([ids, torch.tensor([tokens], device=DEVICE)], 1)
+        ended = torch.cat([ids, torch.tensor([expected[:count]], device=DEVICE)], 1)
         assert_same_tokens(self.plain.model, row, ended, tie=1e-3)
 
     def write_a_weight(self):
@@ -172,10 +172,9 @@ class Uses:
     def refuse(self):
         config = cats.calibrate(make_model(num_hidden_layers=1), [make_ids()], target_sparsity=0.5)
         wrong = {f"elsewhere.{name}": tensors for name, tensors in config.tensors.items()}
+        of_another_model = cats.CatsConfig(method="cats", target_sparsity=0.5, tensors=wrong)
         with pytest.raises(CatsError):
-            cats.sparsify_(self.model, cats.CatsConfig(
-                method="cats", target_sparsity=0.5, tensors=wrong
-            ))  # fmt: skip
+            cats.sparsify_(self.model, of_another_model)
 
     def save_and_load(self):
         if not self.sparse:
@@ -245,15 +244,15 @@ class Uses:
 
     def lose(self):
         """A model that cannot be decoded any more says so, and the loss is undone."""
-        kept = self.model.model.layers
+        layers = self.model.model.layers
         self.model.model.layers = torch.nn.ModuleList([torch.nn.Identity()] * LAYERS)
         with pytest.raises((UnsupportedModelError, CatsError)):
             cats.generate(self.model, self.ids(), max_new_tokens=2)
-        self.model.model.layers = kept
+        self.model.model.layers = layers
 
 
-def whole(ids):
-    """Ids of which none is padding, whatever their number."""
+def without_padding(ids):
+    """Prompts whose mask says that no id is padding, not even the id of padding."""
     return {"inputs": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -271,12 +270,12 @@ class cats_dense:  # noqa: N801 (a context)
         pass
 
 
-NAMES = [
-    "generate", "generate_batch", "converse", "converse", "stream", "write_a_weight",
-    "replace_a_weight", "load_weights", "sparsify", "write_a_threshold", "densify", "fuse", "fuse",
-    "unfuse", "refuse", "save_and_load", "copy", "train", "move", "hook_or_unhook", "release",
-    "lose",
-]  # fmt: skip
+ANSWERS = ["generate", "generate_batch", "converse", "converse", "stream"]
+WEIGHTS = ["write_a_weight", "replace_a_weight", "load_weights"]
+SPARSITY = ["sparsify", "write_a_threshold", "densify", "fuse", "fuse", "unfuse", "refuse"]
+OTHERS = ["save_and_load", "copy", "train", "move", "hook_or_unhook", "release", "lose"]
+# what stands twice comes twice as often
+NAMES = [*ANSWERS, *WEIGHTS, *SPARSITY, *OTHERS]
 
 
 @pytest.mark.filterwarnings("ignore:no sparse backend is live")
@@ -315,13 +314,15 @@ def test_eight_threads_on_one_model_get_the_tokens_of_one(fused):
                 ids = make_ids(rows, choose.randint(1, 40), seed=choose.randrange(2**31))
                 ids, count = ids.to(DEVICE), choose.randint(1, 20)
                 if choose.random() < 0.5:
-                    found = decoder.generate(**whole(ids), max_new_tokens=count, **GREEDY)
+                    answer = decoder.generate(
+                        **without_padding(ids), max_new_tokens=count, **GREEDY
+                    )
                 else:
                     stream = cats.Decoder(model).stream(
-                        **whole(ids), max_new_tokens=count, **GREEDY
+                        **without_padding(ids), max_new_tokens=count, **GREEDY
                     )
-                    found = torch.cat([ids, torch.stack(list(stream), 1).to(DEVICE)], 1)
-                results.append((ids, count, found))
+                    answer = torch.cat([ids, torch.stack(list(stream), 1).to(DEVICE)], 1)
+                results.append((ids, count, answer))
         except Exception as error:  # an assertion in a thread would be lost
             errors.append(error)
 
@@ -332,8 +333,8 @@ def test_eight_threads_on_one_model_get_the_tokens_of_one(fused):
     for thread in threads:
         thread.join()
     assert not errors
-    for ids, count, found in results:
-        wanted = model.generate(
+    for ids, count, answer in results:
+        expected = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **GREEDY
         )
-        assert_same_tokens(model, found, wanted, tie=1e-3)
+        assert_same_tokens(model, answer, expected, tie=1e-3)
