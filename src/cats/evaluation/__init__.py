@@ -1,4 +1,4 @@
-"""What a model is worth: zero-shot tasks, rivals of CATS, what activations look like."""
+"""Evaluation of a model: zero-shot tasks, CATS beside other methods, statistics of activations."""
 
 from cats.evaluation.answers import Answers, Question, Score, paired_difference
 from cats.evaluation.inputs import InputCounts

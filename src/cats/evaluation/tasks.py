@@ -172,9 +172,9 @@ def _load(name: str, data_dir: Path | None) -> dict[str, Any]:
     try:
         tasks: dict[str, Any] = manager.load([spec])["tasks"]
     except (OSError, ValueError, KeyError) as error:
-        where = "the network" if data_dir is None else str(data_dir / name)
+        source = "the network" if data_dir is None else str(data_dir / name)
         raise DataError(
-            f"{name}: its data cannot be loaded from {where} ({type(error).__name__}: {error}); "
+            f"{name}: its data cannot be loaded from {source} ({type(error).__name__}: {error}); "
             "--data-dir takes it from parquet files"
         ) from error
     return tasks

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TypeVar
 
 from cats.errors import ConfigError
 
+Number = TypeVar("Number", int, float)
 
-def _positive(default: Any) -> Any:
+
+def _positive(default: Number) -> Number:
     least = {"least": 1} if isinstance(default, int) else {}
     return field(default=default, metadata={"positive": True, **least})
 
 
-def _not_negative(default: Any) -> Any:
+def _not_negative(default: Number) -> Number:
     return field(default=default, metadata={"positive": False, "least": 0})
 
 
@@ -80,13 +82,13 @@ class FinetuneOptions:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for named in fields(self):
-            value = getattr(self, named.name)
-            positive = named.metadata.get("positive")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            positive = option.metadata.get("positive")
             if positive is True and not 0 < value < math.inf:
-                raise ConfigError(f"{named.name} must be positive, got {value}")
+                raise ConfigError(f"{option.name} must be positive, got {value}")
             if positive is False and not 0 <= value < math.inf:
-                raise ConfigError(f"{named.name} must not be negative, got {value}")
+                raise ConfigError(f"{option.name} must not be negative, got {value}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}")
         if not 0 <= self.distillation <= 1:

@@ -1,6 +1,6 @@
 """The processes of one training, as ``torchrun`` and ``accelerate launch`` describe them.
 
-Read from the environment, which also tells it before the processes are connected.
+They are read from the environment, since checks need them before the processes are connected.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def device_environment(model: nn.Module, commit: str | None = None) -> dict[str,
     return dict(environment("cpu" if device.type == "cpu" else str(device), commit=commit))
 
 
-def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_run(path: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise an error if a stored history is that of another run.
 
     Args:
@@ -136,7 +136,7 @@ def check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """Names of settings that differ; those of nested ones have a dot, such as ``options.seed``."""
     names = []
     for name in dict.fromkeys([*old, *new]):

@@ -9,12 +9,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cats.data import read_text
 from cats.errors import ConfigError, DataError, StorageError
 
-# The paper's data, which is used if no text is named.
+# The data of the paper: the default text.
 REFINEDWEB = "tiiuae/falcon-refinedweb"
 _TEXT_COLUMNS = ("text", "content")
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".gz")
@@ -88,19 +87,20 @@ def read_texts(source: Source, *, column: str | None = None) -> Iterator[str]:
         return
     empty = True
     for number, row in enumerate(_rows(source, stream=True), start=1):
-        found = column or next((name for name in _TEXT_COLUMNS if name in row), None)
-        if found is None or found not in row:
-            wanted = column or " or ".join(_TEXT_COLUMNS)
-            raise DataError(f"{source}, row {number}: no column {wanted}; there are {[*row]}")
-        if not isinstance(row[found], str):
-            raise DataError(f"{source}, row {number}: column {found} holds no text")
-        empty = empty and not row[found].strip()
-        yield row[found]
+        text_column = column or next((name for name in _TEXT_COLUMNS if name in row), None)
+        if text_column is None or text_column not in row:
+            expected = column or " or ".join(_TEXT_COLUMNS)
+            raise DataError(f"{source}, row {number}: no column {expected}; there are {[*row]}")
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise DataError(f"{source}, row {number}: column {text_column} holds no text")
+        empty = empty and not text.strip()
+        yield text
     if empty:
         raise DataError(f"{source}: holds no text")
 
 
-def read_rows(source: Source, columns: Sequence[str]) -> list[dict[str, Any]]:
+def read_rows(source: Source, columns: Sequence[str]) -> list[dict[str, object]]:
     """The rows of JSON lines, a parquet file or a data set.
 
     Raises:
@@ -134,7 +134,7 @@ def _part(text: str, source: Source) -> str:
     return text[cut(source.start) : cut(source.end)]
 
 
-def _rows(source: Source, *, stream: bool) -> Iterator[dict[str, Any]]:
+def _rows(source: Source, *, stream: bool) -> Iterator[dict[str, object]]:
     if not source.is_file:
         yield from _dataset(source, stream=stream)
         return
@@ -143,7 +143,7 @@ def _rows(source: Source, *, stream: bool) -> Iterator[dict[str, Any]]:
     yield from rows[round(source.start * len(rows)) : round(source.end * len(rows))]
 
 
-def _json_lines(name: str) -> list[dict[str, Any]]:
+def _json_lines(name: str) -> list[dict[str, object]]:
     rows = []
     try:
         with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
@@ -162,7 +162,7 @@ def _json_lines(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _parquet(name: str) -> list[dict[str, Any]]:
+def _parquet(name: str) -> list[dict[str, object]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -173,7 +173,7 @@ def _parquet(name: str) -> list[dict[str, Any]]:
         raise StorageError(f"{name}: cannot be read: {error}") from error
 
 
-def _dataset(source: Source, *, stream: bool) -> Iterator[dict[str, Any]]:
+def _dataset(source: Source, *, stream: bool) -> Iterator[dict[str, object]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -186,9 +186,11 @@ def _dataset(source: Source, *, stream: bool) -> Iterator[dict[str, Any]]:
     name, config, split = [*source.name.split(":"), "", ""][:3]
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=stream)
-    # whatever the hub raises: there is no network, no such data set, split or configuration
+    # errors of the hub: no network, no such data set, split or configuration
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # imported here: it loads transformers, which options of the command line need not
+        from cats.checkpoint import first_line
+
         raise StorageError(
-            f"{source.name} is no file here, and no data set that can be read: {first}"
+            f"{source.name} is no file here, and no data set that can be read: {first_line(error)}"
         ) from error

@@ -11,7 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from cats.config import CatsConfig
@@ -256,11 +262,23 @@ class _Steps(TrainerCallback):
     def __init__(self, trainer: FinetuneTrainer, on_step: Callable[[int], None]) -> None:
         self._trainer, self._on_step = trainer, on_step
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: object,
+    ) -> None:
         self._trainer.check_thresholds()
         self._trainer.clock.start(state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: object,
+    ) -> None:
         # the Trainer evaluates after the last step, but logs only at multiples of logging_steps
         control.should_log = control.should_log or state.global_step >= state.max_steps
         every = self._trainer.options.recalibrate

@@ -225,7 +225,7 @@ def _kind_of(act: nn.Module) -> tuple[type[nn.Module], str | None]:
 def _weights_and_biases(
     layout: Layout, gate: nn.Linear, up: nn.Linear, down: nn.Linear
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Those of gate, up and down; gate and up are cut out of one tensor where they are stacked."""
+    """Weights and biases of gate, up and down; stacked ones are cut into gate and up."""
     if gate is not up:
         weights = _weight(gate), _weight(up), _weight(down)
         return weights, (_bias(gate), _bias(up), _bias(down))

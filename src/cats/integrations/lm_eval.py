@@ -1,4 +1,4 @@
-"""The model type ``cats`` of lm-evaluation-harness: a sparse checkpoint, or thresholds beside one.
+"""The model type ``cats`` of lm-evaluation-harness: a sparse model, or a dense one and thresholds.
 
 The harness has no entry point for models. So call :func:`register`, then its command, in the same
 process.
@@ -17,9 +17,9 @@ NAME = "cats"
 
 
 def register() -> None:
-    """Make ``--model cats --model_args pretrained=MODEL,thresholds=FILE`` known to the harness.
+    """Register ``--model cats --model_args pretrained=MODEL,thresholds=FILE`` in the harness.
 
-    ``MODEL`` is what :func:`cats.checkpoint.locate` takes. All arguments of the type ``hf`` work as
+    ``MODEL`` is a name for :func:`cats.checkpoint.locate`. All arguments of the type ``hf`` work as
     well. Those that say where files come from (``revision``, ``subfolder``, ``token``,
     ``cache_dir``, ``local_files_only``, ``trust_remote_code``) hold for all files. A sparse
     checkpoint needs no ``thresholds``. Calling this again changes nothing.
@@ -52,7 +52,7 @@ def register() -> None:
             )
             super().__init__(pretrained=locate(pretrained, **hub), **kwargs)
 
-        # the harness passes all of these options on for the weights, but only some here
+        # the harness passes all options of the hub to the weights, but only some to these two
         def _get_config(self, pretrained: str, **kwargs: Any) -> None:
             gguf = {n: kwargs[n] for n in ("gguf_file",) if kwargs.get(n) is not None}
             self._config = load_config(pretrained, **gguf, **self._hub)
@@ -60,10 +60,10 @@ def register() -> None:
         def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
             if tokenizer is None or isinstance(tokenizer, str):
                 names = ("add_bos_token", "gguf_file")
-                how = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
-                if "gguf_file" not in how:
-                    how["use_fast"] = kwargs.get("use_fast_tokenizer", True)
-                tokenizer = load_tokenizer(tokenizer or pretrained, **how, **self._hub)
+                options = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
+                if "gguf_file" not in options:
+                    options["use_fast"] = kwargs.get("use_fast_tokenizer", True)
+                tokenizer = load_tokenizer(tokenizer or pretrained, **options, **self._hub)
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
 
         def _create_model(self, *args: Any, **kwargs: Any) -> None:
@@ -72,19 +72,19 @@ def register() -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """The harness's own command line, with the model type ``cats``.
+    """The command line of the harness, with the model type ``cats``.
 
     Args:
-        arguments: What follows ``lm-eval``.
+        arguments: Those after ``lm-eval``.
     """
     import sys
 
     register()
     from lm_eval.__main__ import cli_evaluate
 
-    kept = sys.argv
+    own_argv = sys.argv
     sys.argv = ["lm-eval", *arguments]
     try:
         cli_evaluate()
     finally:
-        sys.argv = kept
+        sys.argv = own_argv
