@@ -135,10 +135,10 @@ class Hub:
             def do_HEAD(self):
                 hub.requests.append(self.path)
                 file = folder / self.path.removeprefix("/someone/model/resolve/main/")
-                found = file.is_file()
-                body = file.read_bytes() if found else b""
-                self.send_response(200 if found else 404)
-                if found:
+                exists = file.is_file()
+                body = file.read_bytes() if exists else b""
+                self.send_response(200 if exists else 404)
+                if exists:
                     self.send_header("ETag", f'"{file.name}"')
                     self.send_header("X-Repo-Commit", "0" * 40)
                 else:
@@ -194,8 +194,8 @@ def test_model_of_the_hub_loads_and_again_from_the_cache_without_it(
 def test_mistyped_name_asks_the_hub_once_and_says_what_was_looked_for(hub, tmp_path):
     with pytest.raises(StorageError, match=r"no folder of that name.*not on the.*smollm2 is the"):
         cats.from_pretrained("smollm", cache_dir=tmp_path)
-    asked = [path for path in hub.requests if "smollm" in path]
-    assert asked == ["/smollm/resolve/main/config.json"]
+    requested = [path for path in hub.requests if "smollm" in path]
+    assert requested == ["/smollm/resolve/main/config.json"]
 
 
 def test_hub_that_does_not_answer_is_asked_once(hub, tmp_path, caplog):

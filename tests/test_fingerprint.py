@@ -16,11 +16,11 @@ def model():
 def test_one_changed_element_of_any_weight_changes_the_hash(model):
     before = fingerprint.of_model(model)
     for name, weight in model.named_parameters():
-        kept = weight.detach().clone()
+        original = weight.detach().clone()
         with torch.no_grad():
             weight.view(-1)[weight.numel() // 3 + 1] += 0.5
         assert fingerprint.of_model(model) != before, name
-        weight.data = kept
+        weight.data = original
     assert fingerprint.of_model(model) == before
 
 

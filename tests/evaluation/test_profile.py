@@ -27,13 +27,13 @@ def outputs(model, batch):
 
 
 def test_dense_swiglu_has_no_zeros_and_its_mass_near_zero(model, batch):
-    found = profile(model, [batch])
-    assert [layer.activation for layer in found.layers] == ["silu", "silu"]
-    for layer in found.layers:
+    result = profile(model, [batch])
+    assert [layer.activation for layer in result.layers] == ["silu", "silu"]
+    for layer in result.layers:
         assert layer.zero < 1e-3
         assert sum(layer.histogram) == pytest.approx(1)
         assert layer.histogram[0] > 3 * layer.histogram[BINS // 2]
-    assert found.tokens == 8 * 32
+    assert result.tokens == 8 * 32
 
 
 def test_relu_model_shows_its_natural_sparsity(batch):
@@ -64,9 +64,9 @@ def test_shares_are_those_of_the_outputs(model, batch):
 
 def test_profile_of_two_batches_is_that_of_both(model, batch):
     model = cats.sparsify_(model, cats.calibrate(model, [batch], target_sparsity=0.5))
-    whole, halves = profile(model, [batch]), profile(model, batch.split(4))
-    assert whole.by_token == pytest.approx(halves.by_token)
-    for one, two in zip(whole.layers, halves.layers, strict=True):
+    at_once, halves = profile(model, [batch]), profile(model, batch.split(4))
+    assert at_once.by_token == pytest.approx(halves.by_token)
+    for one, two in zip(at_once.layers, halves.layers, strict=True):
         assert (one.zero, one.overlap) == pytest.approx((two.zero, two.overlap))
         assert 8 in one.union
         assert 8 not in two.union
@@ -93,9 +93,9 @@ OPT = OPTConfig(
     ids=["GPT-2", "OPT"],
 )
 def test_ungated_mlps_are_profiled(config, kind, zeros, batch):
-    found = profile(AutoModelForCausalLM.from_config(config).eval(), [batch])
-    assert [layer.activation for layer in found.layers] == [kind, kind]
-    for layer in found.layers:
+    result = profile(AutoModelForCausalLM.from_config(config).eval(), [batch])
+    assert [layer.activation for layer in result.layers] == [kind, kind]
+    for layer in result.layers:
         assert layer.zero == pytest.approx(zeros, abs=0.15)
 
 
@@ -113,6 +113,6 @@ def test_saved_profile_is_json_with_version_and_kind(model, batch, tmp_path):
 
 
 def test_offloaded_model_is_profiled_as_the_one_in_memory(model, batch):
-    wanted = profile(model, [batch])
+    expected = profile(model, [batch])
     accelerate.cpu_offload(model, torch.device("cpu"))
-    assert profile(model, [batch]) == wanted
+    assert profile(model, [batch]) == expected

@@ -27,12 +27,12 @@ def ask(model, tokenizer, variant, data_dir, folder, tasks=("piqa", "sciq"), **o
 
 def test_finished_tasks_are_not_asked_again(model, tokenizer, data_dir, tmp_path, monkeypatch):
     first = ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))
-    real, asked = run.evaluate_task, []
+    real, calls = run.evaluate_task, []
     monkeypatch.setattr(
-        run, "evaluate_task", lambda m, t, task, **k: asked.append(task) or real(m, t, task, **k)
+        run, "evaluate_task", lambda m, t, task, **k: calls.append(task) or real(m, t, task, **k)
     )
     again = ask(model, tokenizer, Dense(), data_dir, tmp_path)
-    assert asked == ["sciq"]
+    assert calls == ["sciq"]
     assert again[0] == first[0]
 
 
@@ -46,8 +46,8 @@ def test_results_stand_beside_the_dense_ones(model, tokenizer, data_dir):
     sparse = Sparse(cats.calibrate(model, [models.make_ids()], target_sparsity=0.9))
     dense = ask(model, tokenizer, Dense(), data_dir, None)
     mine = ask(model, tokenizer, sparse, data_dir, None)
-    found = run.results("cats-90", mine, dense)
-    rows = {(r.settings["task"], r.quantity): r for r in found}
+    records = run.results("cats-90", mine, dense)
+    rows = {(r.settings["task"], r.quantity): r for r in records}
     of_tasks = [(task, metric) for task in ("piqa", "sciq") for metric in ("acc", "acc_norm")]
     assert [*rows] == [*of_tasks, ("mean", "acc")]
     assert rows["sciq", "acc"].settings["split"] == "validation"
@@ -100,8 +100,8 @@ def test_answers_of_other_thresholds_weights_tokenizer_or_data_are_not_taken(
 def test_answers_of_an_older_release_are_not_taken(model, tokenizer, data_dir, tmp_path):
     ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))
     path = tmp_path / "dense" / "piqa.jsonl"
-    kept = Answers.load(path)
-    del kept.settings["weights"]
-    kept.save(path)
+    stored = Answers.load(path)
+    del stored.settings["weights"]
+    stored.save(path)
     with pytest.raises(DataError, match="older release, which did not record weights"):
         ask(model, tokenizer, Dense(), data_dir, tmp_path, tasks=("piqa",))

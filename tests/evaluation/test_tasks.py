@@ -70,13 +70,13 @@ def test_a_missing_test_split_is_replaced_by_validation_and_named(model, tokeniz
 
 
 def test_limit_draws_questions_by_the_seed(model, tokenizer, data_dir):
-    def asked(seed):
+    def drawn_keys(seed):
         answers = evaluate_task(model, tokenizer, "piqa", limit=3, seed=seed, data_dir=data_dir)
         return [q.key for q in answers.questions]
 
-    assert asked(0) == asked(0)
-    assert len(set(map(str, map(asked, range(4))))) > 1
-    assert len(asked(0)) == 3
+    assert drawn_keys(0) == drawn_keys(0)
+    assert len(set(map(str, map(drawn_keys, range(4))))) > 1
+    assert len(drawn_keys(0)) == 3
 
 
 def test_paper8_names_the_eight_tasks():

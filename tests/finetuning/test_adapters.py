@@ -82,8 +82,8 @@ def test_adapter_on_the_built_in_model_loads_by_its_name(tune, base, ids, tmp_pa
     tune(options={"steps": 2})
     monkeypatch.setattr(smollm2, "checkpoint", lambda: base)
     adapter = tmp_path / "run" / "adapter"
-    named, wanted = load_adapter("smollm2", adapter), load_adapter(base, adapter)
-    assert torch.equal(models.logits(named, ids), models.logits(wanted, ids))
+    named, expected = load_adapter("smollm2", adapter), load_adapter(base, adapter)
+    assert torch.equal(models.logits(named, ids), models.logits(expected, ids))
 
 
 def test_folder_without_adapter_is_an_error(base, tmp_path):

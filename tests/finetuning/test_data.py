@@ -131,9 +131,9 @@ def test_prompts_are_as_served_and_the_text_is_whole_wherever_the_answer_begins(
     pairs = Pairs.of_texts(tokenizer, texts)
     for i, (prompt, answer) in enumerate(texts):
         assert pairs.prompts[i] == tokenizer(f"{prompt}\n")["input_ids"]
-        whole = tokenizer(f"{prompt}\n{answer}")["input_ids"]
+        joined = tokenizer(f"{prompt}\n{answer}")["input_ids"]
         ids = pairs[i]["input_ids"].tolist()
-        assert tokenizer.decode(ids) == tokenizer.decode([*whole, tokenizer.eos_token_id])
+        assert tokenizer.decode(ids) == tokenizer.decode([*joined, tokenizer.eos_token_id])
 
 
 def test_tokens_that_cannot_be_told_apart_without_offsets_are_refused():
@@ -168,10 +168,10 @@ def test_prompts_begin_as_the_chat_template_says(begin):
     user = [{"role": "user", "content": "a"}]
     served = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
     bos = [models.BOS]
-    for choice, wanted in ((None, bos if begin else []), (True, bos), (False, [])):
+    for choice, expected_start in ((None, bos if begin else []), (True, bos), (False, [])):
         pairs = Pairs.of_texts(tokenizer, [("a", "b")], bos=choice)
-        assert pairs.prompts[0] == wanted + served[len(bos) if begin else 0 :]
-        assert pairs.start == wanted
+        assert pairs.prompts[0] == expected_start + served[len(bos) if begin else 0 :]
+        assert pairs.start == expected_start
     assert Pairs.of_texts(tokenizer, [("a", "b")]).prompts[0] == served
 
 

@@ -33,11 +33,11 @@ def test_loss_of_pairs_counts_answers_only(make, tokenizer, accelerator):
 
 def test_size_of_batches_is_free(make, ids, accelerator):
     model = make()
-    found = [
+    results = [
         evaluate_loss(model, Blocks(ids), batch_size=n, accelerator=accelerator) for n in (1, 5, 24)
     ]
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-6)
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-6)
 
 
 def test_nan_is_an_error(make, ids, accelerator):

@@ -73,11 +73,11 @@ def test_base_weights_do_not_change(tune, make):
 
 def test_dropped_neurons_get_no_gradient(make, ids):
     model = make()
-    kept = {}
+    is_kept = {}
 
     def record(name):
         def hook(module, args, output):
-            kept[name] = (output != 0).flatten(0, 1).any(0)
+            is_kept[name] = (output != 0).flatten(0, 1).any(0)
 
         return hook
 
@@ -87,7 +87,7 @@ def test_dropped_neurons_get_no_gradient(make, ids):
         mlp.act.register_forward_hook(record(mlp.name))
     model(input_ids=ids[:1, :1]).logits.sum().backward()
     for mlp in mlps:
-        dropped = ~kept[mlp.name]
+        dropped = ~is_kept[mlp.name]
         assert 0 < dropped.sum() < models.F
         for layer in (mlp.module.gate_proj, mlp.module.up_proj):
             assert not layer.weight.grad[dropped].any()
@@ -97,7 +97,7 @@ def test_dropped_neurons_get_no_gradient(make, ids):
 
 def test_interrupted_run_continues_as_if_it_had_not_been(tune, ids, tmp_path):
     options = {"recalibrate": 2, "distillation": 0.5}
-    whole = tune("whole", options=options, calibration=ids)
+    uninterrupted = tune("uninterrupted", options=options, calibration=ids)
 
     def interrupt(step):
         if step == 6:
@@ -109,15 +109,15 @@ def test_interrupted_run_continues_as_if_it_had_not_been(tune, ids, tmp_path):
     steps = []
     resumed = tune("stopped", options=options, calibration=ids, on_step=steps.append)
     assert steps == [5, 6, 7, 8]
-    assert curve(resumed.history) == curve(whole.history)
+    assert curve(resumed.history) == curve(uninterrupted.history)
     for name in ("adapter_model.safetensors", "thresholds.safetensors"):
-        one, two = (tmp_path / run / "adapter" / name for run in ("whole", "stopped"))
+        one, two = (tmp_path / run / "adapter" / name for run in ("uninterrupted", "stopped"))
         assert one.read_bytes() == two.read_bytes()
 
 
 def test_run_interrupted_between_epochs_continues_exactly(tune):
     # 16 rows and batches of 4: checkpoint-4 lies at the end of an epoch, checkpoint-6 within one
-    whole = tune("whole", options={"save_every": 6})
+    uninterrupted = tune("uninterrupted", options={"save_every": 6})
 
     def interrupt(step):
         if step == 7:
@@ -126,7 +126,7 @@ def test_run_interrupted_between_epochs_continues_exactly(tune):
     with pytest.raises(KeyboardInterrupt):
         tune("stopped", options={"save_every": 6}, on_step=interrupt)
     resumed = tune("stopped", options={"save_every": 6})
-    assert curve(resumed.history) == curve(whole.history)
+    assert curve(resumed.history) == curve(uninterrupted.history)
 
 
 def test_interrupted_stream_continues_exactly(tune, tokenizer):
@@ -134,7 +134,7 @@ def test_interrupted_stream_continues_exactly(tune, tokenizer):
         texts = [f"{i} cats sat on {i * 7 % 11} mats. " * 2 for i in range(number)]
         return StreamedBlocks(tokenizer, lambda: iter(texts), length=32)
 
-    whole = tune("whole", train=stream(60))
+    uninterrupted = tune("uninterrupted", train=stream(60))
 
     def interrupt(step):
         if step == 6:
@@ -142,14 +142,14 @@ def test_interrupted_stream_continues_exactly(tune, tokenizer):
 
     with pytest.raises(KeyboardInterrupt):
         tune("stopped", train=stream(60), on_step=interrupt)
-    assert curve(tune("stopped", train=stream(60)).history) == curve(whole.history)
+    assert curve(tune("stopped", train=stream(60)).history) == curve(uninterrupted.history)
     # a stream that ends before the steps do starts again
     short = tune("short", train=stream(8)).history.points
     assert [point.step for point in short] == [0, 2, 4, 6, 8]
 
 
 def test_run_killed_after_its_last_checkpoint_trains_no_further(tune, tmp_path):
-    whole = tune("run")
+    uninterrupted = tune("run")
     history = History.load(tmp_path / "run" / "history.jsonl")
     history.complete = False
     history.save(tmp_path / "run" / "history.jsonl")
@@ -157,7 +157,7 @@ def test_run_killed_after_its_last_checkpoint_trains_no_further(tune, tmp_path):
     steps = []
     again = tune("run", on_step=steps.append)
     assert steps == []
-    assert curve(again.history) == curve(whole.history)
+    assert curve(again.history) == curve(uninterrupted.history)
 
 
 def test_finished_run_is_not_run_again(tune, ids):
@@ -217,7 +217,7 @@ def test_process_killed_within_a_checkpoint_continues_from_the_one_before(
     steps = []
     resumed = tune(options={"save_every": 2}, on_step=steps.append)
     assert steps[0] == 3
-    assert curve(resumed.history) == curve(tune("whole").history)
+    assert curve(resumed.history) == curve(tune("uninterrupted").history)
 
 
 def test_nan_stops_with_a_reason_and_keeps_the_checkpoint_before(tune, make, tmp_path):
@@ -233,7 +233,7 @@ def test_nan_stops_with_a_reason_and_keeps_the_checkpoint_before(tune, make, tmp
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     history = History.load(folder / "history.jsonl")
     assert [point.step for point in history.points] == [0, 2, 4]
-    assert curve(tune().history) == curve(tune("whole").history)
+    assert curve(tune().history) == curve(tune("uninterrupted").history)
 
 
 def test_adapter_loads_on_the_base_and_merged_is_the_same(tune, base, ids, tmp_path):
@@ -327,11 +327,11 @@ def test_full_finetuning_has_nothing_to_merge(tune):
         tune(options={"full": True}, merge=True)
 
 
-@pytest.mark.parametrize("place", ["run", "run/within"])
-def test_file_in_the_place_of_the_folder_is_refused(tune, tmp_path, place):
+@pytest.mark.parametrize("output", ["run", "run/within"])
+def test_file_instead_of_the_folder_is_refused(tune, tmp_path, output):
     (tmp_path / "run").write_text("dear diary")
     with pytest.raises(StorageError, match="run"):
-        tune(place)
+        tune(output)
 
 
 BAD = {

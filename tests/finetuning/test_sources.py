@@ -29,10 +29,10 @@ def test_text_file_is_one_text(write):
 
 @pytest.mark.parametrize("percent", [1, 33, 50, 99])
 def test_parts_share_no_line_and_leave_none_out(write, percent):
-    whole = "".join(f"line {i}\n" for i in range(50))
-    name = write("a.txt", whole)
+    content = "".join(f"line {i}\n" for i in range(50))
+    name = write("a.txt", content)
     [first], [second] = texts(f"{name}[:{percent}%]"), texts(f"{name}[{percent}%:]")
-    assert first + second == whole
+    assert first + second == content
     assert first.endswith("\n")
 
 

@@ -51,12 +51,12 @@ def test_unknown_methods_are_refused(method):
 def test_every_run_starts_from_the_same_weights(run, make, ids):
     model = make("dense")
     runs = grid(["cats-50", "dense", "cats-70"], [1e-2, 1e-3])
-    found = run(runs, model=model)
-    assert [*found] == runs
+    results = run(runs, model=model)
+    assert [*results] == runs
     for method in ("cats-50", "dense", "cats-70"):
-        first, second = (found[Run(method, lr)].points[0] for lr in (1e-2, 1e-3))
+        first, second = (results[Run(method, lr)].points[0] for lr in (1e-2, 1e-3))
         assert first == second
-    assert found[Run("cats-70", 1e-2)].points[0].sparsity > 0.6
+    assert results[Run("cats-70", 1e-2)].points[0].sparsity > 0.6
     assert torch.equal(models.logits(model, ids), models.logits(make("dense"), ids))
 
 
@@ -84,5 +84,5 @@ def test_run_that_diverges_does_not_end_the_sweep(run, make, tmp_path):
         if run.method == "cats-50":
             model.model.norm.weight.data.fill_(torch.nan)
 
-    found = run(grid(["cats-50"], [1e-2]), model=model, on_step=poison)
-    assert isinstance(found[Run("cats-50", 1e-2)], TrainingError)
+    results = run(grid(["cats-50"], [1e-2]), model=model, on_step=poison)
+    assert isinstance(results[Run("cats-50", 1e-2)], TrainingError)

@@ -19,19 +19,19 @@ from tests import models
 @pytest.mark.parametrize("config", models.FAMILIES, ids=lambda c: c.__name__)
 def test_every_family_is_described(config):
     model = models.make_model(config)
-    found = describe_decoder(model)
-    assert (found.heads, found.key_heads, found.head_size) == (2, 1, 8)
-    assert (found.hidden_size, found.dtype) == (16, torch.float32)
-    assert found.head.weight is model.get_output_embeddings().weight
-    assert len(found.layers) == 2
-    layer = found.layers[1]
+    description = describe_decoder(model)
+    assert (description.heads, description.key_heads, description.head_size) == (2, 1, 8)
+    assert (description.hidden_size, description.dtype) == (16, torch.float32)
+    assert description.head.weight is model.get_output_embeddings().weight
+    assert len(description.layers) == 2
+    layer = description.layers[1]
     shapes = [getattr(layer, name).matrix.shape for name in ("q", "k", "v", "o")]
     assert shapes == [(16, 16), (8, 16), (8, 16), (16, 16)]
     assert (layer.attention_post_norm is not None) == (config in (Gemma2Config, Gemma3TextConfig))
     assert (layer.q_norm is not None) == (config in (Qwen3Config, Gemma3TextConfig))
     assert layer.weight_offset == ("Gemma" in config.__name__)
     assert layer.mlp.activation == ("gelu_tanh" if "Gemma" in config.__name__ else "silu")
-    assert (found.logit_softcap > 0) == (config is Gemma2Config)
+    assert (description.logit_softcap > 0) == (config is Gemma2Config)
 
 
 def test_projections_of_a_stacked_layer_are_rows_of_it():
@@ -65,10 +65,10 @@ def test_mlp_is_found_whatever_its_layers_are_called():
     model = models.make_model(LlamaConfig)
     mlp = model.model.layers[1].mlp
     model.model.layers[1].mlp = Other(mlp)
-    found = describe_decoder(model).layers[1].mlp
-    assert found.gate.weight is mlp.gate_proj.weight
-    assert found.up.weight is mlp.up_proj.weight
-    assert found.down.weight is mlp.down_proj.weight
+    operands = describe_decoder(model).layers[1].mlp
+    assert operands.gate.weight is mlp.gate_proj.weight
+    assert operands.up.weight is mlp.up_proj.weight
+    assert operands.down.weight is mlp.down_proj.weight
 
 
 def test_what_is_not_of_the_common_form_is_named():

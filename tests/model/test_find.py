@@ -161,11 +161,11 @@ def test_mlps_of_a_fused_model_are_those_that_it_was_made_of():
     plain = find_gated_mlps(model)
     cats.sparsify_(model, cats.calibrate(model, [models.make_ids()], target_sparsity=0.5))
     cats.fuse_(model)
-    found = find_gated_mlps(model)
-    assert [(m.name, m.module, m.layout) for m in found] == [
+    gated = find_gated_mlps(model)
+    assert [(m.name, m.module, m.layout) for m in gated] == [
         (m.name, m.module, m.layout) for m in plain
     ]
-    assert [m.module for m in found] == [fused.original for _, fused in fused_mlps(model)]
+    assert [m.module for m in gated] == [fused.original for _, fused in fused_mlps(model)]
 
 
 class Packed(nn.Module):

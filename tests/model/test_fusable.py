@@ -12,8 +12,8 @@ from tests import models
 def sparse(mlp):
     """The description of an MLP with a threshold."""
     mlp.act_fn = CatsActivation(mlp.act_fn, torch.tensor(0.3))
-    (found,) = find_gated_mlps(models.Body(mlp))
-    return found
+    (gated_mlp,) = find_gated_mlps(models.Body(mlp))
+    return gated_mlp
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -51,10 +51,10 @@ def _scale(mlp):
 @pytest.mark.parametrize("change", [_wide_bias, _scale])
 def test_layer_that_holds_something_else_is_refused(change):
     mlp = models.MLP(bias=True)
-    found = sparse(mlp)
+    gated_mlp = sparse(mlp)
     change(mlp)
     with pytest.raises(UnsupportedModelError, match=r"up_proj holds .*expected ordinary"):
-        check_fusable(found)
+        check_fusable(gated_mlp)
 
 
 def test_memory_that_two_tensors_share_is_named():

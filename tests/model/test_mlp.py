@@ -47,9 +47,9 @@ def test_quantised_mlp_is_found_and_has_a_fingerprint(kind):
                 setattr(mlp.module, name, IntegerLinear(getattr(mlp.module, name)))
     else:
         models.quantize_(model)
-    found = find_gated_mlps(model)
-    assert [m.name for m in found] == [m.name for m in plain]
-    first, second = (mlp.fingerprint() for mlp in found)
+    mlps = find_gated_mlps(model)
+    assert [m.name for m in mlps] == [m.name for m in plain]
+    first, second = (mlp.fingerprint() for mlp in mlps)
     assert first.isfinite().all()
     assert not torch.allclose(first, second)
     cats.calibrate(model, [models.make_ids()], target_sparsity=0.5)
@@ -71,10 +71,10 @@ def test_offloaded_mlp_has_the_fingerprint_of_its_weights():
     model = models.make_model()
     expected = [mlp.fingerprint() for mlp in find_gated_mlps(model)]
     accelerate.cpu_offload(model, torch.device("cpu"))
-    found = find_gated_mlps(model)
-    assert next(found[0].module.parameters()).is_meta
-    assert all(map(torch.equal, expected, [mlp.fingerprint() for mlp in found]))
-    assert next(found[0].module.parameters()).is_meta
+    mlps = find_gated_mlps(model)
+    assert next(mlps[0].module.parameters()).is_meta
+    assert all(map(torch.equal, expected, [mlp.fingerprint() for mlp in mlps]))
+    assert next(mlps[0].module.parameters()).is_meta
 
 
 @pytest.mark.parametrize("config", models.FAMILIES, ids=lambda c: c.__name__)

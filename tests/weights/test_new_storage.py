@@ -147,8 +147,8 @@ def test_tokens_are_generated(pair, batches):
     config = cats.calibrate(model, batches, target_sparsity=0.5)
     options = dict(engine="eager", max_new_tokens=6, do_sample=False)
     ids = models.make_ids(1, 8)
-    actual, wanted = (cats.generate(cats.sparsify_(m, config), ids, **options) for m in pair)
-    models.assert_same_tokens(dense, actual, wanted)
+    actual, expected = (cats.generate(cats.sparsify_(m, config), ids, **options) for m in pair)
+    models.assert_same_tokens(dense, actual, expected)
 
 
 def test_fusing_and_streaming_are_refused_with_the_storage(pair, batches):
