@@ -201,7 +201,9 @@ def _code(kind: type[nn.Module], known: _Known) -> Hashable:
 
 
 def _add_functions(function: object, functions: dict[FunctionType, None]) -> None:
-    """Add a function and those that it calls by a name of its own file, and so on.
+    """Add a function, and those that it calls by a global name.
+
+    Behind a decorator, the function inside is followed as well if it is of the same file.
 
     Args:
         function: Anything; only a Python function is added.
