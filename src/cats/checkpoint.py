@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +18,14 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
 )
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from cats import smollm2
+from cats import formats, smollm2
 from cats.apply import sparsify_
 from cats.config import CatsConfig
-from cats.errors import ConfigError, FormatError, StorageError
+from cats.errors import CatsError, ConfigError, FormatError, StorageError
 from cats.protocols import ModelConfig, Tokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -73,13 +74,14 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
         StorageError: If there is no such model or its files are damaged.
         FormatError: If weights are missing, or have other sizes than the config says.
     """
-    folder = locate(path, **hub_options(kwargs))
+    folder, of_gguf = _split(locate(path, **hub_options(kwargs)))
     verbosity = hf_logging.get_verbosity()
     # transformers would report the thresholds as unexpected; other faults are raised below
     hf_logging.set_verbosity_error()
     try:
-        load: Any = AutoModelForCausalLM.from_pretrained  # its type knows no output_loading_info
-        model, info = load(folder, output_loading_info=True, **kwargs)
+        model, info = formats.load(folder, hub_options(kwargs), **of_gguf, **kwargs)
+    except CatsError:
+        raise
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
     except RuntimeError as error:
@@ -149,9 +151,9 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> Tokenizer:
     Raises:
         StorageError: If there is none, or it cannot be read.
     """
-    folder = locate(path, **hub_options)
+    folder, of_gguf = _split(locate(path, **hub_options))
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, **hub_options))
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, **of_gguf, **hub_options))
     except (OSError, ValueError) as error:
         raise StorageError(
             f"cannot load the tokenizer of {path}: {first_line(error).rstrip(': ')}. If there is "
@@ -165,13 +167,13 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def locate(path: str | Path, **hub_options: Any) -> str:
-    """The folder or Hugging Face id behind the name of a model.
+    """The folder, GGUF file or Hugging Face id behind the name of a model.
 
     The string ``"smollm2"`` is the built-in model of :mod:`cats.smollm2`, even if there is a folder
     of that name; ``"./smollm2"`` is the folder.
 
     Args:
-        path: Folder, Hugging Face id, or ``"smollm2"``.
+        path: Folder, GGUF file, Hugging Face id, or ``"smollm2"``.
         **hub_options: As for ``from_pretrained``: revision, token, cache_dir, ...
 
     Raises:
@@ -186,8 +188,10 @@ def locate(path: str | Path, **hub_options: Any) -> str:
                 "folder, and only models of the Hugging Face hub have revisions"
             )
         return str(smollm2.checkpoint()) if path == smollm2.NAME else name
+    if formats.split(name) is not None:
+        return name
     if Path(name).is_file():
-        raise StorageError(f"cannot load the model {name}: a file, expected a folder")
+        raise StorageError(f"cannot load the model {name}: a file, expected a folder or a .gguf")
     if name.startswith(("/", ".", "~")):
         raise StorageError(f"cannot load the model {name}: no such folder")
     if reason := _missing_on_hub(name, **hub_options):
@@ -234,9 +238,10 @@ def _missing_on_hub(
 
 
 def _load_config(path: str, hub_options: dict[str, Any]) -> ModelConfig:
+    path, of_gguf = _split(path)
     folder = Path(path) / hub_options.get("subfolder", "")
     markers = {name for name in _MARKER_FILES if (folder / name).is_file()}
-    if markers == {"adapter_config.json"}:
+    if not of_gguf and markers == {"adapter_config.json"}:
         raise StorageError(
             f"{path}: holds an adapter, not a model: cats.finetuning.load_adapter puts it on its "
             "base, cats finetune --merge writes both as one"
@@ -244,9 +249,15 @@ def _load_config(path: str, hub_options: dict[str, Any]) -> ModelConfig:
     if markers == {"history.jsonl"}:
         raise StorageError(f"{path}: the folder of a fine-tuning: name merged/ or model/ in it")
     try:
-        return cast(ModelConfig, AutoConfig.from_pretrained(path, **hub_options))
-    except (OSError, ValueError) as error:
+        return cast(ModelConfig, AutoConfig.from_pretrained(path, **of_gguf, **hub_options))
+    except (OSError, ValueError, struct.error) as error:
         raise StorageError(f"cannot load the model {path}: {first_line(error)}") from error
+
+
+def _split(path: str) -> tuple[str, dict[str, str]]:
+    """A folder, and the option that names a GGUF file in it; any other path as it is."""
+    found = formats.split(path)
+    return (path, {}) if found is None else (found[0], {"gguf_file": found[1]})
 
 
 def _read_thresholds(

@@ -23,7 +23,7 @@ from cats.model import CatsActivation, find_gated_mlps
 from cats.protocols import Tokenizer
 from cats.storage import replacing
 from cats.undo import unchanged_on_error
-from cats.weights import weight_of
+from cats.weights import QuantisedLinear, weight_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -90,8 +90,9 @@ def add_adapters(
         target_modules=list(options.targets) or target_layers(model),
         task_type="CAUSAL_LM",
     )
+    _allow_codes(config)
     try:
-        with _without_rename_warning():
+        with _without_warnings():
             wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=not same_dtype)
             return cast("PeftModel", wrapped)
     except ValueError as error:
@@ -178,7 +179,7 @@ def save_adapter(
             thresholds.save(temporary / _THRESHOLDS)
 
 
-def load_adapter(base: str | Path, adapter: str | Path, **kwargs: Any) -> Any:
+def load_adapter(base: str | Path, adapter: str | Path, **kwargs: Any) -> PeftModel:
     """Load a base model and an adapter of ``cats finetune``, in evaluation mode.
 
     Args:
@@ -210,9 +211,12 @@ def put_adapter(model: nn.Module, adapter: str | Path) -> PeftModel:
     """
     refuse_fused(model)
     peft = import_peft()
-    with unchanged_on_error(model), _without_rename_warning():
+    with unchanged_on_error(model), _without_warnings():
         try:
-            return cast("PeftModel", peft.PeftModel.from_pretrained(model, str(adapter)))
+            config = peft.PeftConfig.from_pretrained(str(adapter))
+            _allow_codes(config)
+            wrapped = peft.PeftModel.from_pretrained(model, str(adapter), config=config)
+            return cast("PeftModel", wrapped)
         except (OSError, safetensors.SafetensorError) as error:
             raise StorageError(f"{adapter}: cannot be read: {first_line(error)}") from error
         except (ValueError, RuntimeError) as error:
@@ -228,8 +232,16 @@ def merge(model: nn.Module) -> nn.Module:
 
     A call that fails leaves the model as it was. For this, a copy of the weights that have adapters
     stays in the memory of the host until the call ends.
+
+    Raises:
+        UnsupportedModelError: If the weights are codes.
     """
     layers = [layer for _, layer in _adapted_layers(model)]
+    if any(isinstance(layer.get_base_layer(), QuantisedLinear) for layer in layers):
+        raise UnsupportedModelError(
+            "adapters are not merged into quantised weights, which would round them: keep them "
+            "beside the model, or merge them into its 16-bit weights and quantise again"
+        )
     weights = {
         parameter: parameter.detach().to("cpu", copy=True)
         for layer in layers
@@ -288,11 +300,19 @@ def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def _without_rename_warning() -> Iterator[None]:
-    """Hide a warning: PEFT uses a name that newer transformers have renamed."""
+def _without_warnings() -> Iterator[None]:
+    """Hide what PEFT says of a name that transformers has renamed, and of our quantised layers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type .*QuantisedLinear", UserWarning)
         yield
+
+
+def _allow_codes(config: Any) -> None:
+    """Let PEFT put adapters on quantised layers; what runs below them is the layer itself."""
+    if hasattr(config, "_register_custom_module"):
+        lora: Any = import_peft().tuners.lora.layer
+        config._register_custom_module({QuantisedLinear: lora.Linear})
 
 
 def import_peft() -> ModuleType:

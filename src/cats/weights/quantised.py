@@ -234,6 +234,16 @@ class QuantisedLinear(nn.Module):
             dtype=self.dtype,
         )
 
+    @property
+    def qweight(self) -> Tensor:
+        """What PEFT takes the device of adapters from."""
+        return self.codes
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What PEFT takes the dtype of adapters from."""
+        return self.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             product: Any = _Product

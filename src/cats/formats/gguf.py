@@ -1,0 +1,217 @@
+"""GGUF files: Q8_0, Q4_0, Q4_1, Q4_K and Q6_K, block by block.
+
+A row is a run of blocks, each with its scales. Codes of a block come in halves: the low four bits
+of its bytes are the first columns, the high four bits the columns after them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cats.errors import ConfigError, FormatError, StorageError, UnsupportedModelError
+from cats.formats.base import Format, Layer
+from cats.weights import Quantised
+from cats.weights.quantised import packed
+
+# Readers take sizes from the file: whatever these lead to is a fault of the file.
+DAMAGED = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error)
+
+_PREFIX = "gguf_"
+# Architectures of files whose tensors are those of transformers, but for the order of the rows of
+# q and k (``permuted``) and for norms that are stored plus 1.
+_PERMUTED = ("llama",)
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
+_ARCHITECTURES = (*_PERMUTED, *_NORMS_PLUS_ONE, "qwen2", "qwen3")
+
+
+class GGUF(Format):
+    name = "GGUF"
+
+    def __init__(self) -> None:
+        self.parts = frozenset(_PREFIX + name for name in _READERS)
+
+    def markers(self) -> frozenset[str]:
+        return self.parts
+
+    def read(self, layer: Layer) -> Quantised:
+        part = next(iter(layer.tensors))
+        columns, size, read = _READERS[part.removeprefix(_PREFIX)]
+        if layer.columns % columns:
+            raise layer.error(f"has {layer.columns} columns, which are no blocks of {columns}")
+        count = layer.columns // columns
+        stored = layer.take(part, (layer.rows, count * size), [torch.uint8])
+        # [rows, blocks, bytes]
+        fields = read(stored.unflatten(1, (count, size)))
+        return Quantised(columns=layer.columns, dtype=layer.dtype, **fields)
+
+    def write(self, name: str, weight: Quantised, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise UnsupportedModelError(
+            "a model of a GGUF file is not saved again: keep the file, and save thresholds beside "
+            "it with CatsConfig.save; cats.from_pretrained(FILE, thresholds=...) loads both"
+        )
+
+
+def split(path: str | Path) -> tuple[str, str] | None:
+    """Folder and name of a GGUF file; None for another path."""
+    path = Path(path)
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return None
+    return str(path.parent), path.name
+
+
+def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | None:
+    """What the file holds, by the names of a model; None for an architecture that is not read here.
+
+    Args:
+        path: The file.
+        model: On ``meta``: its names and shapes are those of the result.
+        config: Of the model.
+
+    Returns:
+        Weights of linear layers as blocks, ``<layer>.gguf_<type>``; all others as numbers.
+
+    Raises:
+        ConfigError: If the package ``gguf`` is not installed.
+        StorageError: If the file cannot be read.
+        FormatError: If it is damaged, or lacks a tensor.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError("GGUF files need the package gguf: pip install gguf") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error})") from error
+    except DAMAGED as error:
+        raise FormatError(f"{path}: not a whole GGUF file ({error})") from error
+    field = reader.get_field("general.architecture")
+    architecture = None if field is None else field.contents()
+    if architecture not in _ARCHITECTURES:
+        return None
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    tensors: dict[str, Tensor] = {}
+    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    for name, like in model.state_dict().items():
+        module, _, part = name.rpartition(".")
+        key = f"{known.get_name(module)}.{part}"
+        if key not in stored:
+            if module == "lm_head" and config.tie_word_embeddings:
+                continue
+            raise FormatError(f"{path}: has no {key}, which {name} is read from")
+        tensor = stored[key]
+        if tuple(reversed(tensor.shape.tolist())) != tuple(like.shape):
+            raise FormatError(
+                f"{path}: {key} is {[*reversed(tensor.shape.tolist())]}, expected "
+                f"{list(like.shape)}"
+            )
+        order = None
+        if architecture in _PERMUTED and key.split(".")[-2] in ("attn_q", "attn_k"):
+            order = _rows_in_order(len(like), key, config)
+        kind = tensor.tensor_type.name
+        is_matrix = module in linear and part == "weight"
+        if kind in _READERS and is_matrix:
+            data = torch.from_numpy(tensor.data.copy())
+            tensors[f"{module}.{_PREFIX}{kind}"] = data if order is None else data[order]
+            continue
+        if is_matrix and kind not in ("F32", "F16", "BF16"):
+            raise UnsupportedModelError(
+                f"{path}: {key} is {kind}, expected {', '.join(_READERS)}: quantise the model "
+                "again with llama-quantize MODEL-F16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
+            )
+        numbers = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        if architecture in _NORMS_PLUS_ONE and "norm" in module.rpartition(".")[2]:
+            numbers = numbers - 1
+        tensors[name] = numbers if order is None else numbers[order]
+    return tensors
+
+
+def _rows_in_order(rows: int, key: str, config: Any) -> Tensor:
+    """Which row of the file each row of q or k is: there the halves of a head are interleaved."""
+    heads = config.num_attention_heads if "attn_q" in key else config.num_key_value_heads
+    order = torch.arange(rows).reshape(heads, rows // heads // 2, 2)
+    return order.transpose(1, 2).reshape(rows)
+
+
+def _q8_0(blocks: Tensor) -> dict[str, Any]:
+    codes = blocks[..., 2:] ^ 0x80
+    return _fields(codes, _halves(blocks[..., :2]), zero=128)
+
+
+def _q4_0(blocks: Tensor) -> dict[str, Any]:
+    return _fields(_nibbles(blocks[..., 2:], 16), _halves(blocks[..., :2]), bits=4, zero=8)
+
+
+def _q4_1(blocks: Tensor) -> dict[str, Any]:
+    scales, shifts = _halves(blocks[..., :2]), _halves(blocks[..., 2:4])
+    return _fields(_nibbles(blocks[..., 4:], 16), scales, bits=4, shifts=shifts)
+
+
+def _q4_k(blocks: Tensor) -> dict[str, Any]:
+    # products of a 16-bit number and one of six bits: exact in float32, and in nothing smaller
+    scale, minimum = _halves(blocks[..., :2]).float(), _halves(blocks[..., 2:4]).float()
+    low, middle, high = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat((low & 0x3F, (high & 0x0F) | ((low >> 2) & 0x30)), -1)
+    minima = torch.cat((middle & 0x3F, (high >> 4) | ((middle >> 2) & 0x30)), -1)
+    return _fields(
+        _nibbles(blocks[..., 16:], 32),
+        scale * scales,
+        bits=4,
+        shifts=-(minimum * minima),
+    )
+
+
+def _q6_k(blocks: Tensor) -> dict[str, Any]:
+    # 32 columns at a time: four low bits of one of two runs of 64, two high bits of one of 32
+    low = _nibbles(blocks[..., :128], 64).unflatten(-1, (8, 32))
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)
+    high = (blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts[:, None] & 3).flatten(-3, -2)
+    codes = (low | high << 4).flatten(-2)
+    scale = _halves(blocks[..., 208:210]).float()
+    scales = scale * blocks[..., 192:208].contiguous().view(torch.int8)
+    # six bits in a byte each
+    return _fields(codes, scales, zero=32)
+
+
+def _fields(
+    codes: Tensor, scales: Tensor, *, bits: int = 8, zero: int = 0, shifts: Tensor | None = None
+) -> dict[str, Any]:
+    codes = codes.flatten(1)
+    scales = scales.flatten(1).contiguous()
+    return {
+        "codes": packed(codes) if bits == 4 else codes.contiguous(),
+        "scales": scales,
+        "bits": bits,
+        "group_size": codes.shape[1] // scales.shape[1],
+        "zero": zero,
+        "shifts": None if shifts is None else shifts.flatten(1).contiguous(),
+    }
+
+
+def _halves(data: Tensor) -> Tensor:
+    """float16 numbers of two bytes each."""
+    return data.contiguous().view(torch.float16)
+
+
+def _nibbles(data: Tensor, run: int) -> Tensor:
+    """The low four bits of each run of bytes, then the high ones."""
+    data = data.unflatten(-1, (-1, run))
+    return torch.stack((data & 15, data >> 4), -2).flatten(-3)
+
+
+# Columns and bytes of a block, and its reader.
+_READERS: dict[str, tuple[int, int, Callable[[Tensor], dict[str, Any]]]] = {
+    "Q8_0": (32, 34, _q8_0),
+    "Q4_0": (32, 18, _q4_0),
+    "Q4_1": (32, 20, _q4_1),
+    "Q4_K": (256, 144, _q4_k),
+    "Q6_K": (256, 210, _q6_k),
+}
