@@ -38,6 +38,7 @@ _LAUNCHING = [
     "linear.cuda",
     "linear.quantised",
     "mlp.cuda.launch",
+    "mlp.cuda.quantised",
     "mlp.cuda.residual",
 ]
 _SHARED = "extern __shared__ __align__(128) char memory[];"

@@ -192,6 +192,18 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+// ---- words in shared memory that one warp writes and others wait for: what was written before is then visible
+
+__device__ __forceinline__ int load_acquire(const int* source) {
+    int value;
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(value) : "r"(shared_address(source)) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_release(int* target, int value) {
+    asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(target)), "r"(value) : "memory");
+}
+
 // ---- global memory past the L1 cache, which may hold old values of what the previous kernel wrote
 
 __device__ __forceinline__ uint4 load_from_l2(const void* source) {

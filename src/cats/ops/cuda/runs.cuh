@@ -35,11 +35,12 @@ struct Runs {
     // A run by index; false where there is none any more.
     __device__ bool take_fixed() { return set(2 * (taken * gridDim.x + blockIdx.x), 2); }
 
-    // The run of ticket i, for which another is asked; false where nothing is left.
-    __device__ bool take(int i) {
+    // The run of ticket i, for which another is asked if the block has room for one; false where nothing is left.
+    __device__ bool take(int i, bool has_room = true) {
         if (!deal.counter) return set(2 * deal.runs, 2);
         const int ticket = __shfl_sync(~0u, tickets[i], 0);
-        ask(i);
+        if (has_room) ask(i);
+        else tickets[i] = 1 << 28;
         const int whole = deal.fixed * gridDim.x + min(ticket, deal.long_tickets);
         return set(2 * whole + max(ticket - deal.long_tickets, 0), ticket < deal.long_tickets ? 2 : 1);
     }

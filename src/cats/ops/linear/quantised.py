@@ -14,12 +14,11 @@ from cats.ops.cuda.device import DTYPES, VECTOR_BYTES, shared_memory
 from cats.ops.cuda.function import Function, Launch
 from cats.ops.cuda.residual import Residual
 from cats.ops.cuda.runs import Deal
-from cats.ops.quantised import PackedRows, RowLayout
+from cats.ops.quantised import SCALE_CODES, PackedRows, RowLayout
 
 __all__ = ["QuantisedLinearArguments", "launch"]
 
 _MATRICES = 3  # of one launch: those of queries, keys and values
-_SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MIN_CHUNKS, _MAX_CHUNKS = 4, 8
 # As in cuda.py: on their way to a multiprocessor while the kernel in front still runs, and what a
 # ring leaves to the block of attention beside it.
@@ -167,7 +166,7 @@ def _defines(
         BITS=layout.bits,
         WIDTH=layout.width,
         GROUP=layout.group_size,
-        SCALE=_SCALES[layout.scale_dtype],
+        SCALE=SCALE_CODES[layout.scale_dtype],
         ZERO_MODE=int(layout.zero_mode),
         CONSTANT_ZERO=layout.zero,
         WARPS=layout.warps,

@@ -1,8 +1,28 @@
 """Quantised weights as kernels read them, in plain tensors: no models, no checkpoints.
 
-``rows.py`` is the layout of matrices that CUDA kernels stream row by row.
+``rows.py`` is the layout of matrices that CUDA kernels stream row by row, ``columns.py`` that of
+``down``, of which they stream columns.
 """
 
-from cats.ops.quantised.rows import PackedRows, RowLayout, pack_rows, unpack_rows
+from cats.ops.quantised.columns import ColumnLayout, PackedColumns, pack_columns, unpack_columns
+from cats.ops.quantised.rows import (
+    SCALE_CODES,
+    PackedRows,
+    RowLayout,
+    ZeroMode,
+    pack_rows,
+    unpack_rows,
+)
 
-__all__ = ["PackedRows", "RowLayout", "pack_rows", "unpack_rows"]
+__all__ = [
+    "SCALE_CODES",
+    "ColumnLayout",
+    "PackedColumns",
+    "PackedRows",
+    "RowLayout",
+    "ZeroMode",
+    "pack_columns",
+    "pack_rows",
+    "unpack_columns",
+    "unpack_rows",
+]

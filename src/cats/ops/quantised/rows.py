@@ -18,10 +18,11 @@ from torch import Tensor
 
 from cats.errors import ShapeError, UnsupportedModelError
 
-__all__ = ["PackedRows", "RowLayout", "ZeroMode", "pack_rows", "unpack_rows"]
+__all__ = ["SCALE_CODES", "PackedRows", "RowLayout", "ZeroMode", "pack_rows", "unpack_rows"]
 
 _GROUP_SIZES = 0, 32, 64, 128
-_SCALE_DTYPES = torch.float16, torch.bfloat16, torch.float32
+# Types of scales, by the number that kernels know them by.
+SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _UNIT_BYTES = 64
 # What is packed at once: the copies on the way take a few times as much.
 _BLOCK_BYTES = 16 * 2**20
@@ -68,7 +69,7 @@ class RowLayout:
             raise UnsupportedModelError(
                 f"groups must have 32, 64 or 128 columns (0: a whole row), got {self.group_size}"
             )
-        if self.scale_dtype not in _SCALE_DTYPES:
+        if self.scale_dtype not in SCALE_CODES:
             raise UnsupportedModelError(
                 f"scales must be float16, bfloat16 or float32, got {self.scale_dtype}"
             )

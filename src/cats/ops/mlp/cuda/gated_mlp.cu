@@ -28,11 +28,6 @@
 #include "residual.cuh"
 #include "trace.cuh"
 
-#define SILU 0
-#define GELU 1
-#define GELU_TANH 2
-#define RELU 3
-
 constexpr int ROW_BYTES = HIDDEN * ELEMENT_BYTES;
 constexpr int ROW_VECTORS = ROW_BYTES / 16;
 constexpr int WORKERS = WARPS * 32, GROUP_THREADS = WORKERS + 32;

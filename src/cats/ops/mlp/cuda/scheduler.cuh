@@ -1,20 +1,6 @@
 // The scheduler warp of a group: a part of gated_mlp.cu, which defines the sizes, Arguments and Group.
 #pragma once
-
-__device__ __forceinline__ float activate(float x) {
-#if ACTIVATION == SILU
-    return __fdividef(x, 1.f + expf(-x));
-#elif ACTIVATION == GELU
-    return .5f * x * (1.f + erff(x * .70710678118654752f));
-#elif ACTIVATION == GELU_TANH
-    return .5f * x * (1.f + tanhf(.79788456080286536f * (x + .044715f * x * x * x)));
-#else
-    return x < 0.f ? 0.f : x;
-#endif
-}
-
-// NaN is kept.
-__device__ __forceinline__ bool dropped(float value, float threshold) { return fabsf(value) < threshold; }
+#include "activation.cuh"
 
 // One lane handles one row of a chunk. The loop over the ring is unrolled, so that the state of rows in flight stays in
 // registers. A single warp does all this for a stream of many gigabytes per second: count instructions here.

@@ -11,7 +11,7 @@ from cats.ops.cuda.device import DTYPES, VECTOR_BYTES
 __all__ = ["MAX_BATCH", "Variant", "variant_for"]
 
 MAX_BATCH = 2
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _COPIES = 2
 _MAX_VECTORS_PER_THREAD = 4
 # Shared memory of a group beside its chunks: two queues of at most 64 neurons, and padding.
@@ -62,7 +62,7 @@ class Variant:
             "DTYPE": DTYPES[self.dtype],
             "HIDDEN": self.hidden,
             "BATCH": self.batch,
-            "ACTIVATION": _ACTIVATIONS[self.activation],
+            "ACTIVATION": ACTIVATION_CODES[self.activation],
             "GROUPS": self.groups,
             "ROWS": self.rows,
             "CHUNKS": self.chunks,

@@ -1,0 +1,208 @@
+"""``quantised_mlp.cu``: its arguments, the size of its ring, and its launch."""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cats.errors import ShapeError, UnsupportedModelError
+from cats.ops.cuda.arguments import Arguments, Pointer, address
+from cats.ops.cuda.device import DTYPES, VECTOR_BYTES, shared_memory
+from cats.ops.cuda.function import Function, Launch
+from cats.ops.cuda.residual import Residual
+from cats.ops.cuda.runs import Deal
+from cats.ops.mlp.cuda.variant import ACTIVATION_CODES
+from cats.ops.quantised import SCALE_CODES, ColumnLayout, PackedColumns, PackedRows, RowLayout
+
+__all__ = ["QuantisedMLPArguments", "launch"]
+
+_MIN_CHUNKS, _MAX_CHUNKS = 3, 8
+# On their way to a multiprocessor while the kernel before this one still runs.
+_EARLY_BYTES = 32 * 1024
+# Runs that a block may take beyond its even share, at least: faster blocks take more.
+_SPARE_RUNS = 8
+
+
+class QuantisedMLPArguments(Arguments):
+    """``struct Arguments`` of the source."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("residual", Residual),
+        ("gate", Pointer),
+        ("up", Pointer),
+        ("down", Pointer),
+        ("down_scales", Pointer),
+        ("down_extras", Pointer),
+        ("thresholds", Pointer),
+        ("gate_bias", Pointer),
+        ("up_bias", Pointer),
+        ("sums", Pointer),
+        ("deal", Deal),
+        ("neurons", ctypes.c_int),
+        ("request_early", ctypes.c_int),
+    )
+
+
+def launch(
+    *,
+    x: Residual,
+    gate: PackedRows,
+    up: PackedRows,
+    down: PackedColumns,
+    thresholds: Tensor,
+    activation: str,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    dtype: torch.dtype,
+    sums: Tensor,
+    counter: Tensor | None,
+    multiprocessors: int,
+    early: bool = True,
+    traced: bool = False,
+) -> Launch:
+    """Add the output of the MLP of one token to ``sums``.
+
+    Args:
+        x: The input, the norm of a residual stream of ``D`` numbers.
+        gate: ``F`` packed rows of ``D`` columns.
+        up: The same, in the same layout.
+        down: ``F`` packed columns of ``D`` outputs.
+        thresholds: ``[F]``, float32.
+        activation: A name of :data:`cats.functional.ACTIVATIONS`.
+        gate_bias: ``[F]`` in ``dtype`` or None.
+        up_bias: ``[F]`` in ``dtype`` or None.
+        dtype: Of the model: float32, bfloat16 or float16.
+        sums: ``[D]``, float32.
+        counter: One int32 that is zero when the launch starts: blocks that are faster take more
+            neurons. None: neurons are dealt out by index.
+        multiprocessors: How many the GPU has.
+        early: Whether weights may be requested before the kernel before this one has ended.
+        traced: Whether warps write times.
+
+    Raises:
+        ShapeError: If the three matrices do not belong together.
+        UnsupportedModelError: If a row does not fit.
+    """
+    neurons, hidden = gate.count, gate.layout.columns
+    if up.layout != gate.layout:
+        raise ShapeError(f"gate and up must have one layout, got {gate.layout} and {up.layout}")
+    sizes = up.count, len(down.columns), down.layout.outputs
+    if sizes != (neurons, neurons, hidden):
+        raise ShapeError(
+            f"gate has {neurons} rows of {hidden} columns, but up has {sizes[0]} rows, and down "
+            f"{sizes[1]} columns of {sizes[2]} outputs"
+        )
+    device = gate.rows.get_device()
+    function, rows, capacity = _function(
+        device, gate.layout, down.layout, dtype, activation, neurons, multiprocessors, traced
+    )
+    runs = -(-neurons // rows)
+    blocks = min(multiprocessors, runs)
+    arguments = QuantisedMLPArguments(
+        residual=x,
+        gate=address(gate.rows),
+        up=address(up.rows),
+        down=address(down.columns),
+        down_scales=address(down.scales),
+        down_extras=address(down.extras, 4),
+        thresholds=address(thresholds, 4),
+        gate_bias=address(gate_bias, 1),
+        up_bias=address(up_bias, 1),
+        sums=address(sums),
+        deal=Deal.of(runs, blocks, counter),
+        neurons=neurons,
+        request_early=early,
+    )
+    assert (arguments.deal.fixed + 4) * rows <= capacity
+    return Launch(function, arguments, blocks)
+
+
+@cache
+def _function(
+    device: int,
+    rows: RowLayout,
+    columns: ColumnLayout,
+    dtype: torch.dtype,
+    activation: str,
+    neurons: int,
+    multiprocessors: int,
+    traced: bool,
+) -> tuple[Function, int, int]:
+    """The kernel, the rows of its runs, and how many neurons a block can keep."""
+    defines = _defines(
+        rows,
+        columns,
+        dtype,
+        activation,
+        neurons=neurons,
+        multiprocessors=multiprocessors,
+        traced=traced,
+        shared_limit=shared_memory(device),
+    )
+    function = Function(
+        device,
+        "mlp/cuda/quantised_mlp.cu",
+        defines,
+        threads=32 * (rows.warps + 2),  # workers, the copier and the evaluator
+        shared_bytes=defines["SHARED_BYTES"],
+    )
+    return function, defines["ROWS_OF_CHUNK"], defines["LIST"]
+
+
+def _defines(
+    rows: RowLayout,
+    columns: ColumnLayout,
+    dtype: torch.dtype,
+    activation: str,
+    *,
+    neurons: int,
+    multiprocessors: int,
+    traced: bool,
+    shared_limit: int,
+) -> dict[str, int]:
+    hidden = rows.columns
+    if hidden * dtype.itemsize % VECTOR_BYTES:
+        raise UnsupportedModelError(
+            f"the residual stream must be a multiple of {VECTOR_BYTES} bytes in {dtype}, "
+            f"got {hidden} elements"
+        )
+    rows_of_chunk = 16 if rows.bits == 4 else 8
+    runs = -(-neurons // rows_of_chunk)
+    blocks = min(multiprocessors, runs)
+    capacity = (-(-runs // blocks) + _SPARE_RUNS) * rows_of_chunk
+    chunk_rows = rows_of_chunk * rows.pitch
+    chunk_columns = (16 if columns.bits == 4 else 8) * columns.pitch
+    chunk = -(-max(chunk_rows, chunk_columns) // 128) * 128
+    # the sums of each warp, three barriers and four numbers
+    each = chunk + 4 * rows.warps * rows_of_chunk + 3 * 8 + 4 * 4
+    fixed = 4 * rows.width + 8 * capacity + 4 * rows.warps + 512
+    chunks = min(_MAX_CHUNKS, (shared_limit - fixed) // each)
+    if chunks < _MIN_CHUNKS:
+        raise UnsupportedModelError(
+            f"{_MIN_CHUNKS} chunks of {chunk} bytes do not fit into the shared memory"
+        )
+    return dict(
+        BITS=rows.bits,
+        WIDTH=rows.width,
+        GROUP=rows.group_size,
+        SCALE=SCALE_CODES[rows.scale_dtype],
+        ZERO_MODE=int(rows.zero_mode),
+        CONSTANT_ZERO=rows.zero,
+        WARPS=rows.warps,
+        ROWS_OF_CHUNK=rows_of_chunk,
+        DTYPE=DTYPES[dtype],
+        INPUTS=hidden,
+        ACTIVATION=ACTIVATION_CODES[activation],
+        CHUNKS=chunks,
+        EARLY_CHUNKS=max(1, _EARLY_BYTES // chunk),
+        LIST=capacity,
+        SHARED_BYTES=fixed + chunks * each,
+        TRACE=int(traced),
+        DOWN_BITS=columns.bits,
+        DOWN_GROUP=columns.group_size,
+        DOWN_SCALE=SCALE_CODES[columns.scale_dtype],
+        DOWN_ZERO_MODE=int(columns.zero_mode),
+        DOWN_CONSTANT_ZERO=columns.zero,
+    )

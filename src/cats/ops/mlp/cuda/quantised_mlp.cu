@@ -1,0 +1,307 @@
+// The gated MLP of one token as one launch, with weights of 4 or 8 bits: sums += down @ (keep(act(gate @ x)) * (up @ x)), where
+// x is the norm of the residual stream. gated_mlp.cu is the same for weights of 16 or 32 bits.
+//
+// A block takes a share of the neurons. Through one ring of CHUNKS chunks it reads all their gate rows, then the up rows of
+// the neurons that it keeps, then their down columns. So only the first up rows wait for a result, and chunks are full but
+// for the last of each kind.
+//
+//   copier     asks for rows in that order (gate rows lie one behind the other: a run is one copy)
+//   worker     owns columns of gate and up (integer_dot.cuh), and outputs of down (quantised_down.cuh)
+//   evaluator  adds up the workers' sums of a chunk: activation, threshold and a list of kept neurons; later products
+//
+// The loader defines DTYPE (of the norm's weights and of biases), INPUTS (D), ACTIVATION, CHUNKS, EARLY_CHUNKS, LIST (neurons that
+// a block can keep), SHARED_BYTES, what integer_dot.cuh wants for gate and up, and for down DOWN_BITS, DOWN_GROUP (neurons that
+// share scales; 0: all), DOWN_SCALE, DOWN_ZERO_MODE and DOWN_CONSTANT_ZERO.
+#include "integer_dot.cuh"
+#include "primitives.cuh"
+#include "residual.cuh"
+#include "runs.cuh"
+#include "trace.cuh"
+#include "activation.cuh"
+
+constexpr int WORKERS = WARPS * 32, THREADS = WORKERS + 64;
+
+struct Arguments : Traced {
+    Residual residual;
+    const char* gate;         // [F, PITCH], packed rows
+    const char* up;           // [F, PITCH]
+    const char* down;         // [F, DOWN_PITCH], packed columns
+    const char* down_scales;  // [groups of neurons, D]
+    const char* down_extras;  // the same shape: zero points (uint8) or shifts, or null
+    const float* thresholds;  // [F]
+    const char* gate_bias;    // [F] or null
+    const char* up_bias;      // [F] or null
+    float* sums;              // [D], added to
+    Deal deal;                // of gate rows, in runs of ROWS
+    int neurons;              // F
+    int request_early;        // the kernel before this one writes no weights
+};
+
+#include "quantised_down.cuh"
+
+enum Kind { GATE, UP, DOWN, STOP };
+constexpr int CHUNK_BYTES = ROWS * PITCH > DOWN_ROWS * DOWN_PITCH ? ROWS * PITCH : DOWN_ROWS * DOWN_PITCH;
+
+struct __align__(128) Shared {
+    char rows[CHUNKS][(CHUNK_BYTES + 127) / 128 * 128];
+    float x[WIDTH];
+    float dots[CHUNKS][WARPS][ROWS];
+    // kept neurons in order, and their gate's value; later the product
+    int neuron[LIST];
+    float value[LIST];
+    uint64 full[CHUNKS], done[CHUNKS], evaluated[CHUNKS], input_there;
+    int kind[CHUNKS], count[CHUNKS];
+    int at[CHUNKS];                  // first neuron of gate rows, else the place in the list
+    int group[CHUNKS];               // of down columns
+    int kept, gates, products_there;  // neurons; chunks of gate rows that were evaluated; whether all products are
+    float product_scale;
+    float slots[WARPS];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES);
+
+struct Copier {
+    const Arguments& a;
+    Shared& shared;
+    Runs runs;
+    const int lane = threadIdx.x % 32;
+    int chunk = 0, slot = 0, parity = 1;
+
+    __device__ Copier(const Arguments& a, Shared& shared) : a(a), shared(shared), runs(a.deal) {}
+
+    // The next place of the ring, once it is free.
+    __device__ void begin(Kind kind, int count, int at, int group = 0) {
+        if (chunk >= CHUNKS) {
+            barrier_wait(&shared.done[slot], parity);
+            barrier_wait(&shared.evaluated[slot], parity);
+        }
+        if (lane == 0) shared.kind[slot] = kind, shared.count[slot] = count, shared.at[slot] = at, shared.group[slot] = group;
+        __syncwarp();
+    }
+    __device__ void end() {
+        ++chunk;
+        if (++slot == CHUNKS) slot = 0, parity ^= 1;
+    }
+
+    // The run of gate rows that was taken; false where there is none.
+    __device__ bool request_gates(bool more) {
+        if (!more) return false;
+        const int row = runs.first * (ROWS / 2), count = max(0, min(runs.halves * (ROWS / 2), a.neurons - row));
+        begin(GATE, count, row);
+        copy_run(shared.rows[slot], a.gate + (size_t)row * PITCH, count, &shared.full[slot]);
+        end();
+        return true;
+    }
+
+    template <int BYTES>
+    __device__ void request_listed(const char* matrix, int at, int count) {
+        if (lane == 0) expect_bytes(&shared.full[slot], count * BYTES);
+        __syncwarp();
+        const int neuron = lane < count ? shared.neuron[at + lane] : 0;
+        constexpr int MOST = BYTES == DOWN_PITCH ? DOWN_ROWS : ROWS;
+        copy_rows<BYTES>(shared.rows[slot] + lane % MOST * BYTES, matrix + (size_t)neuron * BYTES, count, &shared.full[slot]);
+        warp_arrive(&shared.full[slot]);
+        end();
+    }
+
+    // Neighbours in the list of kept neurons that share scales of down.
+    __device__ int count_of_group(int at, int kept) {
+        const int most = min(DOWN_ROWS, kept - at);
+        if (DOWN_GROUP == 0) return most;
+        constexpr int SIZE = DOWN_GROUP ? DOWN_GROUP : 1;
+        const int group = lane < most ? shared.neuron[at + lane] / SIZE : -1;
+        const uint32 others = __ballot_sync(~0u, group != __shfl_sync(~0u, group, 0));
+        return others ? __ffs(others) - 1 : most;
+    }
+
+    __device__ void run() {
+        if (!a.request_early) wait_for_previous_kernel();
+        bool more = true;
+        // neighbouring runs, so that a block's neurons share scales of down
+        auto take_fixed = [&] { return runs.set(2 * (blockIdx.x * a.deal.fixed + runs.taken), 2); };
+        for (int i = 0; i < min(a.deal.fixed, CHUNKS) && more; ++i) {
+            if (a.request_early && i >= EARLY_CHUNKS) wait_for_chunk(i - EARLY_CHUNKS);
+            more = request_gates(take_fixed());
+        }
+        wait_for_previous_kernel();
+        runs.ask();
+        while (more && runs.taken < a.deal.fixed) more = request_gates(take_fixed());
+        more = a.deal.counter;
+        while (more)
+#pragma unroll
+            for (int i = 0; i < TICKETS_AHEAD && more; ++i)
+                more = request_gates(runs.take(i, (runs.taken + TICKETS_AHEAD + 1) * ROWS <= LIST));
+        const int gate_chunks = chunk;
+        int at = 0, kept;
+        for (;;) {
+            int gates;
+            do {
+                gates = load_acquire(&shared.gates);
+                kept = load_acquire(&shared.kept);
+            } while (kept - at < ROWS && gates < gate_chunks);
+            if (at == kept) break;
+            const int count = min(ROWS, kept - at);
+            begin(UP, count, at);
+            request_listed<PITCH>(a.up, at, count);
+            at += count;
+        }
+        for (int from = 0, count; from < kept; from += count) {
+            count = count_of_group(from, kept);
+            const int group = DOWN_GROUP ? shared.neuron[from] / (DOWN_GROUP ? DOWN_GROUP : 1) : 0;
+            begin(DOWN, count, from, group);
+            request_listed<DOWN_PITCH>(a.down, from, count);
+        }
+        begin(STOP, 0, 0);
+        copy_run(shared.rows[slot], a.gate, 0, &shared.full[slot]);
+        // only after our own wait: the next kernel then knows that all kernels before this one are complete
+        allow_next_kernel();
+        wait_for_own_copies();
+    }
+
+    // Until the chunk is there, or the input is.
+    __device__ void wait_for_chunk(int i) {
+        while (!barrier_test(&shared.full[i], 0) && !barrier_test(&shared.input_there, 0)) {}
+    }
+};
+
+struct Evaluator {
+    const Arguments& a;
+    Shared& shared;
+    const int lane = threadIdx.x % 32;
+    int kept = 0, gates = 0;
+    float largest = 0.f;
+
+    __device__ Evaluator(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
+
+    __device__ void run() {
+        wait_for_previous_kernel();
+        for (int slot = 0, parity = 0;;) {
+            barrier_wait(&shared.full[slot], parity);
+            const int kind = shared.kind[slot];
+            if (kind <= UP) evaluate(slot, parity, kind == GATE);
+            else if (!shared.products_there) tell_scale();
+            if (kind == STOP) break;
+            __syncwarp();
+            warp_arrive(&shared.evaluated[slot]);
+            if (++slot == CHUNKS) slot = 0, parity ^= 1;
+        }
+    }
+
+    __device__ void evaluate(int slot, int parity, bool is_gate) {
+        const int at = shared.at[slot] + lane;
+        const bool used = lane < shared.count[slot];
+        const int neuron = !used ? 0 : is_gate ? at : shared.neuron[at];
+        // asked for before the workers are done, so that they are there then
+        const float threshold = is_gate && used ? load_float_from_l2(a.thresholds + neuron) : 0.f;
+        const char* biases = is_gate ? a.gate_bias : a.up_bias;
+        float bias[2] = {0.f, 0.f};
+        if (biases && used) unpack_word(load_element_from_l2(biases + (size_t)neuron * ELEMENT_BYTES), bias);
+        barrier_wait(&shared.done[slot], parity);
+        float sum = 0.f;
+#pragma unroll
+        for (int warp = lane / ROWS; warp < WARPS; warp += 32 / ROWS) sum += shared.dots[slot][warp][lane % ROWS];
+#pragma unroll
+        for (int distance = ROWS; distance < 32; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        sum += bias[0];
+        if (is_gate) {
+            sum = activate(sum);
+            const bool needed = used && !dropped(sum, threshold) && sum != 0.f;
+            const uint32 votes = __ballot_sync(~0u, needed);
+            if (needed) {
+                const int place = kept + __popc(votes & (1u << lane) - 1);
+                shared.neuron[place] = neuron, shared.value[place] = sum;
+            }
+            kept += __popc(votes);
+            ++gates;
+            __syncwarp();
+            if (lane == 0) store_release(&shared.kept, kept), store_release(&shared.gates, gates);
+        } else if (used) {
+            const float product = shared.value[at] * sum;
+            shared.value[at] = product;
+            largest = fmaxf(largest, fabsf(product));
+        }
+    }
+
+    // Products become float16: a power of two brings the largest to between 2^13 and 2^14.
+    __device__ void tell_scale() {
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+        // infinite products stay infinite; NaN is not the largest, and stays NaN
+        const int exponent = min(max(int(__float_as_uint(largest) >> 23), 30), 254);
+        if (lane == 0) {
+            shared.product_scale = __uint_as_float((127 + 13 + 127 - exponent) << 23);
+            store_release(&shared.products_there, 1);
+        }
+        __syncwarp();
+    }
+};
+
+struct Worker {
+    const Arguments& a;
+    Shared& shared;
+    const int warp = threadIdx.x / 32;
+    IntegerInput input;
+
+    __device__ Worker(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
+
+    __device__ void load_input() {
+        Columns<INPUTS, WORKERS> columns{static_cast<int>(threadIdx.x)};
+        float x[columns.OWNED];
+        Team team{shared.slots, warp, WARPS, 1};
+        load_normed(a.residual, columns, team, a.request_early, blockIdx.x == 0, x);
+        columns.store(shared.x, x);
+        for (int i = INPUTS + threadIdx.x; i < WIDTH; i += WORKERS) shared.x[i] = 0.f;
+        team.wait();
+        input.load(shared.x);
+    }
+
+    __device__ void run() {
+        load_input();
+        __syncwarp();
+        warp_arrive(&shared.input_there);
+        a.stamp(INPUT);
+        Down down(a);
+        float scale = 0.f;
+        for (int slot = 0, parity = 0;;) {
+            barrier_wait(&shared.full[slot], parity);
+            const int kind = shared.kind[slot], count = shared.count[slot];
+            if (kind == STOP) break;
+            if (kind <= UP) {
+                float* dots = shared.dots[slot][warp];
+                if (count) input.dot(shared.rows[slot], [&](int row, float sum) { dots[row] = sum; });
+            } else {
+                if (scale == 0.f) {
+                    while (!load_acquire(&shared.products_there)) {}
+                    scale = shared.product_scale;
+                }
+                down.add(shared.rows[slot], shared.value + shared.at[slot], scale, count, shared.group[slot]);
+            }
+            __syncwarp();
+            warp_arrive(&shared.done[slot]);
+            if (++slot == CHUNKS) slot = 0, parity ^= 1;
+        }
+        a.stamp(LAST);
+        // both are powers of two
+        down.finish(1.f / scale);
+        a.stamp(END);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) quantised_mlp(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(128) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    a.stamp(START);
+    if (threadIdx.x < CHUNKS) {
+        barrier_init(&shared.full[threadIdx.x], ARRIVALS_OF_WARP + COPY_ARRIVALS);
+        barrier_init(&shared.done[threadIdx.x], WARPS * ARRIVALS_OF_WARP);
+        barrier_init(&shared.evaluated[threadIdx.x], ARRIVALS_OF_WARP);
+    }
+    if (threadIdx.x == WORKERS) {
+        barrier_init(&shared.input_there, WARPS * ARRIVALS_OF_WARP);
+        shared.kept = shared.gates = shared.products_there = 0;
+    }
+    barrier_init_visible();
+    __syncthreads();
+    if (threadIdx.x < WORKERS) Worker(a, shared).run();
+    else if (threadIdx.x < WORKERS + 32) Copier(a, shared).run();
+    else Evaluator(a, shared).run();
+}

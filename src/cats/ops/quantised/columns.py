@@ -1,0 +1,171 @@
+"""Columns of a quantised ``down`` as CUDA kernels stream them; ``quantised_down.cuh`` is the reader.
+
+A packed column is a neuron: one code per output, in order, two in a byte with 4 bits. Scales are
+shared by groups of neurons, so they lie apart, one row of outputs per group.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cats.errors import ShapeError, UnsupportedModelError
+from cats.ops.quantised.rows import SCALE_CODES, ZeroMode
+
+__all__ = ["ColumnLayout", "PackedColumns", "pack_columns", "unpack_columns"]
+
+_SET = 128  # outputs that a warp works on at once
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ColumnLayout:
+    """How the columns of a matrix are packed.
+
+    Attributes:
+        bits: Of a code, 4 or 8.
+        outputs: Rows of the matrix.
+        group_size: Consecutive neurons that share a scale per output; 0 where all do.
+        scale_dtype: float16, bfloat16 or float32.
+        zero_mode: What there is besides codes and scales.
+        zero: The constant zero point; 0 with :attr:`ZeroMode.ZEROS`.
+    """
+
+    bits: int
+    outputs: int
+    group_size: int
+    scale_dtype: torch.dtype
+    zero_mode: ZeroMode = ZeroMode.CONSTANT
+    zero: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise UnsupportedModelError(f"codes must have 4 or 8 bits, got {self.bits}")
+        if self.outputs % 4 or self.outputs < 1:
+            raise UnsupportedModelError(f"outputs must be a multiple of 4, got {self.outputs}")
+        if self.group_size < 0:
+            raise ShapeError(f"a group must have neurons, got {self.group_size}")
+        if self.scale_dtype not in SCALE_CODES:
+            raise UnsupportedModelError(
+                f"scales must be float16, bfloat16 or float32, got {self.scale_dtype}"
+            )
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one packed column to the next: an odd multiple of 32, for the banks."""
+        used = -(-self.outputs // _SET) * _SET * self.bits // 8
+        return used + 32 * (used % 64 == 0)
+
+    def groups_of(self, neurons: int) -> int:
+        """Groups of so many neurons."""
+        return -(-neurons // self.group_size) if self.group_size else 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedColumns:
+    """A packed ``down``.
+
+    Attributes:
+        columns: ``[neurons, pitch]``, uint8.
+        scales: ``[groups, outputs]``.
+        extras: The same shape: zero points (uint8), shifts (as the scales), or None.
+        layout: Of the columns.
+    """
+
+    columns: Tensor
+    scales: Tensor
+    extras: Tensor | None
+    layout: ColumnLayout
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        expected = len(self.columns), layout.pitch
+        if tuple(self.columns.shape) != expected or self.columns.dtype != torch.uint8:
+            raise ShapeError(
+                f"packed columns must be {list(expected)} of uint8, "
+                f"got {list(self.columns.shape)} of {self.columns.dtype}"
+            )
+        tables = layout.groups_of(len(self.columns)), layout.outputs
+        extra_dtype = {
+            ZeroMode.CONSTANT: None,
+            ZeroMode.ZEROS: torch.uint8,
+            ZeroMode.SHIFTS: layout.scale_dtype,
+        }[layout.zero_mode]
+        for name, table, dtype in (
+            ("scales", self.scales, layout.scale_dtype),
+            ("zeros or shifts", self.extras, extra_dtype),
+        ):
+            found = None if table is None else (tuple(table.shape), table.dtype)
+            wanted = None if dtype is None else (tables, dtype)
+            if found != wanted:
+                raise ShapeError(f"{name} must be {wanted}, got {found}")
+
+
+def pack_columns(
+    layout: ColumnLayout,
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    neurons: int,
+    zeros: Tensor | None = None,
+    shifts: Tensor | None = None,
+) -> PackedColumns:
+    """The columns of a matrix in the order of the kernels.
+
+    Args:
+        layout: How.
+        codes: uint8, ``[outputs, neurons]`` for 8 bits, ``[outputs, ceil(neurons / 2)]`` for 4,
+            where the low half of a byte is the even neuron.
+        scales: ``[outputs, groups]`` in ``layout.scale_dtype``.
+        neurons: How many.
+        zeros: uint8, the same shape, with ``ZeroMode.ZEROS``.
+        shifts: The shape and dtype of the scales, with ``ZeroMode.SHIFTS``.
+
+    Raises:
+        ShapeError: If a shape or dtype is not that of the layout.
+    """
+    stored = neurons if layout.bits == 8 else -(-neurons // 2)
+    if tuple(codes.shape) != (layout.outputs, stored) or codes.dtype != torch.uint8:
+        raise ShapeError(
+            f"codes must be {[layout.outputs, stored]} of uint8, "
+            f"got {list(codes.shape)} of {codes.dtype}"
+        )
+    columns = codes.new_zeros(neurons, layout.pitch)
+    step = 2048  # neurons; even, so that no byte of codes is cut
+    for start in range(0, neurons, step):
+        end = min(start + step, neurons)
+        if layout.bits == 8:
+            columns[start:end, : layout.outputs] = codes[:, start:end].t()
+        else:
+            part = codes[:, start // 2 : (end + 1) // 2]
+            neuron = torch.stack([part & 15, part >> 4], dim=-1).flatten(1).t()[: end - start]
+            columns[start:end, : layout.outputs // 2] = neuron[:, ::2] | neuron[:, 1::2] << 4
+    extras = zeros if layout.zero_mode == ZeroMode.ZEROS else shifts
+    extras = None if extras is None else extras.t().contiguous()
+    return PackedColumns(columns, scales.t().contiguous(), extras, layout)
+
+
+def unpack_columns(packed: PackedColumns) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes, scales, zeros and shifts, as :func:`pack_columns` takes them."""
+    layout, columns = packed.layout, packed.columns
+    neurons = len(columns)
+    stored = neurons if layout.bits == 8 else -(-neurons // 2)
+    codes = columns.new_zeros(layout.outputs, stored)
+    step = 2048
+    for start in range(0, neurons, step):
+        end = min(start + step, neurons)
+        if layout.bits == 8:
+            codes[:, start:end] = columns[start:end, : layout.outputs].t()
+            continue
+        part = columns[start:end, : layout.outputs // 2]
+        outputs = torch.stack([part & 15, part >> 4], dim=-1).flatten(1).t()
+        if outputs.shape[1] % 2:
+            outputs = torch.nn.functional.pad(outputs, (0, 1))
+        codes[:, start // 2 : (end + 1) // 2] = outputs[:, ::2] | outputs[:, 1::2] << 4
+    extras = None if packed.extras is None else packed.extras.t().contiguous()
+    is_zeros = layout.zero_mode == ZeroMode.ZEROS
+    return (
+        codes,
+        packed.scales.t().contiguous(),
+        extras if is_zeros else None,
+        None if is_zeros else extras,
+    )
