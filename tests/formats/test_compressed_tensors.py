@@ -104,6 +104,12 @@ def test_odd_sizes(case, columns):
     assert same_bits(weight.dequantised(), expected)
 
 
+def test_scales_of_activations_are_kept():
+    how = scheme("int-quantized", num_bits=8)
+    tensors = compress(how) | {"input_scale": torch.ones(1), "input_zero_point": torch.ones(1)}
+    read_and_write(CompressedTensors(config(how)), layer(tensors, ROWS, COLUMNS))
+
+
 def test_symmetric_codes_have_one_zero_point():
     how = scheme("pack-quantized", strategy="group", group_size=16)
     weight = CompressedTensors(config(how)).read(layer(compress(how), ROWS, COLUMNS))

@@ -16,7 +16,7 @@ from cats.errors import (
     StorageError,
     UnsupportedModelError,
 )
-from cats.finetuning.adapters import add_adapters
+from cats.finetuning.adapters import add_adapters, load_adapter, merge, save_adapter
 from cats.finetuning.options import FinetuneOptions
 from cats.weights import Quantised, QuantisedLinear, weight_of
 from tests import models
@@ -203,6 +203,40 @@ def test_adapters_are_trained_on_frozen_codes(kind, folder):
              for n, b in adapted.named_buffers()}  # fmt: skip
     for name, codes in before.items():
         assert torch.equal(after[name].view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "float8"], indirect=True)
+def test_adapters_are_saved_and_loaded_but_not_merged(kind, folder, tmp_path):
+    adapted = add_adapters(checkpoint.load_dense(folder), FinetuneOptions(rank=2)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(adapted, None, tmp_path / "adapter")
+    loaded = load_adapter(folder, tmp_path / "adapter")
+    ids = models.make_ids()
+    assert torch.equal(models.logits(loaded, ids), models.logits(adapted, ids))
+    with pytest.raises(UnsupportedModelError, match="not merged into quantised"):
+        merge(loaded)
+    assert torch.equal(models.logits(loaded, ids), models.logits(adapted, ids))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "stored as bitsandbytes"),
+        ({"quant_method": "hqq"}, "stored as hqq"),
+        ({"quant_method": "gptq", "bits": 3}, "stored as gptq with 3 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq with the layout gemv"),
+    ],
+)
+def test_what_nobody_here_reads_is_refused_with_the_reason(settings, message, tmp_path):
+    models.make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = settings
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=f"{message}.*llm-compressor"):
+        checkpoint.load_dense(tmp_path)
 
 
 # GGUF

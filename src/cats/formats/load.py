@@ -49,14 +49,22 @@ _DTYPES = {
 
 def stored_format(config: Mapping[str, Any] | None) -> Format | None:
     """The format of a ``quantization_config``; None where transformers is to read it."""
+    found = _format_or_reason(config)
+    return found if isinstance(found, Format) else None
+
+
+def _format_or_reason(config: Mapping[str, Any] | None) -> Format | str:
+    """The format of a ``quantization_config``, or what it is that is not read here."""
     if not isinstance(config, Mapping):
-        return None
-    kind = FORMATS.get(str(config.get("quant_method")))
+        return "no quantization_config"
+    name = str(config.get("quant_method", "an unknown method"))
+    if name not in FORMATS:
+        return name
     try:
-        return None if kind is None else kind(config)
-    except (ValueError, TypeError, AttributeError):
-        # of a kind that is not read here, or not as its library writes it
-        return None
+        format_: Format = FORMATS[name](config)
+        return format_
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"{name} with {error}"
 
 
 def load(folder: str, hub_options: Mapping[str, Any], **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -77,13 +85,24 @@ def load(folder: str, hub_options: Mapping[str, Any], **kwargs: Any) -> tuple[An
         found = None if has_own_config else _load_gguf(folder, dict(kwargs))
         if found is not None:
             return found
-    elif not has_own_config:
+        reason: Format | str = "GGUF"
+    else:
         config = AutoConfig.from_pretrained(folder, **hub_options)
         stored = getattr(config, "quantization_config", None)
-        if stored_format(stored) is not None:
+        reason = _format_or_reason(stored)
+        if isinstance(reason, Format) and not has_own_config:
             config.quantization_config = {"quant_method": _METHOD, "stored": stored}
             kwargs = {"config": config, **_without_settings(config, kwargs)}
-    model, info = auto.from_pretrained(folder, output_loading_info=True, **kwargs)
+    try:
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except ImportError as error:
+        # transformers asks for the library of a format only where it is stored in that format
+        said = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{folder}: its weights are stored as {reason}, which cats does not read, and "
+            f"transformers says: {said}; or convert the 16-bit model to compressed-tensors with "
+            "llm-compressor"
+        ) from error
     return model, info
 
 
