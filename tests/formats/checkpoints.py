@@ -137,17 +137,14 @@ _MAKERS = {
 
 # Rows of whole blocks.
 SIZES = {
-    "Q8_0": dict(hidden_size=32, intermediate_size=64, head_dim=16),
-    "Q4_0": dict(hidden_size=32, intermediate_size=64, head_dim=16),
-    "Q4_1": dict(hidden_size=32, intermediate_size=64, head_dim=16),
-    "Q4_K": dict(hidden_size=256, intermediate_size=256, head_dim=128),
-    "Q6_K": dict(hidden_size=256, intermediate_size=256, head_dim=128),
+    kind: dict(hidden_size=size, intermediate_size=max(64, size), head_dim=size // 2)
+    for kind, (size, _, _) in test_gguf.BLOCKS.items()
 }
 
 
-def write_gguf(kind, path, *, architecture="llama", tied=False, config=LlamaConfig):
+def write_gguf(kind, path, *, architecture="llama", tied=False, config=LlamaConfig, **changes):
     """A GGUF file of a model with random blocks."""
-    sizes = SIZES[kind]
+    sizes = SIZES[kind] | changes
     model = models.make_model(config, **sizes, tie_word_embeddings=tied)
     settings = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -179,7 +176,7 @@ def write_gguf(kind, path, *, architecture="llama", tied=False, config=LlamaConf
         for at in test_gguf.BLOCKS[kind][2]:
             size = test_gguf.BLOCKS[kind][1]
             halves = data.reshape(rows, -1, size)[..., at : at + 2].copy().view(np.float16)
-            scale = {"Q4_K": 1e-3, "Q6_K": 1e-4}.get(kind, 1e-2)
+            scale = {"Q4_K": 1e-3, "Q5_K": 1e-3, "Q6_K": 1e-4}.get(kind, 1e-2)
             blocks = data.reshape(rows, -1, size)
             blocks[..., at : at + 2] = (halves * np.float16(scale)).view(np.uint8)
         writer.add_tensor(key, data, raw_dtype=gguf.GGMLQuantizationType[kind])

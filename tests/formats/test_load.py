@@ -5,7 +5,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GgufConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import cats
 from cats import checkpoint, fingerprint
@@ -262,11 +270,22 @@ def test_gguf_files_are_read_as_transformers_reads_them(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config"), [("llama", LlamaConfig), ("qwen2", Qwen2Config)]
+    ("architecture", "config"),
+    [
+        ("llama", LlamaConfig),
+        ("qwen2", Qwen2Config),
+        ("qwen3", Qwen3Config),
+        ("gemma2", Gemma2Config),
+        ("gemma3", Gemma3TextConfig),
+    ],
 )
 def test_gguf_files_of_other_models(architecture, config, tmp_path):
     path = tmp_path / "model.gguf"
-    checkpoints.write_gguf("Q8_0", path, architecture=architecture, config=config, tied=True)
+    # transformers does not read the size of a head of Qwen 3: it is the one of the real models
+    changes = {"head_dim": 128} if config is Qwen3Config else {}
+    checkpoints.write_gguf(
+        "Q8_0", path, architecture=architecture, config=config, tied=True, **changes
+    )
     model = checkpoint.load_dense(path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     dense = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,8 @@
-"""GGUF files: Q8_0, Q4_0, Q4_1, Q4_K and Q6_K, block by block.
+"""GGUF files: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K, block by block.
 
 A row is a run of blocks, each with its scales. Codes of a block come in halves: the low four bits
-of its bytes are the first columns, the high four bits the columns after them.
+of its bytes are the first columns, the high four bits the columns after them. Codes of five and
+six bits take a byte each here.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from cats.weights import Quantised
 from cats.weights.quantised import packed
 
 # Readers take sizes from the file: whatever these lead to is a fault of the file.
-DAMAGED = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error)
+DAMAGED = (IndexError, KeyError, OverflowError, MemoryError, struct.error)
 
 _PREFIX = "gguf_"
 # Architectures of files whose tensors are those of transformers, but for the order of the rows of
 # q and k (``permuted``) and for norms that are stored plus 1.
 _PERMUTED = ("llama",)
-_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
+_NORMS_PLUS_ONE = ("gemma2", "gemma3")
 _ARCHITECTURES = (*_PERMUTED, *_NORMS_PLUS_ONE, "qwen2", "qwen3")
 
 
@@ -89,7 +90,7 @@ def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | 
         reader = gguf.GGUFReader(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error})") from error
-    except DAMAGED as error:
+    except (ValueError, *DAMAGED) as error:
         raise FormatError(f"{path}: not a whole GGUF file ({error})") from error
     field = reader.get_field("general.architecture")
     architecture = None if field is None else field.contents()
@@ -155,18 +156,37 @@ def _q4_1(blocks: Tensor) -> dict[str, Any]:
     return _fields(_nibbles(blocks[..., 4:], 16), scales, bits=4, shifts=shifts)
 
 
+def _q5_0(blocks: Tensor) -> dict[str, Any]:
+    codes = _nibbles(blocks[..., 6:], 16) | _fifth_bits(blocks[..., 2:6])
+    return _fields(codes, _halves(blocks[..., :2]), zero=16)
+
+
+def _q5_1(blocks: Tensor) -> dict[str, Any]:
+    codes = _nibbles(blocks[..., 8:], 16) | _fifth_bits(blocks[..., 4:8])
+    return _fields(codes, _halves(blocks[..., :2]), shifts=_halves(blocks[..., 2:4]))
+
+
 def _q4_k(blocks: Tensor) -> dict[str, Any]:
+    scales, shifts = _scales_of_k(blocks)
+    return _fields(_nibbles(blocks[..., 16:], 32), scales, bits=4, shifts=shifts)
+
+
+def _q5_k(blocks: Tensor) -> dict[str, Any]:
+    scales, shifts = _scales_of_k(blocks)
+    # bit g of byte c is that of column c of the group g
+    groups = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    high = (blocks[..., None, 16:48] >> groups & 1) << 4
+    return _fields(_nibbles(blocks[..., 48:], 32) | high.flatten(-2), scales, shifts=shifts)
+
+
+def _scales_of_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and shifts of the eight groups of a block of Q4_K or Q5_K, float32."""
     # products of a 16-bit number and one of six bits: exact in float32, and in nothing smaller
     scale, minimum = _halves(blocks[..., :2]).float(), _halves(blocks[..., 2:4]).float()
     low, middle, high = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat((low & 0x3F, (high & 0x0F) | ((low >> 2) & 0x30)), -1)
     minima = torch.cat((middle & 0x3F, (high >> 4) | ((middle >> 2) & 0x30)), -1)
-    return _fields(
-        _nibbles(blocks[..., 16:], 32),
-        scale * scales,
-        bits=4,
-        shifts=-(minimum * minima),
-    )
+    return scale * scales, -(minimum * minima)
 
 
 def _q6_k(blocks: Tensor) -> dict[str, Any]:
@@ -207,11 +227,20 @@ def _nibbles(data: Tensor, run: int) -> Tensor:
     return torch.stack((data & 15, data >> 4), -2).flatten(-3)
 
 
+def _fifth_bits(data: Tensor) -> Tensor:
+    """Bit ``c`` of four bytes as the fifth bit of the code of column ``c``."""
+    bits = torch.arange(8, dtype=torch.uint8, device=data.device)
+    return ((data[..., None] >> bits & 1) << 4).flatten(-2)
+
+
 # Columns and bytes of a block, and its reader.
 _READERS: dict[str, tuple[int, int, Callable[[Tensor], dict[str, Any]]]] = {
     "Q8_0": (32, 34, _q8_0),
     "Q4_0": (32, 18, _q4_0),
     "Q4_1": (32, 20, _q4_1),
+    "Q5_0": (32, 22, _q5_0),
+    "Q5_1": (32, 24, _q5_1),
     "Q4_K": (256, 144, _q4_k),
+    "Q5_K": (256, 176, _q5_k),
     "Q6_K": (256, 210, _q6_k),
 }
