@@ -47,11 +47,11 @@ def make(
     )
 
 
-def quantise_(model, kind, only=""):
+def quantise_(model, kind, only="", **changes):
     """Put random quantised layers instead of the linear ones whose name has ``only`` in it."""
     for seed, (name, module) in enumerate(list(model.named_modules())):
         if type(module) is nn.Linear and only in name:
             dtype = module.weight.dtype
-            weight = make(*module.weight.shape, **KINDS[kind], seed=seed, dtype=dtype)
+            weight = make(*module.weight.shape, **KINDS[kind] | changes, seed=seed, dtype=dtype)
             model.set_submodule(name, QuantisedLinear(weight, module.bias, name=name))
     return model

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cats.decode.stream.packed import count_of
 from cats.decode.stream.spec import ModelSpec
 from cats.ops.choice import cuda as choice
 
@@ -27,7 +28,8 @@ class Buffers:
         logits: ``[V]``.
         partials: ``[splits, heads, head size + 2]``, of attention.
         counters: ``[columns]``, int32 zeros, of attention: one per column of its grid.
-        tickets: ``[layers, stride]``, int32, of the MLPs. The first launch sets them to zero.
+        tickets: ``[layers + 1, stride]``, int32, of the launches of each layer and of the head.
+            The first launch sets them to zero.
         best: ``[2, blocks]``, of the choice.
         arrived: ``[1]``, an int32 zero, of the choice.
     """
@@ -63,10 +65,10 @@ class Buffers:
             sums=floats(D),
             qkv=floats(query_size + 2 * spec.key_heads * spec.head_size),
             attended=torch.zeros(query_size, dtype=spec.dtype, device=device),
-            logits=floats(len(spec.head.weight)),
+            logits=floats(count_of(spec.head)),
             partials=floats(splits, spec.heads, spec.head_size + 2),
             counters=integers(columns),
-            tickets=integers(len(spec.layers), _TICKET_STRIDE),
+            tickets=integers(len(spec.layers) + 1, _TICKET_STRIDE),
             best=floats(2, choice.BLOCKS),
             arrived=integers(1),
         )

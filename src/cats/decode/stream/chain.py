@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 from weakref import proxy
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from cats.decode.state import State
 from cats.decode.stream.buffers import Buffers
+from cats.decode.stream.packed import Matrix, PackedDown, PackedLinear, count_of, runs_of_layout
 from cats.decode.stream.rotary import RotaryTables
-from cats.decode.stream.spec import LayerSpec, Matrix, ModelSpec
+from cats.decode.stream.spec import LayerSpec, ModelSpec
 from cats.ops.attention import cuda as attention
 from cats.ops.choice import cuda as choice
 from cats.ops.cuda.arguments import address, with_stamps
@@ -20,10 +22,14 @@ from cats.ops.cuda.function import Launch
 from cats.ops.cuda.residual import Residual
 from cats.ops.embedding import cuda as embedding
 from cats.ops.linear import cuda as linear
+from cats.ops.linear import quantised as quantised_linear
+from cats.ops.mlp.cuda import quantised as quantised_feed_forward
 from cats.ops.mlp.cuda import residual as feed_forward
 
 # Times that a block writes (trace.cuh): of so many warps, so many events each.
 _TRACED_WARPS, _EVENTS = 32, 4
+# Where the launches of a layer take their tickets, in a row of the buffer.
+_MLP_TICKET, _QKV_TICKET, _OUTPUT_TICKET = 0, 8, 16
 
 
 class Chain:
@@ -65,8 +71,8 @@ class Chain:
         self._columns = attention.columns_of(spec.heads, spec.key_heads)
         splits = attention.splits_of(state.capacity, self._columns, self._multiprocessors)
         self.buffers = Buffers.of(spec, device, splits=splits, columns=self._columns)
-        self.stamps = self._empty_stamps() if traced else None
         self._rotary = RotaryTables(spec, state.capacity)
+        self.stamps = self._empty_stamps() if traced else None
 
     def use_frequencies_of(self, length: int) -> None:
         """Rotate positions as the model does in a pass over ``length`` tokens.
@@ -76,8 +82,8 @@ class Chain:
         self._rotary.use_frequencies_of(length)
 
     def _empty_stamps(self) -> Tensor:
-        # the embedding, four per layer, the head and the choice
-        launches = 4 * len(self._spec.layers) + 3
+        # the choice comes after them
+        launches = len(self._token(1)) + 1
         at_once = attention.BLOCKS_ON_A_MULTIPROCESSOR * self._multiprocessors
         blocks = max(at_once, self._columns, choice.BLOCKS)
         shape = launches, blocks, _TRACED_WARPS, _EVENTS
@@ -141,7 +147,7 @@ class Chain:
         return [
             self._embedding(),
             *(launch for index in layers for launch in self._layer(index, window)),
-            self._head(),
+            *self._head(),
         ]
 
     def _embedding(self) -> Launch:
@@ -159,13 +165,21 @@ class Chain:
         layer = layers[index]
         previous = None if index == 0 or alone else layers[index - 1]
         b = self.buffers
+        tickets = b.tickets[index]
         if layer.attention_post_norm is None:
             project = self._linear(
-                layer.o, x=b.attended, add=b.residual, out=b.middle, copy=b.residual
+                layer.o,
+                x=b.attended,
+                add=b.residual,
+                out=b.middle,
+                copy=b.residual,
+                tickets=tickets[_OUTPUT_TICKET:],
             )
             mlp_input, mlp_output = self._normed(layer, layer.mlp_norm, b.middle), b.residual
         else:
-            project = self._linear(layer.o, x=b.attended, out=b.branch, copy=b.sums)
+            project = self._linear(
+                layer.o, x=b.attended, out=b.branch, copy=b.sums, tickets=tickets[_OUTPUT_TICKET:]
+            )
             mlp_input = self._normed(
                 layer,
                 layer.mlp_norm,
@@ -179,16 +193,25 @@ class Chain:
         # a layer alone follows kernels that may write its weights
         early = not alone
         return [
-            self._linear(layer.q, layer.k, layer.v, x=attention_input, out=b.qkv, early=early),
+            *self._linear(
+                layer.q,
+                layer.k,
+                layer.v,
+                x=attention_input,
+                out=b.qkv,
+                early=early,
+                tickets=tickets[_QKV_TICKET:],
+            ),
             self._attention(index, layer, window),
-            project,
+            *project,
             self._mlp(index, layer, mlp_input, mlp_output),
         ]
 
-    def _head(self) -> Launch:
+    def _head(self) -> list[Launch]:
         last = self._spec.layers[-1]
         x = self._after(last, last, self._spec.norm)
-        return self._linear(self._spec.head, x=x, out=self.buffers.logits)
+        b = self.buffers
+        return self._linear(self._spec.head, x=x, out=b.logits, tickets=b.tickets[-1])
 
     def _choice(self, padding: int) -> Launch:
         state = self._state
@@ -247,21 +270,47 @@ class Chain:
         *matrices: Matrix,
         x: Tensor | Residual,
         out: Tensor,
+        tickets: Tensor,
         add: Tensor | None = None,
         copy: Tensor | None = None,
         early: bool = True,
-    ) -> Launch:
-        return linear.launch(
-            [matrix.weight for matrix in matrices],
-            [matrix.bias for matrix in matrices],
-            x=x,
-            out=out,
-            add=add,
-            copy=copy,
-            early=early,
-            multiprocessors=self._multiprocessors,
-            traced=self._traced,
-        )
+    ) -> list[Launch]:
+        """One launch, or several where the matrices are stored in several ways."""
+        launches, start = [], 0
+        for number, run in enumerate(runs_of_layout(matrices)):
+            rows = slice(start, start + sum(map(count_of, run)))
+            start = rows.stop
+            biases = [matrix.bias for matrix in run]
+            parts = [None if t is None else t[rows] for t in (out, add, copy)]
+            assert parts[0] is not None
+            if isinstance(run[0], PackedLinear):
+                launch = quantised_linear.launch(
+                    [matrix.rows for matrix in run if isinstance(matrix, PackedLinear)],
+                    biases,
+                    x=x,
+                    dtype=self._spec.dtype,
+                    out=parts[0],
+                    add=parts[1],
+                    copy=parts[2],
+                    counter=tickets[number : number + 1],
+                    early=early,
+                    multiprocessors=self._multiprocessors,
+                    traced=self._traced,
+                )
+            else:
+                launch = linear.launch(
+                    [matrix.weight for matrix in run if not isinstance(matrix, PackedLinear)],
+                    biases,
+                    x=x,
+                    out=parts[0],
+                    add=parts[1],
+                    copy=parts[2],
+                    early=early,
+                    multiprocessors=self._multiprocessors,
+                    traced=self._traced,
+                )
+            launches.append(launch)
+        return launches
 
     def _attention(self, index: int, layer: LayerSpec, window: int) -> Launch:
         state = self._state
@@ -293,6 +342,25 @@ class Chain:
 
     def _mlp(self, index: int, layer: LayerSpec, x: Residual, sums: Tensor) -> Launch:
         mlp = layer.mlp
+        tickets = self.buffers.tickets[index]
+        # Any: a packed model has packed matrices where the description has linear layers
+        gate, up, down = cast(tuple[Any, Any, Any], (mlp.gate, mlp.up, mlp.down))
+        if isinstance(down, PackedDown):
+            return quantised_feed_forward.launch(
+                x=x,
+                gate=gate.rows,
+                up=up.rows,
+                down=down.columns,
+                thresholds=mlp.thresholds,
+                activation=mlp.activation,
+                gate_bias=gate.bias,
+                up_bias=up.bias,
+                dtype=self._spec.dtype,
+                sums=sums,
+                counter=tickets[_MLP_TICKET : _MLP_TICKET + 1],
+                multiprocessors=self._multiprocessors,
+                traced=self._traced,
+            )
         return feed_forward.launch(
             x=x,
             gate=mlp.gate.weight,
@@ -303,7 +371,7 @@ class Chain:
             gate_bias=mlp.gate.bias,
             up_bias=mlp.up.bias,
             sums=sums,
-            counters=self.buffers.tickets[index],
+            counters=tickets,
             multiprocessors=self._multiprocessors,
             traced=self._traced,
         )

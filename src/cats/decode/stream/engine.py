@@ -20,11 +20,13 @@ from cats.decode.forward import prefill
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.decode.stream.chain import Chain
+from cats.decode.stream.packed import pack_again, packed, versions
 from cats.decode.stream.probe import probe
 from cats.decode.stream.spec import ModelSpec, read_spec
 from cats.decode.tracing import exclusion
 from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion import fused_mlps
+from cats.weights import Dense
 
 # Key of a conversation's chain, beside its graphs, which hold the addresses of its buffers.
 _CHAIN = "chain"
@@ -51,9 +53,11 @@ class StreamEngine:
         self._model = ref(model)
         self._laid_out: list[ref[nn.Parameter]] = []
         try:
-            self._spec = read_spec(model)
-            lay_out_down(self._spec, self._laid_out)
-            with torch.cuda.device(self._spec.norm.device):
+            self._source = read_spec(model)
+            lay_out_down(self._source, self._laid_out)
+            with torch.cuda.device(self._source.norm.device):
+                self._versions = versions(self._source)
+                self._spec = packed(self._source)
                 self._embedding_scale = probe(model, self._spec)
         except (UnsupportedModelError, AttributeError) as error:
             self.reset()
@@ -75,6 +79,9 @@ class StreamEngine:
                 "the engine stream runs one row without padding, and adds up in any order; "
                 "engine='auto' takes another engine for batches and deterministic algorithms"
             )
+        if self._versions != (now := versions(self._source)):
+            pack_again(self._source, self._spec)
+            self._versions = now
         windows = {
             window: graph_key(self.name, window, options) for window in windows_of(state, lengths)
         }
@@ -136,6 +143,8 @@ def lay_out_down(spec: ModelSpec, laid_out: list[ref[nn.Parameter]]) -> None:
         laid_out: Gets the weights that had another layout.
     """
     for layer in spec.layers:
+        if not isinstance(layer.mlp.down.matrix, Dense):
+            continue
         down = layer.mlp.down.weight
         if not down.t().is_contiguous():
             down.data = down.data.t().contiguous().t()

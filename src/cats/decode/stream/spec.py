@@ -12,12 +12,11 @@ from cats.decode.rotary import LengthRule
 from cats.errors import UnsupportedModelError
 from cats.model import Decoder, DecoderLayer, Linear, describe_decoder
 from cats.protocols import CausalModel
-from cats.weights import Dense
+from cats.weights import Dense, Quantised
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# A matrix or some of its rows, and the matrices of a layer.
-Matrix = Linear
+# The matrices of a layer.
 LayerSpec = DecoderLayer
 
 T = TypeVar("T")
@@ -55,7 +54,7 @@ def read_spec(model: nn.Module) -> ModelSpec:
         matrices = {name: getattr(layer, name) for name in ("q", "k", "v", "o")}
         for name, matrix in (matrices | {"gate": layer.mlp.gate, "up": layer.mlp.up}).items():
             _check_rows(matrix, f"{name} of layer {index}")
-        _check_dense(layer.mlp.down, f"down of layer {index}")
+        _check_storage(layer.mlp.down, f"down of layer {index}")
         if layer.mlp.router != "gate" or layer.mlp.product_thresholds is not None:
             raise UnsupportedModelError(
                 f"thresholds of layer {index} are on up or on products, expected them on the gate"
@@ -73,16 +72,16 @@ def read_spec(model: nn.Module) -> ModelSpec:
     )
 
 
-def _check_dense(linear: Linear, name: str) -> None:
-    if not isinstance(linear.matrix, Dense):
+def _check_storage(linear: Linear, name: str) -> None:
+    if not isinstance(linear.matrix, Dense | Quantised):
         raise UnsupportedModelError(
-            f"{name} is {linear.matrix!r}, expected ordinary weights of an nn.Linear (merge "
-            "adapters first)"
+            f"{name} is {linear.matrix!r}, expected ordinary weights of an nn.Linear, or quantised "
+            "ones that cats.from_pretrained has read (merge adapters first)"
         )
 
 
 def _check_rows(linear: Linear, name: str) -> None:
-    _check_dense(linear, name)
+    _check_storage(linear, name)
     if linear.matrix.order != "rows":
         raise UnsupportedModelError(f"the weight of {name} is not row-major")
 

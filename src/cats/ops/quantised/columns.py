@@ -1,4 +1,4 @@
-"""Columns of a quantised ``down`` as CUDA kernels stream them; ``quantised_down.cuh`` is the reader.
+"""Columns of a quantised ``down`` as CUDA kernels stream them (``quantised_down.cuh``).
 
 A packed column is a neuron: one code per output, in order, two in a byte with 4 bits. Scales are
 shared by groups of neurons, so they lie apart, one row of outputs per group.
