@@ -14,7 +14,7 @@ LAYERS = {
     6: "checkpoint metrics decode",
     5: "calibration apply",
     4: "methods fusion mlp",
-    3: "model fingerprint formats",
+    3: "model fingerprint quantisation formats",
     2: "ops data results history smollm2 weights",
     1: "functional config errors storage version undo lazy protocols",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from torch import Tensor, nn
 
@@ -76,6 +76,8 @@ def measure(
         commit: Commit of the sources, where they are not a checkout.
         on_stage: Called with what comes next, in words; never while something is timed.
 
+    Quantised models are not fused: the engine ``stream`` runs them as they are.
+
     Yields:
         Each result as soon as it is known. First comes the read bandwidth. Then, for each variant
         and sparsity, come the time of a token and of the first token (ms), the start-up time, the
@@ -116,7 +118,8 @@ def measure(
             measured = copy_for_fusion(model)
             sparsify_(measured, counts.config(sparsity))
             check = ModuleCheck.run(measured, text, case.prompt_length)
-            fuse_(measured)
+            if case.bits is None:
+                fuse_(measured)
         variants = yield from bench.measure_model(measured, sparsity, check, dense_loops)
         if sparsity == 0:
             dense_loops = [variant for variant in variants if variant.decoder is not None]
@@ -134,6 +137,8 @@ class _CaseFields(TypedDict):
     new_tokens: int
     dtype: str
     environment: dict[str, Value]
+    bits: NotRequired[int]
+    group_size: NotRequired[int | None]
 
 
 class _VariantFields(_CaseFields):
@@ -161,7 +166,7 @@ class _Bench:
 
     @property
     def case_fields(self) -> _CaseFields:
-        return {
+        fields: _CaseFields = {
             "model": self.case.model,
             "batch": self.case.batch,
             "prompt_length": self.case.prompt_length,
@@ -169,6 +174,9 @@ class _Bench:
             "dtype": self.dtype,
             "environment": self.environment,
         }
+        if self.case.bits is not None:
+            fields |= {"bits": self.case.bits, "group_size": self.case.group_size}
+        return fields
 
     def bandwidth(self) -> DecodeBandwidth:
         rate = self.read.as_rate(self.case.read_bytes / 1e9)

@@ -8,9 +8,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from cats.benchmarks.decode_case import Case
-from cats.fusion import fused_mlps
 from cats.metrics import realized_sparsity
-from cats.model import traffic
+from cats.model import CatsActivation, traffic
 from cats.protocols import CausalModel
 
 
@@ -28,12 +27,12 @@ def token_bytes(model: nn.Module, tokens: Tensor, case: Case) -> tuple[float, fl
     if any of them keeps it.
 
     Args:
-        model: A model, fused if it is sparse.
+        model: A model, dense or sparse.
         tokens: Prompts and new tokens, ``[B, T + N]``.
         case: What was timed.
     """
     shares: dict[str, float] = {}
-    if list(fused_mlps(model)):
+    if any(isinstance(module, CatsActivation) for module in model.modules()):
         shares = _sparsity_after_prompt(model, tokens, case.prompt_length)
     causal = cast(CausalModel, model)
     config = causal.config

@@ -23,6 +23,9 @@ class Case:
         read_bytes: Size of the read that gives the memory limit.
         generate: Whether transformers' ``generate`` is timed, on the same models.
         generate_compiled: Whether it is timed with a static cache and compilation too.
+        bits: Of the weights: 4 or 8, rounded to nearest; None for 16 or 32.
+        group_size: Columns that share a scale; None for a scale per row.
+        torch_int4: Whether torch's own int4 operator is timed too, in the engine ``compiled``.
         launches: Whether the kernels of a step are listed, from a run of their own; on a GPU.
     """
 
@@ -37,11 +40,18 @@ class Case:
     read_bytes: int = 4 * 2**30
     generate: bool = True
     generate_compiled: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    torch_int4: bool = False
     launches: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.prompt_length < 1 or self.new_tokens < 3:
             raise ConfigError("expected batch and prompt >= 1, and new tokens >= 3")
+        if self.bits not in (None, 4, 8):
+            raise ConfigError(f"bits must be 4 or 8, got {self.bits}")
+        if self.torch_int4 and self.bits != 4:
+            raise ConfigError("torch's int4 operator is timed with bits = 4 only")
         if self.rounds < 2 or self.generate_rounds < 2:
             raise ConfigError("expected at least 2 rounds")
         if not self.sparsities or not all(0 <= s < 1 for s in self.sparsities):

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from cats.benchmarks.decode_case import Case
 from cats.benchmarks.decode_runs import Run, run_loop, run_transformers
+from cats.benchmarks.torch_int4 import with_torch_int4
 from cats.config import label_of
 from cats.decode import Decoder
 from cats.errors import BackendError
 
 GENERATE = "generate"
 GENERATE_COMPILED = "generate_compiled"
+TORCH_INT4 = "compiled_torch_int4"
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
@@ -77,18 +79,22 @@ def make_variants(
         on_stage: Called with what comes next, in words.
     """
     model_label = label_of_target(sparsity)
-    for engine in case.engines:
+    runners = [(engine, engine, model) for engine in case.engines]
+    if case.torch_int4 and not sparsity:
+        runners.append((TORCH_INT4, "compiled", with_torch_int4(model)))
+    for name, engine, run_model in runners:
         start, bytes_before = time.perf_counter(), _allocated_bytes(prompt.device)
-        on_stage(f"{model_label}, {engine}: making the engine")
+        on_stage(f"{model_label}, {name}: making the engine")
         try:
-            decoder = Decoder(model, engine=engine)
-            name = decoder.engine_for(case.batch)
+            decoder = Decoder(run_model, engine=engine)
+            engine_name = decoder.engine_for(case.batch)
         except BackendError as error:
-            warn_left_out(engine, sparsity, error)
+            warn_left_out(name, sparsity, error)
             continue
+        variant_name = name if name == TORCH_INT4 else engine_name
         yield Variant(
-            name=name,
-            label=f"{model_label}, {name}",
+            name=variant_name,
+            label=f"{model_label}, {variant_name}",
             generate=partial(run_loop, decoder, prompt, max_new_tokens=case.new_tokens, **GREEDY),
             rounds=case.rounds,
             decoder=decoder,

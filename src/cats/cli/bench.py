@@ -171,6 +171,18 @@ def decode(
         bool,
         other_option(help="Time model.generate with a static cache and compilation too."),
     ] = False,
+    bits: Annotated[
+        int | None,
+        other_option(min=4, max=8, metavar="N", help="Round the weights to 4 or 8 bits first."),
+    ] = None,
+    group: Annotated[
+        int | None,
+        other_option(min=1, metavar="N", help="Columns that share a scale; else a row does."),
+    ] = None,
+    torch_int4: Annotated[
+        bool,
+        other_option(help="Time torch's own int4 operator too; with --bits 4, on a GPU."),
+    ] = False,
     launches: Annotated[
         bool,
         other_option(help="List the kernels of a step, in a separate run; on a GPU."),
@@ -205,12 +217,19 @@ def decode(
         read_bytes=read_mib * 2**20,
         generate=generate,
         generate_compiled=static,
+        bits=bits,
+        group_size=group,
+        torch_int4=torch_int4,
         launches=launches,
     )
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, blocks = bench_options.model_and_text(model, dtype, device, count, length, hub)
+    if bits is not None:
+        from cats.quantisation import quantise_
+
+        quantise_(loaded, bits=bits, group_size=group)
     with stage() as show:
         measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
         results = list(bench_options.append_each(output, measured))

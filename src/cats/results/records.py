@@ -72,7 +72,12 @@ class MLPTime(_MLP):
 
 
 class DecodeResult(Result):
-    """Base of what ``cats bench decode`` measures: one model, prompt and number of tokens."""
+    """Base of what ``cats bench decode`` measures: one model, prompt and number of tokens.
+
+    Attributes:
+        bits: Of the quantised weights; None where they have the dtype.
+        group_size: Columns that share a scale; None for a scale per row.
+    """
 
     benchmark: Literal["decode"] = "decode"
     model: str
@@ -80,6 +85,8 @@ class DecodeResult(Result):
     prompt_length: int
     new_tokens: int
     dtype: str
+    bits: int | None = None
+    group_size: int | None = None
 
 
 class DecodeBandwidth(DecodeResult):
