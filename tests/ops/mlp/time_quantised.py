@@ -53,7 +53,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 8])
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of them")
+    parser.add_argument("--by-index", type=float, help="share of the neurons, instead of its own")
+    parser.add_argument("--halves", action="store_true", help="deal the last runs out in halves")
+    parser.add_argument("--ring-bytes", type=int, help="of the ring, instead of its own")
     options = parser.parse_args()
+    if options.by_index is not None:
+        quantised._BY_INDEX, quantised._HALVES = options.by_index, options.halves
+    if options.ring_bytes is not None:
+        quantised._RING_BYTES = options.ring_bytes
     device = torch.device("cuda")
     read = READ_BYTES / read_bandwidth(device, size=READ_BYTES, rounds=10).median
     for bits in options.bits:

@@ -24,20 +24,31 @@ class Deal(Arguments):
     )
 
     @classmethod
-    def of(cls, runs: int, blocks: int, counter: Tensor | None) -> "Deal":
-        """Three quarters by index, the rest to the block that asks first, the last ones in halves.
+    def of(
+        cls,
+        runs: int,
+        blocks: int,
+        counter: Tensor | None,
+        *,
+        by_index: float = 0.75,
+        halves: bool = True,
+    ) -> "Deal":
+        """A share by index, the rest to the block that asks first.
 
         Args:
             runs: All of them.
             blocks: Of the launch.
             counter: int32, zero when the launch starts; None: all by index.
+            by_index: The share.
+            halves: Whether the last runs are dealt out in halves, so that blocks end together.
         """
         if counter is None or runs // blocks < _MIN_RUNS:
             return cls(runs=runs, fixed=-(-runs // blocks))
-        fixed = runs // blocks * 3 // 4
+        fixed = int(runs // blocks * by_index)
+        left = runs - fixed * blocks
         return cls(
             counter=address(counter, 4),
             runs=runs,
             fixed=fixed,
-            long_tickets=max(0, runs - (fixed + 2) * blocks),
+            long_tickets=max(0, left - 2 * blocks) if halves else left,
         )

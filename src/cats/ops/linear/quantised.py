@@ -24,6 +24,8 @@ _MIN_CHUNKS, _MAX_CHUNKS = 4, 8
 # ring leaves to the block of attention beside it.
 _EARLY_BYTES = 32 * 1024
 _SPARE_BYTES = 24 * 1024
+# Enough to keep the memory busy, and small enough that a block of an MLP fits beside it.
+_RING_BYTES = 72 * 1024
 
 
 class QuantisedLinearArguments(Arguments):
@@ -186,7 +188,7 @@ def _ring(layout: RowLayout, most: int, room: int) -> tuple[int, int]:
     for rows in (16, 8, 4):
         chunks = (room - _SPARE_BYTES) // _chunk_bytes(layout, rows)
         if rows <= most and chunks >= _MIN_CHUNKS:
-            return rows, min(chunks, _MAX_CHUNKS)
+            return rows, min(chunks, _MAX_CHUNKS, max(2, _RING_BYTES // _chunk_bytes(layout, rows)))
     chunks = room // _chunk_bytes(layout, 4)
     if chunks < 1:
         raise UnsupportedModelError(

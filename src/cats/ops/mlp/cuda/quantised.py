@@ -18,10 +18,15 @@ from cats.ops.quantised import SCALE_CODES, ColumnLayout, PackedColumns, PackedR
 __all__ = ["QuantisedMLPArguments", "launch"]
 
 _MIN_CHUNKS, _MAX_CHUNKS = 3, 8
+# Enough to keep the memory busy, and small enough that a block of the next launch fits beside it.
+_RING_BYTES = 108 * 1024
 # On their way to a multiprocessor while the kernel before this one still runs.
 _EARLY_BYTES = 32 * 1024
 # Runs that a block may take beyond its even share, at least: faster blocks take more.
 _SPARE_RUNS = 8
+# Runs of neurons that are dealt out by index. Those that a block asks for are of other groups of
+# down, so few of them, and no halves.
+_BY_INDEX, _HALVES = 0.85, False
 
 
 class QuantisedMLPArguments(Arguments):
@@ -111,7 +116,7 @@ def launch(
         gate_bias=address(gate_bias, 1),
         up_bias=address(up_bias, 1),
         sums=address(sums),
-        deal=Deal.of(runs, blocks, counter),
+        deal=Deal.of(runs, blocks, counter, by_index=_BY_INDEX, halves=_HALVES),
         neurons=neurons,
         request_early=early,
     )
@@ -178,7 +183,8 @@ def _defines(
     # the sums of each warp, three barriers and four numbers
     each = chunk + 4 * rows.warps * rows_of_chunk + 3 * 8 + 4 * 4
     fixed = 4 * rows.width + 8 * capacity + 4 * rows.warps + 512
-    chunks = min(_MAX_CHUNKS, (shared_limit - fixed) // each)
+    most = min(_MAX_CHUNKS, max(_MIN_CHUNKS, _RING_BYTES // each))
+    chunks = min(most, (shared_limit - fixed) // each)
     if chunks < _MIN_CHUNKS:
         raise UnsupportedModelError(
             f"{_MIN_CHUNKS} chunks of {chunk} bytes do not fit into the shared memory"

@@ -30,7 +30,8 @@ struct Down {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float sums[SETS][4];     // products of the group: outputs 0, 2, 1, 3 of the lane's four
     float totals[SETS][4];   // the same outputs, with scales
-    float factor = 0.f;      // sum of the group's neurons
+    float factor = 0.f;      // sum of the group's products
+    float by = 0.f;          // what products were multiplied by: a power of two; 0 before the first
     int group = -1;          // of neurons; -1 before the first
     DownScales tables;
 
@@ -45,8 +46,23 @@ struct Down {
         return owns(set) && (INPUTS % OUTPUTS_OF_SET == 0 || first_output(set) < INPUTS);
     }
 
-    // Adds neurons of one group: `count` rows of a chunk, times `values` * by.
-    __device__ void add(const char* chunk, const float* values, float by, int count, int their_group) {
+    // Products become float16. They are multiplied by a power of two that brings the first largest one to 2^9, and a smaller
+    // one once a product would be more than 2^15.
+    __device__ void make_room(float largest) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+        if (by != 0.f && largest * by <= 32768.f) return;
+        // infinite products stay infinite, and NaN is never the largest
+        const int exponent = min(max(int(__float_as_uint(largest) >> 23), 30), 254);
+        const float smaller = __uint_as_float((127 + 9 + 127 - exponent) << 23);
+        const float ratio = by == 0.f ? 1.f : smaller / by;
+        by = smaller, factor *= ratio;
+#pragma unroll
+        for (int i = 0; i < SETS * 4; ++i) (&sums[0][0])[i] *= ratio;
+    }
+
+    // Adds neurons of one group: `count` rows of a chunk, times their products.
+    __device__ void add(const char* chunk, const float* products, int count, int their_group) {
         if (their_group != group) {
             apply_scales();
             group = their_group;
@@ -57,7 +73,13 @@ struct Down {
         float z[EACH];
         uint32 right[RIGHT];
 #pragma unroll
-        for (int j = 0; j < EACH; ++j) z[j] = t + 4 * j < count ? values[t + 4 * j] * by : 0.f;
+        for (int j = 0; j < EACH; ++j) z[j] = t + 4 * j < count ? products[t + 4 * j] : 0.f;
+        float largest = 0.f;
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) largest = fmaxf(largest, fabsf(z[j]));
+        make_room(largest);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) z[j] *= by;
 #pragma unroll
         for (int j = 0; j < RIGHT; ++j) right[j] = float_to_float16(&z[2 * j]);
         float all[4] = {};
@@ -166,6 +188,7 @@ struct Down {
     // Ends a group: its sums, times the scales, go to the totals.
     __device__ void apply_scales() {
         if (group >= 0) {
+            const float back = 1.f / by;
 #pragma unroll
             for (int set = 0; set < SETS; ++set) {
                 if (!has_outputs(set)) continue;
@@ -176,9 +199,9 @@ struct Down {
                     if (DOWN_BITS == 4 && i % 2) sum *= 1.f / 16;
                     float zero = DOWN_CONSTANT_ZERO;
                     if (DOWN_ZERO_MODE == 1) zero = float(tables.extras[set][0] >> 8 * i & 0xff);
-                    totals[set][i] = fmaf(value_of(tables.scales[set], i), sum - zero * factor, totals[set][i]);
+                    totals[set][i] = fmaf(value_of(tables.scales[set], i), (sum - zero * factor) * back, totals[set][i]);
 #if DOWN_ZERO_MODE == 2
-                    totals[set][i] = fmaf(value_of(tables.extras[set], i), factor, totals[set][i]);
+                    totals[set][i] = fmaf(value_of(tables.extras[set], i), factor * back, totals[set][i]);
 #endif
                 }
             }
@@ -189,15 +212,11 @@ struct Down {
     }
 
     // Adds this block's part to the sums of all.
-    __device__ void finish(float by) {
+    __device__ void finish() {
         apply_scales();
         if (group < 0) return;
 #pragma unroll
-        for (int set = 0; set < SETS; ++set) {
-            if (!has_outputs(set)) continue;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) totals[set][i] *= by;
-            add_to_global(a.sums + first_output(set), totals[set]);
-        }
+        for (int set = 0; set < SETS; ++set)
+            if (has_outputs(set)) add_to_global(a.sums + first_output(set), totals[set]);
     }
 };

@@ -53,8 +53,7 @@ struct __align__(128) Shared {
     int kind[CHUNKS], count[CHUNKS];
     int at[CHUNKS];                  // first neuron of gate rows, else the place in the list
     int group[CHUNKS];               // of down columns
-    int kept, gates, products_there;  // neurons; chunks of gate rows that were evaluated; whether all products are
-    float product_scale;
+    int kept, gates, products;       // neurons; chunks of gate rows that were evaluated; neurons with their product
     float slots[WARPS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES);
@@ -168,7 +167,6 @@ struct Evaluator {
     Shared& shared;
     const int lane = threadIdx.x % 32;
     int kept = 0, gates = 0;
-    float largest = 0.f;
 
     __device__ Evaluator(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
 
@@ -178,7 +176,6 @@ struct Evaluator {
             barrier_wait(&shared.full[slot], parity);
             const int kind = shared.kind[slot];
             if (kind <= UP) evaluate(slot, parity, kind == GATE);
-            else if (!shared.products_there) tell_scale();
             if (kind == STOP) break;
             __syncwarp();
             warp_arrive(&shared.evaluated[slot]);
@@ -214,24 +211,11 @@ struct Evaluator {
             ++gates;
             __syncwarp();
             if (lane == 0) store_release(&shared.kept, kept), store_release(&shared.gates, gates);
-        } else if (used) {
-            const float product = shared.value[at] * sum;
-            shared.value[at] = product;
-            largest = fmaxf(largest, fabsf(product));
+        } else {
+            if (used) shared.value[at] *= sum;
+            __syncwarp();
+            if (lane == 0) store_release(&shared.products, at + shared.count[slot]);
         }
-    }
-
-    // Products become float16: a power of two brings the largest to between 2^13 and 2^14.
-    __device__ void tell_scale() {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-        // infinite products stay infinite; NaN is not the largest, and stays NaN
-        const int exponent = min(max(int(__float_as_uint(largest) >> 23), 30), 254);
-        if (lane == 0) {
-            shared.product_scale = __uint_as_float((127 + 13 + 127 - exponent) << 23);
-            store_release(&shared.products_there, 1);
-        }
-        __syncwarp();
     }
 };
 
@@ -260,7 +244,6 @@ struct Worker {
         warp_arrive(&shared.input_there);
         a.stamp(INPUT);
         Down down(a);
-        float scale = 0.f;
         for (int slot = 0, parity = 0;;) {
             barrier_wait(&shared.full[slot], parity);
             const int kind = shared.kind[slot], count = shared.count[slot];
@@ -269,24 +252,23 @@ struct Worker {
                 float* dots = shared.dots[slot][warp];
                 if (count) input.dot(shared.rows[slot], [&](int row, float sum) { dots[row] = sum; });
             } else {
-                if (scale == 0.f) {
-                    while (!load_acquire(&shared.products_there)) {}
-                    scale = shared.product_scale;
-                }
-                down.add(shared.rows[slot], shared.value + shared.at[slot], scale, count, shared.group[slot]);
+                const int at = shared.at[slot];
+                // nearly always there for long
+                while (load_acquire(&shared.products) < at + count) {}
+                down.add(shared.rows[slot], shared.value + at, count, shared.group[slot]);
             }
             __syncwarp();
             warp_arrive(&shared.done[slot]);
             if (++slot == CHUNKS) slot = 0, parity ^= 1;
         }
         a.stamp(LAST);
-        // both are powers of two
-        down.finish(1.f / scale);
+        down.finish();
         a.stamp(END);
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) quantised_mlp(const __grid_constant__ Arguments a) {
+// So few registers that a block of the next kernel finds room beside this one.
+extern "C" __global__ void __maxnreg__(120) quantised_mlp(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     a.stamp(START);
@@ -297,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) quantised_mlp(const __g
     }
     if (threadIdx.x == WORKERS) {
         barrier_init(&shared.input_there, WARPS * ARRIVALS_OF_WARP);
-        shared.kept = shared.gates = shared.products_there = 0;
+        shared.kept = shared.gates = shared.products = 0;
     }
     barrier_init_visible();
     __syncthreads();
