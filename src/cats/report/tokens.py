@@ -104,7 +104,7 @@ def panels(results: Iterable[Result]) -> list[Panel]:
     groups: dict[_Key, Panel] = {}
     for r in results:
         if isinstance(r, DecodeResult):
-            key = r.device, r.model, r.dtype, r.batch, r.prompt_length, r.new_tokens
+            key = r.device, r.model_and_bits, r.dtype, r.batch, r.prompt_length, r.new_tokens
             groups.setdefault(key, Panel(key)).add(r)
     if not groups:
         raise DataError("no result of `cats bench decode` in the file")

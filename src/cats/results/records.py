@@ -88,6 +88,14 @@ class DecodeResult(Result):
     bits: int | None = None
     group_size: int | None = None
 
+    @property
+    def model_and_bits(self) -> str:
+        """The model, and how its weights are quantised."""
+        if self.bits is None:
+            return self.model
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return f"{self.model}, int{self.bits}{groups}"
+
 
 class DecodeBandwidth(DecodeResult):
     """How fast the memory is read, in the same run."""
