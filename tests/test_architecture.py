@@ -12,9 +12,9 @@ LAYERS = {
     8: "recipes",
     7: "evaluation finetuning benchmarks report serving integrations",
     6: "checkpoint metrics decode",
-    5: "calibration apply",
+    5: "calibration apply quantisation",
     4: "methods fusion mlp",
-    3: "model fingerprint quantisation formats",
+    3: "model fingerprint formats",
     2: "ops data results history smollm2 weights",
     1: "functional config errors storage version undo lazy protocols",
 }

@@ -229,7 +229,7 @@ def decode(
     if bits is not None:
         from cats.quantisation import quantise_
 
-        quantise_(loaded, bits=bits, group_size=group)
+        quantise_(loaded, bits=bits, group_size=group or -1)
     with stage() as show:
         measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
         results = list(bench_options.append_each(output, measured))

@@ -86,6 +86,16 @@ class Quantised(Weight):
         """Groups of a row."""
         return -(-self.columns // self.group_size)
 
+    @property
+    def kind(self) -> str:
+        """What a code is: ``int4``, ``int8`` or ``float8``."""
+        return "float8" if self.codes.dtype == FLOAT8 else f"int{self.bits}"
+
+    @property
+    def scaling(self) -> str:
+        """What shares a scale, in words."""
+        return "a scale per row" if self.groups == 1 else f"groups of {self.group_size}"
+
     def dequantised(self) -> Tensor:
         # in place: one temporary matrix instead of four
         numbers = unpacked(self.codes, self.bits, self.columns).to(self.arithmetic)
@@ -166,9 +176,7 @@ class Quantised(Weight):
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        kind = "float8" if self.codes.dtype == FLOAT8 else f"int{self.bits}"
-        groups = "a scale per row" if self.groups == 1 else f"groups of {self.group_size}"
-        return f"<{kind} weight [{rows}, {columns}], {groups}>"
+        return f"<{self.kind} weight [{rows}, {columns}], {self.scaling}>"
 
 
 class QuantisedLinear(nn.Module):
