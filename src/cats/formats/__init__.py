@@ -5,7 +5,20 @@ saved checkpoint has the tensors that were read.
 """
 
 from cats.formats.base import Format, Layer
+from cats.formats.description import gguf_kinds, stored_kind, stored_layers
 from cats.formats.gguf import split
 from cats.formats.load import FORMATS, load, stored_format
+from cats.formats.save import store_packed_
 
-__all__ = ["FORMATS", "Format", "Layer", "load", "split", "stored_format"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Layer",
+    "gguf_kinds",
+    "load",
+    "split",
+    "store_packed_",
+    "stored_format",
+    "stored_kind",
+    "stored_layers",
+]

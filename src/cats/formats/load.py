@@ -49,11 +49,11 @@ _DTYPES = {
 
 def stored_format(config: Mapping[str, Any] | None) -> Format | None:
     """The format of a ``quantization_config``; None where transformers is to read it."""
-    found = _format_or_reason(config)
+    found = format_or_reason(config)
     return found if isinstance(found, Format) else None
 
 
-def _format_or_reason(config: Mapping[str, Any] | None) -> Format | str:
+def format_or_reason(config: Mapping[str, Any] | None) -> Format | str:
     """The format of a ``quantization_config``, or what it is that is not read here."""
     if not isinstance(config, Mapping):
         return "no quantization_config"
@@ -89,7 +89,7 @@ def load(folder: str, hub_options: Mapping[str, Any], **kwargs: Any) -> tuple[An
     else:
         config = AutoConfig.from_pretrained(folder, **hub_options)
         stored = getattr(config, "quantization_config", None)
-        reason = _format_or_reason(stored)
+        reason = format_or_reason(stored)
         if isinstance(reason, Format) and not has_own_config:
             config.quantization_config = {"quant_method": _METHOD, "stored": stored}
             kwargs = {"config": config, **_without_settings(config, kwargs)}
@@ -203,10 +203,10 @@ class StoredQuantizer(HfQuantizer):
     ) -> None:
         header = self.quantization_config.header
         if header is None:
-            header = _header(checkpoint_files or (), self.format)
+            header = header_of(checkpoint_files or (), self.format)
         self.quantization_config.header = None
         modules = dict(model.named_modules())
-        for name, tensors in _layers(header, self.format).items():
+        for name, tensors in layers_of(header, self.format).items():
             linear = modules.get(name)
             if type(linear) is not nn.Linear:
                 kind = "no module of the model" if linear is None else f"a {type(linear).__name__}"
@@ -291,7 +291,7 @@ class StoredLayer(nn.Module):
         )
 
 
-def _header(files: Sequence[str], format_: Format) -> dict[str, Tensor]:
+def header_of(files: Sequence[str], format_: Format) -> dict[str, Tensor]:
     """Name, shape and dtype of all tensors of a checkpoint, as tensors on ``meta``."""
     found: dict[str, Tensor] = {}
     for path in files:
@@ -313,7 +313,7 @@ def _header(files: Sequence[str], format_: Format) -> dict[str, Tensor]:
     return found
 
 
-def _layers(header: Mapping[str, Tensor], format_: Format) -> dict[str, dict[str, Tensor]]:
+def layers_of(header: Mapping[str, Tensor], format_: Format) -> dict[str, dict[str, Tensor]]:
     """The quantised layers of a checkpoint: name to its tensors."""
     markers = format_.markers()
     names = {name.rpartition(".")[0] for name in header if name.rpartition(".")[2] in markers}
