@@ -16,6 +16,7 @@ from cats.cli import (
     info,
     lm_eval,
     profile,
+    quantize,
     report,
     reproduce,
 )
@@ -35,6 +36,7 @@ app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(profile.profile)
+app.command()(quantize.quantize)
 app.command()(report.report)
 app.command()(reproduce.reproduce)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)

@@ -115,9 +115,34 @@ def _describe(model: str, hub: options.Hub) -> Sections:
     dense: Sections = {name: {"thresholds": "none: a dense model"}}
     return {
         **(_describe_config(name, read_config(path, **hub)) if sparse else dense),
+        **_quantised_weights(path, config, hub),
         "architecture": _architecture(config, hub.get("trust_remote_code", False)),
         "engines of cats.generate": _engines(path, config, hub, sparse=sparse),
     }
+
+
+def _quantised_weights(path: str, config: ModelConfig, hub: options.Hub) -> Sections:
+    """What of a checkpoint is quantised, and how; nothing for one in ordinary numbers."""
+    from cats import formats
+
+    title = "quantised weights"
+    if formats.split(path) is not None:
+        kinds = formats.gguf_kinds(path)
+        matrices = {kind: f"{count} matrices" for kind, count in kinds.items()}
+        return {title: {"format": "GGUF", **matrices}}
+    if (kind := formats.stored_kind(config)) is None:
+        return {}
+    about: dict[str, object] = {"format": kind}
+    folder = Path(path) / hub.get("subfolder", "")
+    if folder.is_dir() and formats.stored_format(getattr(config, "quantization_config", None)):
+        layers: dict[str, list[str]] = {}
+        for name, weight in formats.stored_layers(folder, config).items():
+            layers.setdefault(f"{weight.kind}, {weight.scaling}", []).append(name)
+        for how, names in layers.items():
+            last = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            noun = "layer" if len(names) == 1 else "layers"
+            about[how] = f"{len(names)} {noun}: {', '.join(last)}"
+    return {title: about}
 
 
 def _architecture(config: ModelConfig, trust_remote_code: bool) -> dict[str, object]:

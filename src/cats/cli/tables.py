@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cats.history import History
     from cats.recipes.demo_results import Demonstration
     from cats.recipes.evaluation import Perplexities
+    from cats.recipes.quantisation import Quantisation
     from cats.results import TaskScore
 
 _BAR_WIDTH = 20
@@ -73,6 +74,26 @@ def perplexity_table(title: str, measured: Perplexities) -> Table:
     ]
     columns = ("model", "realised sparsity", "perplexity", "change")
     return Table(title=title, columns=columns, rows=[["dense", "", dense, ""], sparse])
+
+
+def quantisation_table(title: str, quantisation: Quantisation) -> Table:
+    """One row for the model before, and one for each step: layers, then the head."""
+    first = quantisation.steps[0]
+    rows = []
+    for step in quantisation.steps:
+        change = value = ""
+        if step.perplexity is not None and first.perplexity is not None:
+            value = f"{step.perplexity:.3f}"
+            change = "" if step is first else f"{step.perplexity / first.perplexity - 1:+.2%}"
+        name = {
+            "before": "before",
+            "layers": f"{step.layers} layers ({quantisation.method})",
+            "head": "and the head (rtn)",
+        }[step.name]
+        rows.append([name, step.kind, f"{step.bytes / 1e6:,.1f} MB", value, change])
+    return Table(
+        title=title, columns=("model", "weights", "size", "perplexity", "change"), rows=rows
+    )
 
 
 def task_table(title: str, scores: Sequence[TaskScore]) -> Table:

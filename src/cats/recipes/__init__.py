@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cats.recipes.generation import Answer, answer
     from cats.recipes.max_loss import LargestSparsity, largest_sparsity
     from cats.recipes.progress import Progress
+    from cats.recipes.quantisation import Quantisation, quantise
     from cats.recipes.recipe import Recipe
     from cats.recipes.reproduction import reproduce
     from cats.recipes.text import split
@@ -33,6 +34,7 @@ __all__ = [
     "Perplexities",
     "Prepared",
     "Progress",
+    "Quantisation",
     "Recipe",
     "TrainingData",
     "answer",
@@ -44,6 +46,7 @@ __all__ = [
     "demonstrate",
     "largest_sparsity",
     "prepare_",
+    "quantise",
     "reproduce",
     "split",
 ]
@@ -59,6 +62,7 @@ __getattr__, __dir__ = exports(
         "Perplexities": "cats.recipes.evaluation",
         "Prepared": "cats.recipes.training",
         "Progress": "cats.recipes.progress",
+        "Quantisation": "cats.recipes.quantisation",
         "Recipe": "cats.recipes.recipe",
         "TrainingData": "cats.recipes.training_data",
         "answer": "cats.recipes.generation",
@@ -70,6 +74,7 @@ __getattr__, __dir__ = exports(
         "demonstrate": "cats.recipes.demonstration",
         "largest_sparsity": "cats.recipes.max_loss",
         "prepare_": "cats.recipes.training",
+        "quantise": "cats.recipes.quantisation",
         "reproduce": "cats.recipes.reproduction",
         "split": "cats.recipes.text",
     },
