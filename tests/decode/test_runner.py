@@ -424,12 +424,21 @@ def test_nested_settings_that_change_are_seen(change, monkeypatch):
     assert torch.equal(after, expected_tokens(model, ids, 12))
 
 
-def test_function_that_is_replaced_in_its_file_is_seen(monkeypatch):
+# the second is called by the first alone
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        ("apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k)),
+        ("rotate_half", lambda x: -3 * x),
+    ],
+)
+def test_function_that_is_replaced_in_its_file_is_seen(monkeypatch, name, replacement):
     from transformers.models.llama import modeling_llama
 
     model, ids = make_model(), make_ids(1, 12)
-    cats.generate(model, ids, max_new_tokens=12, **GREEDY)
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k))
+    before = cats.generate(model, ids, max_new_tokens=12, **GREEDY)
+    monkeypatch.setattr(modeling_llama, name, replacement)
+    assert not torch.equal(before, expected_tokens(model, ids, 12))
     assert torch.equal(
         cats.generate(model, ids, max_new_tokens=12, **GREEDY), expected_tokens(model, ids, 12)
     )

@@ -217,8 +217,9 @@ def _add_functions(function: object, functions: dict[FunctionType, None]) -> Non
     for name in function.__code__.co_names:
         called = function.__globals__.get(name)
         if isinstance(called, FunctionType):
-            functions.setdefault(called)
             inner = inspect.unwrap(called)
+            if inner is not called or inner.__module__ != function.__module__:
+                functions.setdefault(called)
             if inner.__module__ == function.__module__:
                 _add_functions(inner, functions)
 
