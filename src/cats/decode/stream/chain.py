@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 from weakref import proxy
 
 import torch
@@ -11,25 +10,21 @@ from torch import Tensor
 
 from cats.decode.state import State
 from cats.decode.stream.buffers import Buffers
-from cats.decode.stream.packed import Matrix, PackedDown, PackedLinear, count_of, runs_of_layout
+from cats.decode.stream.launches import Launches, normed
 from cats.decode.stream.rotary import RotaryTables
 from cats.decode.stream.spec import LayerSpec, ModelSpec
 from cats.ops.attention import cuda as attention
 from cats.ops.choice import cuda as choice
-from cats.ops.cuda.arguments import address, with_stamps
+from cats.ops.cuda.arguments import with_stamps
 from cats.ops.cuda.device import multiprocessors
 from cats.ops.cuda.function import Launch
 from cats.ops.cuda.residual import Residual
-from cats.ops.embedding import cuda as embedding
-from cats.ops.linear import cuda as linear
-from cats.ops.linear import quantised as quantised_linear
-from cats.ops.mlp.cuda import quantised as quantised_feed_forward
-from cats.ops.mlp.cuda import residual as feed_forward
 
 # Times that a block writes (trace.cuh): of so many warps, so many events each.
 _TRACED_WARPS, _EVENTS = 32, 4
-# Where the launches of a layer take their tickets, in a row of the buffer.
-_MLP_TICKET, _QKV_TICKET, _OUTPUT_TICKET = 0, 8, 16
+# Where the launches of a layer take their tickets, in a row of the buffer. The MLP takes its own
+# from the start.
+_QKV_TICKET, _OUTPUT_TICKET = 8, 16
 
 
 class Chain:
@@ -67,11 +62,18 @@ class Chain:
         # the state holds this chain: in a cycle, both would stay until the garbage collector runs
         self._spec, self._state, self._scale = spec, proxy(state), embedding_scale
         self._multiprocessors = multiprocessors(int(device.index or 0))
-        self._traced = traced
         self._columns = attention.columns_of(spec.heads, spec.key_heads)
         splits = attention.splits_of(state.capacity, self._columns, self._multiprocessors)
         self.buffers = Buffers.of(spec, device, splits=splits, columns=self._columns)
         self._rotary = RotaryTables(spec, state.capacity)
+        self._launches = Launches(
+            spec=spec,
+            state=self._state,
+            buffers=self.buffers,
+            rotary=self._rotary,
+            multiprocessors=self._multiprocessors,
+            traced=traced,
+        )
         self.stamps = self._empty_stamps() if traced else None
 
     def use_frequencies_of(self, length: int) -> None:
@@ -107,11 +109,11 @@ class Chain:
             window: The newest token's slot is one of the first ``window``.
             padding: The token of a row that has ended.
         """
-        self._launch([*self._token(window), self._choice(padding)])
+        self._launch([*self._token(window), self._launches.choice(padding)])
 
     def choose(self, padding: int) -> None:
         """The end of :meth:`run_greedily`, for the logits that are in the buffers."""
-        self._launch([self._choice(padding)])
+        self._launch([self._launches.choice(padding)])
 
     def run_layer(self, index: int, x: Tensor, window: int) -> Tensor:
         """The output of one layer for an input ``[D]``, float32; both are the residual stream."""
@@ -145,20 +147,10 @@ class Chain:
     def _token(self, window: int) -> list[Launch]:
         layers = range(len(self._spec.layers))
         return [
-            self._embedding(),
+            self._launches.embedding(self._scale),
             *(launch for index in layers for launch in self._layer(index, window)),
             *self._head(),
         ]
-
-    def _embedding(self) -> Launch:
-        return embedding.launch(
-            table=self._spec.embedding,
-            token=self._state.tokens,
-            residual=self.buffers.residual,
-            counters=self.buffers.tickets,
-            scale=self._scale,
-            traced=self._traced,
-        )
 
     def _layer(self, index: int, window: int, alone: bool = False) -> list[Launch]:
         layers = self._spec.layers
@@ -167,7 +159,7 @@ class Chain:
         b = self.buffers
         tickets = b.tickets[index]
         if layer.attention_post_norm is None:
-            project = self._linear(
+            project = self._launches.linear(
                 layer.o,
                 x=b.attended,
                 add=b.residual,
@@ -175,12 +167,12 @@ class Chain:
                 copy=b.residual,
                 tickets=tickets[_OUTPUT_TICKET:],
             )
-            mlp_input, mlp_output = self._normed(layer, layer.mlp_norm, b.middle), b.residual
+            mlp_input, mlp_output = normed(layer, layer.mlp_norm, b.middle), b.residual
         else:
-            project = self._linear(
+            project = self._launches.linear(
                 layer.o, x=b.attended, out=b.branch, copy=b.sums, tickets=tickets[_OUTPUT_TICKET:]
             )
-            mlp_input = self._normed(
+            mlp_input = normed(
                 layer,
                 layer.mlp_norm,
                 b.residual,
@@ -193,7 +185,7 @@ class Chain:
         # a layer alone follows kernels that may write its weights
         early = not alone
         return [
-            *self._linear(
+            *self._launches.linear(
                 layer.q,
                 layer.k,
                 layer.v,
@@ -202,176 +194,27 @@ class Chain:
                 early=early,
                 tickets=tickets[_QKV_TICKET:],
             ),
-            self._attention(index, layer, window),
+            self._launches.attention(index, layer, window),
             *project,
-            self._mlp(index, layer, mlp_input, mlp_output),
+            self._launches.mlp(layer, mlp_input, sums=mlp_output, tickets=tickets),
         ]
 
     def _head(self) -> list[Launch]:
         last = self._spec.layers[-1]
         x = self._after(last, last, self._spec.norm)
         b = self.buffers
-        return self._linear(self._spec.head, x=x, out=b.logits, tickets=b.tickets[-1])
-
-    def _choice(self, padding: int) -> Launch:
-        state = self._state
-        return choice.launch(
-            logits=self.buffers.logits,
-            best=self.buffers.best,
-            arrived=self.buffers.arrived,
-            token=state.tokens,
-            position=state.positions,
-            slot=state.slots,
-            step=state.step,
-            finished=state.finished,
-            ends=state.eos,
-            chosen=state.chosen,
-            padding=padding,
-            softcap=self._spec.logit_softcap,
-            traced=self._traced,
-        )
+        return self._launches.linear(self._spec.head, x=x, out=b.logits, tickets=b.tickets[-1])
 
     def _after(self, previous: LayerSpec | None, layer: LayerSpec, weight: Tensor) -> Residual:
         """The norm of the residual stream after a layer; None for the embedding."""
         b = self.buffers
         if previous is None or previous.mlp_post_norm is None:
-            return self._normed(layer, weight, b.residual)
-        return self._normed(
+            return normed(layer, weight, b.residual)
+        return normed(
             layer,
             weight,
             b.middle,
             delta=b.sums,
             delta_weight=previous.mlp_post_norm,
             total=b.residual,
-        )
-
-    def _normed(
-        self,
-        layer: LayerSpec,
-        weight: Tensor,
-        base: Tensor,
-        *,
-        delta: Tensor | None = None,
-        delta_weight: Tensor | None = None,
-        total: Tensor | None = None,
-    ) -> Residual:
-        return Residual(
-            base=address(base),
-            delta=address(delta),
-            delta_weight=address(delta_weight),
-            sum=address(total),
-            weight=address(weight),
-            epsilon=layer.epsilon,
-            weight_offset=layer.weight_offset,
-        )
-
-    def _linear(
-        self,
-        *matrices: Matrix,
-        x: Tensor | Residual,
-        out: Tensor,
-        tickets: Tensor,
-        add: Tensor | None = None,
-        copy: Tensor | None = None,
-        early: bool = True,
-    ) -> list[Launch]:
-        """One launch, or several where the matrices are stored in several ways."""
-        launches, start = [], 0
-        for number, run in enumerate(runs_of_layout(matrices)):
-            rows = slice(start, start + sum(map(count_of, run)))
-            start = rows.stop
-            biases = [matrix.bias for matrix in run]
-            parts = [None if t is None else t[rows] for t in (out, add, copy)]
-            assert parts[0] is not None
-            if isinstance(run[0], PackedLinear):
-                launch = quantised_linear.launch(
-                    [matrix.rows for matrix in run if isinstance(matrix, PackedLinear)],
-                    biases,
-                    x=x,
-                    dtype=self._spec.dtype,
-                    out=parts[0],
-                    add=parts[1],
-                    copy=parts[2],
-                    counter=tickets[number : number + 1],
-                    early=early,
-                    multiprocessors=self._multiprocessors,
-                    traced=self._traced,
-                )
-            else:
-                launch = linear.launch(
-                    [matrix.weight for matrix in run if not isinstance(matrix, PackedLinear)],
-                    biases,
-                    x=x,
-                    out=parts[0],
-                    add=parts[1],
-                    copy=parts[2],
-                    early=early,
-                    multiprocessors=self._multiprocessors,
-                    traced=self._traced,
-                )
-            launches.append(launch)
-        return launches
-
-    def _attention(self, index: int, layer: LayerSpec, window: int) -> Launch:
-        state = self._state
-        cosines, sines = self._rotary[layer.rotary]
-        keys, values = state.cache.buffers()[2 * index : 2 * index + 2]
-        return attention.launch(
-            qkv=self.buffers.qkv,
-            cosines=cosines,
-            sines=sines,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            keys=keys,
-            values=values,
-            out=self.buffers.attended,
-            slot=state.slots,
-            position=state.positions,
-            partials=self.buffers.partials,
-            counters=self.buffers.counters,
-            heads=self._spec.heads,
-            window=layer.window,
-            slots=window,
-            scale=layer.scale,
-            softcap=layer.softcap,
-            epsilon=layer.epsilon,
-            weight_offset=layer.weight_offset,
-            multiprocessors=self._multiprocessors,
-            traced=self._traced,
-        )
-
-    def _mlp(self, index: int, layer: LayerSpec, x: Residual, sums: Tensor) -> Launch:
-        mlp = layer.mlp
-        tickets = self.buffers.tickets[index]
-        # Any: a packed model has packed matrices where the description has linear layers
-        gate, up, down = cast(tuple[Any, Any, Any], (mlp.gate, mlp.up, mlp.down))
-        if isinstance(down, PackedDown):
-            return quantised_feed_forward.launch(
-                x=x,
-                gate=gate.rows,
-                up=up.rows,
-                down=down.columns,
-                thresholds=mlp.thresholds,
-                activation=mlp.activation,
-                gate_bias=gate.bias,
-                up_bias=up.bias,
-                dtype=self._spec.dtype,
-                sums=sums,
-                counter=tickets[_MLP_TICKET : _MLP_TICKET + 1],
-                multiprocessors=self._multiprocessors,
-                traced=self._traced,
-            )
-        return feed_forward.launch(
-            x=x,
-            gate=mlp.gate.weight,
-            up=mlp.up.weight,
-            down=mlp.down.weight,
-            thresholds=mlp.thresholds,
-            activation=mlp.activation,
-            gate_bias=mlp.gate.bias,
-            up_bias=mlp.up.bias,
-            sums=sums,
-            counters=tickets,
-            multiprocessors=self._multiprocessors,
-            traced=self._traced,
         )

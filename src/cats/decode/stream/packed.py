@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cats.decode.stream.spec import LayerSpec, ModelSpec
 from cats.errors import UnsupportedModelError
-from cats.model import Linear
+from cats.model import GatedOperands, Linear
 from cats.ops.quantised import (
     ColumnLayout,
     PackedColumns,
@@ -97,6 +97,17 @@ def _tensors_of(matrix: object) -> Iterator[Tensor]:
         yield from (columns.columns, columns.scales)
         if columns.extras is not None:
             yield columns.extras
+
+
+def packed_matrices(mlp: GatedOperands) -> tuple[PackedLinear, PackedLinear, PackedDown] | None:
+    """Gate, up and down of an MLP that :func:`packed` has packed; None where they are dense."""
+    # objects: a packed model has packed matrices where its description has linear layers
+    matrices: tuple[object, ...] = mlp.gate, mlp.up, mlp.down
+    match matrices:
+        case PackedLinear() as gate, PackedLinear() as up, PackedDown() as down:
+            return gate, up, down
+        case _:
+            return None
 
 
 def count_of(matrix: Matrix) -> int:
