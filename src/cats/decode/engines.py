@@ -18,6 +18,7 @@ from cats.decode.state import State, device_of
 from cats.decode.tracing import casts
 from cats.errors import BackendError, ConfigError
 from cats.ops import cuda
+from cats.weights.placement import is_dispatched
 
 ENGINES = ("eager", "compiled", "stream")
 # A key among the captured graphs of a conversation: it decodes with eager, since the engine failed.
@@ -169,7 +170,13 @@ def stream_refusal(device: torch.device) -> str | None:
 
 def _stream_engine(model: nn.Module, untraceable: str | None) -> Engine:
     device = device_of(model)
-    reason = stream_refusal(device) or untraceable
+    reason = stream_refusal(device)
+    if reason is None and is_dispatched(model):
+        reason = (
+            "accelerate moves its inputs or weights between devices (device_map): load it on one "
+            "GPU, or leave the engine to engine='auto'"
+        )
+    reason = reason or untraceable
     if reason is None and runs_own_code(model):
         reason = "the model has forward hooks or replaced forward methods, which it would not run"
     if reason is None and casts(device):

@@ -19,6 +19,11 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(getattr(h, "offload", False) for m in module.modules() for h in _device_hooks(m))
 
 
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether hooks of ``accelerate`` move its inputs or weights between devices."""
+    return any(_device_hooks(m) for m in module.modules())
+
+
 def has_weights(module: nn.Module) -> bool:
     """Whether its weights have values: in memory, or where a hook loads them from."""
     return is_offloaded(module) or not any(t.is_meta for _, t in _weights(module))
