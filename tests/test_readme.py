@@ -9,6 +9,7 @@ import pytest
 
 import cats
 from cats import checkpoint, data, smollm2
+from cats.weights import is_quantised
 from tests import models
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,15 @@ def test_calibrate_apply_and_save(folder, short_text):
     assert checkpoint.is_sparse_checkpoint("./smollm2-cats50")
     sparse = {name for name, _ in names["model"].named_buffers() if name.endswith("threshold")}
     assert sparse == {f"{name}.act_fn.threshold" for name in names["config"].thresholds}
+
+
+def test_quantise_from_python(folder, short_text):
+    block = block_below("docs/quantised.md", "Quantise a model")
+    assert NAME in block
+    names = {}
+    exec(block.replace(NAME, str(folder)).replace("bits=4", "bits=8"), names)
+    assert is_quantised(checkpoint.load_dense("./smollm2-int4"))
+    assert [step.name for step in names["made"].steps] == ["before", "layers"]
 
 
 def test_generate_text(folder, capsys):

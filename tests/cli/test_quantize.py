@@ -75,6 +75,8 @@ def test_thresholds_are_found_on_the_quantised_model(command, command_json, dens
     shares = cats.metrics.realized_sparsity(model, [models.make_ids()])
     assert all(0.2 < share < 0.8 for share in shares.values())
     assert isinstance(model.model.layers[0].mlp.down_proj, QuantisedLinear)
+    arguments = ("--thresholds", file, "--max-new-tokens", 3)
+    assert command_json("generate", int4, "abc", *arguments)["new_tokens"] <= 3
 
 
 def test_info_shows_what_is_quantised(command_json, dense, text, tmp_path):

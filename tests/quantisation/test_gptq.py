@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from cats.errors import DataError
-from cats.quantisation import gptq, rounded
+from cats.quantisation import rounded
+from cats.quantisation.gptq import gptq_rounded
 from cats.weights.quantised import unpacked
 
 
@@ -58,7 +59,7 @@ def codes_of(weight):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_those_by_hand(columns, group_size, bits):
     values, inputs = draw(5, columns)
-    weight = gptq(values, inputs.t() @ inputs, bits=bits, group_size=group_size)
+    weight = gptq_rounded(values, inputs.t() @ inputs, bits=bits, group_size=group_size)
     expected = by_hand(values, inputs, bits, group_size)
     # float32 may decide otherwise about a number between two codes
     different = (codes_of(weight).numpy() != expected).mean()
@@ -73,14 +74,14 @@ def test_codes_are_those_by_hand(columns, group_size, bits):
 def test_outputs_on_the_inputs_change_less_than_by_rounding(bits, group_size, seed):
     values, inputs = draw(32, 64, seed=seed)
     options = dict(bits=bits, group_size=group_size)
-    of_gptq = loss(values, gptq(values, inputs.t() @ inputs, **options), inputs)
+    of_gptq = loss(values, gptq_rounded(values, inputs.t() @ inputs, **options), inputs)
     assert of_gptq < 0.8 * loss(values, rounded(values, **options), inputs)
 
 
 def test_scales_are_those_of_rounding_in_the_dtype_of_the_weights():
     values, inputs = draw(8, 64)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = gptq(values.to(dtype), inputs.t() @ inputs, bits=4, group_size=16)
+        weight = gptq_rounded(values.to(dtype), inputs.t() @ inputs, bits=4, group_size=16)
         assert weight.dtype == weight.arithmetic == weight.scales.dtype == dtype
         assert torch.equal(weight.scales, rounded(values.to(dtype), bits=4, group_size=16).scales)
 
@@ -89,13 +90,13 @@ def test_inputs_that_say_nothing_give_the_nearest_codes():
     values, _ = draw(4, 32)
     nearest = rounded(values, bits=4, group_size=8)
     for hessian in (torch.zeros(32, 32), torch.eye(32)):
-        assert torch.equal(gptq(values, hessian, bits=4, group_size=8).codes, nearest.codes)
+        assert torch.equal(gptq_rounded(values, hessian, bits=4, group_size=8).codes, nearest.codes)
 
 
 def test_channels_without_inputs_keep_their_nearest_codes():
     values, inputs = draw(4, 32)
     inputs[:, 3] = 0
-    weight = gptq(values, inputs.t() @ inputs, bits=4, group_size=8)
+    weight = gptq_rounded(values, inputs.t() @ inputs, bits=4, group_size=8)
     nearest = rounded(values, bits=4, group_size=8)
     assert torch.equal(codes_of(weight)[:, 3], codes_of(nearest)[:, 3])
 
@@ -103,16 +104,18 @@ def test_channels_without_inputs_keep_their_nearest_codes():
 def test_fewer_tokens_than_channels_are_enough():
     values, inputs = draw(16, 64, tokens=3)
     options = dict(bits=4, group_size=16)
-    weight = gptq(values, inputs.t() @ inputs, **options)
+    weight = gptq_rounded(values, inputs.t() @ inputs, **options)
     assert loss(values, weight, inputs) < loss(values, rounded(values, **options), inputs)
 
 
 def test_the_same_call_gives_the_same_codes():
     values, inputs = draw(16, 64)
-    first, again = (gptq(values, inputs.t() @ inputs, bits=4, group_size=16) for _ in range(2))
+    first, again = (
+        gptq_rounded(values, inputs.t() @ inputs, bits=4, group_size=16) for _ in range(2)
+    )
     assert torch.equal(first.codes, again.codes)
 
 
 def test_nan_in_the_inputs_is_an_error():
     with pytest.raises(DataError, match="NaN"):
-        gptq(torch.randn(2, 4), torch.full((4, 4), torch.nan), bits=4)
+        gptq_rounded(torch.randn(2, 4), torch.full((4, 4), torch.nan), bits=4)

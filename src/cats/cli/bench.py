@@ -227,8 +227,14 @@ def decode(
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, blocks = bench_options.model_and_text(model, dtype, device, count, length, hub)
     if bits is not None:
-        from cats.quantisation import quantise_
+        from cats.errors import ConfigError
+        from cats.quantisation import quantise_, select
 
+        fitting = select(loaded, bits=bits, group_size=group or -1).group_size
+        if fitting != group:
+            raise ConfigError(
+                f"--group {group}: a width of {model} is no multiple; take --group {fitting}"
+            )
         quantise_(loaded, bits=bits, group_size=group or -1)
     with stage() as show:
         measured = measure(loaded, blocks, case, commit=commit, on_stage=show)

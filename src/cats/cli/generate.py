@@ -81,8 +81,10 @@ def generate(
     from cats.fusion import fuse_
     from cats.model import is_sparse
     from cats.recipes.generation import answer
+    from cats.weights import is_quantised
 
-    if fuse and is_sparse(loaded):
+    # the operator reads ordinary weights; the engine stream reads codes, without fuse_
+    if fuse and is_sparse(loaded) and not is_quantised(loaded):
         fuse_(loaded)
     sampling: dict[str, Any] = {
         "do_sample": temperature > 0,

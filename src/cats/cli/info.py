@@ -269,6 +269,7 @@ def _engines(
     from cats.decode.engines import make_engine, stream_refusal
     from cats.errors import CatsError, UnsupportedModelError
     from cats.fusion import fuse_
+    from cats.weights import is_quantised
 
     try:
         SlotCache(config, 1)
@@ -284,7 +285,7 @@ def _engines(
             "stream": f"the engine stream cannot run: {reason}",
         }
     loaded, _ = options.load(path, dtype=options.Dtype.auto, device="cuda", hub=hub)
-    if sparse:
+    if sparse and not is_quantised(loaded):
         fuse_(loaded)
     chosen = make_engine("auto", loaded).name
     engines: dict[str, object] = {}

@@ -1,6 +1,5 @@
 """Quantise the weights of a model: round them to the nearest code, or as GPTQ does."""
 
-from cats.quantisation.gptq import gptq
 from cats.quantisation.layerwise import gptq_
 from cats.quantisation.rounding import quantise_, rounded
 from cats.quantisation.selection import Selection, check_bits, decoder_layers, select
@@ -9,7 +8,6 @@ __all__ = [
     "Selection",
     "check_bits",
     "decoder_layers",
-    "gptq",
     "gptq_",
     "quantise_",
     "rounded",

@@ -19,7 +19,9 @@ _BLOCK = 128
 _DAMPING = (0.01, 0.1, 1.0)
 
 
-def gptq(values: Tensor, hessian: Tensor, *, bits: int, group_size: int | None = None) -> Quantised:
+def gptq_rounded(
+    values: Tensor, hessian: Tensor, *, bits: int, group_size: int | None = None
+) -> Quantised:
     """Codes of a matrix that change its outputs on given inputs little.
 
     Args:
@@ -40,23 +42,22 @@ def gptq(values: Tensor, hessian: Tensor, *, bits: int, group_size: int | None =
     # stable: the same order on every machine
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _factor(hessian[order][:, order])
-    rest = values.detach().float()[:, order]
-    of_columns = scales.repeat_interleave(groups.shape[2], 1)[:, :columns][:, order]
+    # transposed, so that a column is contiguous
+    rest = values.detach().float().t()[order]
+    of_columns = scales.repeat_interleave(groups.shape[2], 1)[:, :columns].t()[order]
     wide = of_columns.float()
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        block = rest[:, start:stop].clone()
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            at = start + i
-            codes[:, at] = codes_of(block[:, i], wide[:, at], bits)
+        errors = torch.empty_like(rest[start:stop])
+        for at in range(start, stop):
+            codes[at] = codes_of(rest[at], wide[at], bits)
             # in the dtype in which the numbers are read again
-            numbers = (codes[:, at].to(scales.dtype) - 2 ** (bits - 1)) * of_columns[:, at]
-            errors[:, i] = (block[:, i] - numbers.float()) / factor[at, at]
-            block[:, i:].addr_(errors[:, i], factor[at, at:stop], alpha=-1)
-        rest[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    in_place = torch.empty_like(codes).index_copy_(1, order, codes)
+            numbers = (codes[at].to(scales.dtype) - 2 ** (bits - 1)) * of_columns[at]
+            errors[at - start] = (rest[at] - numbers.float()) / factor[at, at]
+            rest[at:stop].addr_(factor[at, at:stop], errors[at - start], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    in_place = torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous()
     return of_codes(in_place, scales, bits=bits, group_size=groups.shape[2], like=values)
 
 

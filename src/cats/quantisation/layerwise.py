@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cats.errors import DataError, UnsupportedModelError
 from cats.model.modules import evaluating
-from cats.quantisation.gptq import gptq
+from cats.quantisation.gptq import gptq_rounded
 from cats.quantisation.rounding import replace_, round_head_, rounded
 from cats.quantisation.selection import decoder_layers, select
 from cats.undo import unchanged_on_error
@@ -72,12 +72,13 @@ def gptq_(
             for name, linear in own.items():
                 options: Any = {"bits": bits, "group_size": selection.group_size}
                 if name in hessians:
-                    weight = gptq(linear.weight, hessians[name], **options)
+                    weight = gptq_rounded(linear.weight, hessians[name], **options)
                 else:
                     weight = rounded(linear.weight, **options)
                 replace_(model, f"{prefix}.{i}.{name}", linear, weight)
                 cast(nn.Linear, working.get_submodule(name)).weight.copy_(weight.dequantised())
-            states = [_output(working, state, calls[i]) for state in states]
+            if i + 1 < len(layers):
+                states = [_output(working, state, calls[i]) for state in states]
             on_layer()
         round_head_(model, selection.head)
     return model

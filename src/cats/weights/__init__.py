@@ -5,7 +5,7 @@ from torch import nn
 from cats.weights.base import Weight, nbytes, plain_tensors
 from cats.weights.dense import Dense
 from cats.weights.foreign import Foreign
-from cats.weights.quantised import Quantised, QuantisedLinear
+from cats.weights.quantised import Quantised, QuantisedLinear, is_quantised
 
 __all__ = [
     "STORAGES",
@@ -14,6 +14,7 @@ __all__ = [
     "Quantised",
     "QuantisedLinear",
     "Weight",
+    "is_quantised",
     "nbytes",
     "plain_tensors",
     "weight_of",

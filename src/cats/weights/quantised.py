@@ -282,6 +282,11 @@ class QuantisedLinear(nn.Module):
         return f"{self.matrix!r}, bias={bias}, dtype={self.dtype}"
 
 
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a layer of the model holds codes."""
+    return any(isinstance(module, QuantisedLinear) for module in model.modules())
+
+
 class _Product(Function):
     """``x @ matrix.T + bias``, whose backward pass computes the matrix again."""
 
