@@ -1,7 +1,8 @@
 """AWQ checkpoints in the layout ``gemm`` of AutoAWQ: 4 bits, groups of columns, zero points.
 
 ``qweight`` is ``[columns, rows / 8]``: a word has eight consecutive rows of one column, in the
-order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest code up. ``qzeros`` ``[G, rows / 8]`` has the same.
+order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest code up. ``qzeros`` ``[G, rows / 8]`` has the same
+order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cats.formats.base import FLOATS, Format, Layer, constant, in_words, one_by_
 from cats.weights import Quantised
 from cats.weights.quantised import packed, unpacked
 
-# The code of a word that each of its eight rows has, and the row of each code.
+# Which code of a word belongs to each of its eight rows, and which row to each code.
 _CODE_OF_ROW = [0, 4, 1, 5, 2, 6, 3, 7]
 _ROW_OF_CODE = [0, 2, 4, 6, 1, 3, 5, 7]
 

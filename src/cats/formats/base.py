@@ -1,4 +1,4 @@
-"""What every format of quantised checkpoints says, and the tensors of one layer, checked."""
+"""The interface of every format of quantised checkpoints, and the tensors of one layer."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Layer:
         """A tensor of this shape, where None is any size, and of one of these dtypes.
 
         Raises:
-            FormatError: If it is missing, or another one.
+            FormatError: If it is missing, or has another shape or dtype.
         """
         if part not in self.tensors:
-            raise self.error(f"has no {part}: the checkpoint is not whole")
+            raise self.error(f"has no {part}: the checkpoint is incomplete")
         tensor = self.tensors[part]
         fits = len(shape) == tensor.ndim and all(
             wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
@@ -62,12 +62,12 @@ class Layer:
 
 
 class Format(ABC):
-    """A way to store quantised layers in a checkpoint, as one ``quantization_config`` says it.
+    """A way to store quantised layers in a checkpoint, as a ``quantization_config`` describes it.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         parts: Names that tensors of a quantised layer may have, its bias left out.
-        kept: Those of them that are written back as they were read.
+        kept: Those of the parts that are written back as they were read.
     """
 
     name: ClassVar[str]
@@ -79,7 +79,7 @@ class Format(ABC):
         """Names of tensors that only a quantised layer has."""
 
     def read_metadata(self, metadata: Mapping[str, str]) -> None:  # noqa: B027  # most have none
-        """Take what the header of a safetensors file says beside its tensors."""
+        """Read the metadata in the header of a safetensors file."""
 
     @abstractmethod
     def read(self, layer: Layer) -> Quantised:
@@ -105,7 +105,7 @@ class Format(ABC):
         """
 
     def metadata(self, names: Iterable[str]) -> dict[str, str]:
-        """What the header of a safetensors file with tensors of these names says beside them."""
+        """The metadata for the header of a safetensors file with tensors of these names."""
         return {}
 
 
@@ -129,7 +129,7 @@ def one_by_one(words: Tensor, bits: int) -> Tensor:
 
 
 def in_words(codes: Tensor, bits: int) -> Tensor:
-    """What :func:`one_by_one` undoes."""
+    """Codes to int32 words: the inverse of :func:`one_by_one`."""
     return words_of(codes if bits == 8 else packed(codes))
 
 
@@ -160,7 +160,7 @@ def sort_columns(
         groups: ``[columns]``, the group of each column.
 
     Returns:
-        The codes sorted, and ``column_order``; None where they are in this order.
+        The codes sorted, and ``column_order``; None where they already are in this order.
 
     Raises:
         FormatError: If a group does not exist, or has another size.

@@ -1,8 +1,8 @@
 """compressed-tensors, as llm-compressor writes it: pack-, int- and float-quantized.
 
 Codes are signed. ``weight_packed`` has int32 words of consecutive columns, each code plus 8 or 128;
-``weight`` has int8 or float8 numbers. A scale is for a group of columns, a row, a block of rows and
-columns, or the whole matrix.
+``weight`` has int8 or float8 numbers. A scale belongs to a group of columns, a row, a block of rows
+and columns, or the whole matrix.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _biased(layer: Layer, numbers: Tensor, bits: int) -> Tensor:
         low, high = (int(n) for n in torch.aminmax(numbers))
         if low < -bias or high >= bias:
             raise layer.error(f"has codes {low} to {high}, expected {-bias} to {bias - 1}")
-    # modulo 256
+    # the addition wraps at 256
     codes: Tensor = numbers.contiguous().view(torch.uint8) + bias
     return codes
 
@@ -244,7 +244,7 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def _gathered(numbers: Tensor, like: Tensor, high: int) -> Tensor:
-    """What is stored of numbers ``[rows, G]``: one for all, or one for each ``high`` rows."""
+    """The stored ones of numbers ``[rows, G]``: one for all, or one for each ``high`` rows."""
     if like.numel() == 1:
         return numbers[:1, :1].reshape(like.shape).contiguous()
     return numbers[::high].reshape(like.shape).contiguous()

@@ -20,12 +20,12 @@ from cats.formats.base import Format, Layer
 from cats.weights import Quantised
 from cats.weights.quantised import packed
 
-# Readers take sizes from the file: whatever these lead to is a fault of the file.
+# Sizes come from the file, so reading a damaged file can raise any of these.
 DAMAGED = (IndexError, KeyError, OverflowError, MemoryError, struct.error)
 
 _PREFIX = "gguf_"
-# Architectures of files whose tensors are those of transformers, but for the order of the rows of
-# q and k (``permuted``) and for norms that are stored plus 1.
+# Architectures that are read here. Their tensors are those of transformers, except that some have
+# the rows of q and k in another order, and some store norms plus 1.
 _PERMUTED = ("llama",)
 _NORMS_PLUS_ONE = ("gemma2", "gemma3")
 _ARCHITECTURES = (*_PERMUTED, *_NORMS_PLUS_ONE, "qwen2", "qwen3")
@@ -67,7 +67,7 @@ def split(path: str | Path) -> tuple[str, str] | None:
 
 
 def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | None:
-    """What the file holds, by the names of a model; None for an architecture that is not read here.
+    """The tensors of a file under the names of a model; None if its architecture is not read here.
 
     Args:
         path: The file.
@@ -80,7 +80,7 @@ def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | 
     Raises:
         ConfigError: If the package ``gguf`` is not installed.
         StorageError: If the file cannot be read.
-        FormatError: If it is damaged, or lacks a tensor.
+        FormatError: If it is damaged, or a tensor is missing.
     """
     try:
         import gguf
@@ -136,7 +136,7 @@ def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | 
 
 
 def _rows_in_order(rows: int, key: str, config: Any) -> Tensor:
-    """Which row of the file each row of q or k is: there the halves of a head are interleaved."""
+    """For each row of q or k, its row in the file, where the halves of a head are interleaved."""
     heads = config.num_attention_heads if "attn_q" in key else config.num_key_value_heads
     order = torch.arange(rows).reshape(heads, rows // heads // 2, 2)
     return order.transpose(1, 2).reshape(rows)
@@ -181,7 +181,7 @@ def _q5_k(blocks: Tensor) -> dict[str, Any]:
 
 def _scales_of_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and shifts of the eight groups of a block of Q4_K or Q5_K, float32."""
-    # products of a 16-bit number and one of six bits: exact in float32, and in nothing smaller
+    # products of a 16-bit and a 6-bit number: float32 holds them exactly, 16 bits do not
     scale, minimum = _halves(blocks[..., :2]).float(), _halves(blocks[..., 2:4]).float()
     low, middle, high = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat((low & 0x3F, (high & 0x0F) | ((low >> 2) & 0x30)), -1)
@@ -190,14 +190,15 @@ def _scales_of_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q6_k(blocks: Tensor) -> dict[str, Any]:
-    # 32 columns at a time: four low bits of one of two runs of 64, two high bits of one of 32
+    # 32 columns at a time: their low four bits are in one of two runs of 64 bytes, their high two
+    # bits in one of two runs of 32 bytes
     low = _nibbles(blocks[..., :128], 64).unflatten(-1, (8, 32))
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)
     high = (blocks[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts[:, None] & 3).flatten(-3, -2)
     codes = (low | high << 4).flatten(-2)
     scale = _halves(blocks[..., 208:210]).float()
     scales = scale * blocks[..., 192:208].contiguous().view(torch.int8)
-    # six bits in a byte each
+    # codes of six bits take a byte each
     return _fields(codes, scales, zero=32)
 
 

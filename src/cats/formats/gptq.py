@@ -1,7 +1,7 @@
 """GPTQ checkpoints, as AutoGPTQ and GPTQModel write them: 4 and 8 bits, with and without act-order.
 
 Codes lie column by column: an int32 word of ``qweight`` ``[columns * bits / 32, rows]`` has
-consecutive columns of one row. Version 1 stores zero points less one.
+consecutive columns of one row. Version 1 stores zero points minus 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from cats.formats.base import (
 )
 from cats.weights import Quantised
 
-# One in each code of a word. GPTQModel adds it to whole words, so that what carries is the same.
+# A one in each code of a word. As in GPTQModel, it is added to whole words: a sum that is too large
+# for its code carries into the next one.
 _ONES = {4: 0x11111111, 8: 0x01010101}
 
 

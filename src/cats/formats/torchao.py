@@ -1,7 +1,7 @@
 """torchao's weight-only checkpoints in safetensors, as transformers saves them: int8 and int4.
 
-The tensors of a layer are ``_weight_qdata``, ``_weight_scale`` and ``_weight_zero_point``. Which
-class they make, with its group size, is in the metadata of the file.
+The tensors of a layer are ``_weight_qdata``, ``_weight_scale`` and ``_weight_zero_point``. The
+metadata of the file says which class they make, and with which group size.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ from cats.weights.quantised import packed, unpacked
 _CONFIGS = ("Int8WeightOnlyConfig", "Int4WeightOnlyConfig", "IntxWeightOnlyConfig")
 _PLAIN = json.dumps({"_type": "Tensor"})
 _PREFIX = "_weight_"
+_WEIGHT_PARTS = ("qdata", "scale", "zero_point", "scale_and_zero")
+# Named, so that layers that quantise activations are refused with the reason.
+_ACTIVATION_PARTS = ("act_pre_scale", "act_quant_scale", "act_quant_zero_point")
 
 
 class TorchAO(Format):
     name = "torchao"
-    parts = frozenset(
-        _PREFIX + part
-        for part in (
-            "qdata", "scale", "zero_point", "scale_and_zero", "act_pre_scale", "act_quant_scale",
-            "act_quant_zero_point",
-        )
-    )  # fmt: skip
+    parts = frozenset(_PREFIX + part for part in (*_WEIGHT_PARTS, *_ACTIVATION_PARTS))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """
         Raises:
-            ValueError: If it is another kind of torchao's; the message says which.
+            ValueError: If it is another kind of quantisation; the message says which.
         """
         kinds = config.get("quant_type")
         default = kinds.get("default", kinds) if isinstance(kinds, Mapping) else kinds
@@ -104,14 +101,14 @@ class TorchAO(Format):
         return tensors
 
     def _entry(self, name: str) -> tuple[str, Mapping[str, Any]]:
-        """The class of a layer's weight, and its fields that are no tensors."""
+        """The class of the weight of a layer, and those of its fields that are not tensors."""
         try:
             entry = json.loads(self._metadata[f"{name}.weight"])
             return entry["_type"], entry["_data"]
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise FormatError(
-                f"{name} has no metadata of torchao in the safetensors file: the checkpoint is not "
-                "whole"
+                f"{name} has no metadata of torchao in the safetensors file: the checkpoint is "
+                "incomplete"
             ) from error
 
 
@@ -164,7 +161,7 @@ def _int4(layer: Layer, fields: Mapping[str, Any]) -> Quantised:
     scales = layer.take(_PREFIX + "scale", shape, FLOATS)
     shifts = layer.take(_PREFIX + "zero_point", shape, [scales.dtype])
     return Quantised(
-        # signed codes of four bits to codes plus 8
+        # signed codes of four bits become unsigned: plus 8
         codes=pairs.view(torch.uint8) ^ 0x88,
         scales=scales.t().contiguous(),
         bits=4,

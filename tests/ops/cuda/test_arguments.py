@@ -18,6 +18,7 @@ from cats.ops.embedding.cuda import EmbeddingArguments
 from cats.ops.linear.cuda import LinearArguments
 from cats.ops.linear.quantised import QuantisedLinearArguments
 from cats.ops.mlp.cuda.arguments import MLPArguments
+from cats.ops.mlp.cuda.quantised import QuantisedMLPArguments
 
 OPS = Path(cats.ops.__file__).parent
 STRUCTS = {
@@ -27,6 +28,7 @@ STRUCTS = {
     "linear/linear.cu": LinearArguments,
     "linear/quantised.cu": QuantisedLinearArguments,
     "mlp/cuda/gated_mlp.cu": MLPArguments,
+    "mlp/cuda/quantised_mlp.cu": QuantisedMLPArguments,
     "cuda/residual.cuh": Residual,
     "cuda/runs.cuh": Deal,
 }

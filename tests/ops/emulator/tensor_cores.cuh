@@ -1,8 +1,8 @@
-// In the place of the kernels' own tensor_cores.cuh: the same functions without PTX.
+// Replaces the kernels' own tensor_cores.cuh: the same functions without PTX.
 #pragma once
 #include "hardware.cuh"
 
-// The words of all lanes, [lane, word].
+// An operand of a product: the words of all lanes, [lane, word].
 template <int WORDS>
 struct Operand {
     uint32 words[32][WORDS];
@@ -17,7 +17,7 @@ struct Operand {
     }
 };
 
-// c += A B of one lane; `a` and `b` give an element of a word, of which there are ELEMENTS.
+// c += A B: the part of one lane. `a` and `b` give one of the ELEMENTS of a word.
 template <int ELEMENTS, int HALVES, class Sum, class A, class B>
 void multiply(Sum (&c)[4], const Operand<2 * HALVES>& left, const Operand<HALVES>& right, A a, B b) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -35,7 +35,7 @@ void multiply(Sum (&c)[4], const Operand<2 * HALVES>& left, const Operand<HALVES
 
 inline int byte_of(uint32 word, int i) { return int(word >> 8 * i & 0xff); }
 inline int signed_byte_of(uint32 word, int i) { return int(int8_t(word >> 8 * i & 0xff)); }
-inline double half_of(uint32 word, int i) { return _cvtsh_ss(word >> 16 * i & 0xffff); }
+inline double half_of(uint32 word, int i) { return half_to_float(word >> 16 * i & 0xffff); }
 
 inline void multiply_bytes(int (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
     multiply<4, 2>(c, Operand<4>(a0, a1, a2, a3), Operand<2>(b0, b1), byte_of, signed_byte_of);

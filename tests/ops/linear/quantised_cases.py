@@ -1,4 +1,4 @@
-"""Quantised matrices for tests of ``quantised.cu``, and what rounding may change of a product."""
+"""Quantised matrices for tests of ``quantised.cu``, and how much rounding may change a product."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from cats.ops.quantised.rows import PackedRows, RowLayout, ZeroMode, pack_rows
+from cats.weights.quantised import packed
+
+# KiB of shared memory that a block may have, by compute capability (CUDA programming guide).
+SHARED = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 
 
 @dataclass
@@ -15,11 +19,19 @@ class Matrix:
 
 
 def make_layout(bits, columns, group_size, zero_mode=ZeroMode.CONSTANT, scale_dtype=torch.float16):
-    zero = 0 if zero_mode == ZeroMode.ZEROS else 2 ** (bits - 1)
     return RowLayout(
-        bits=bits, columns=columns, group_size=group_size, scale_dtype=scale_dtype,
-        zero_mode=zero_mode, zero=zero,
-    )  # fmt: skip
+        bits=bits,
+        columns=columns,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        zero_mode=zero_mode,
+        zero=constant_zero(bits, zero_mode),
+    )
+
+
+def constant_zero(bits, zero_mode):
+    """The zero point of a layout: the middle code, unless groups have their own."""
+    return 0 if zero_mode == ZeroMode.ZEROS else 2 ** (bits - 1)
 
 
 def make_matrix(layout: RowLayout, rows: int, *, scales=None, device="cpu") -> Matrix:
@@ -44,18 +56,16 @@ def make_matrix(layout: RowLayout, rows: int, *, scales=None, device="cpu") -> M
     values = (codes.double() - zero) * wide(scales)
     if shifts is not None:
         values += wide(shifts)
-    stored = codes
-    if layout.bits == 4:
-        even = torch.nn.functional.pad(codes, (0, columns % 2))
-        stored = even[:, ::2] | even[:, 1::2] << 4
-    packed = pack_rows(layout, stored, scales, zeros=zeros, shifts=shifts)
-    return Matrix(PackedRows(packed, layout, rows), values)
+    stored = codes if layout.bits == 8 else packed(codes)
+    data = pack_rows(layout, stored, scales, zeros=zeros, shifts=shifts)
+    return Matrix(PackedRows(data, layout, rows), values)
 
 
 def error_bound(values: Tensor, x: Tensor, largest: Tensor | None = None) -> Tensor:
-    """Of 16-bit fixed point: a value of x is off by half of 1 / 32512 of the largest nearby.
+    """The largest error that 16-bit fixed point and sums in float32 explain.
 
-    The largest of all of x is an upper bound of that. Sums in float32 come on top.
+    Fixed point moves a value of x by up to half of 1 / 32512 of the largest value nearby, which is
+    at most the largest of all (the default of ``largest``).
     """
     largest = x.abs().max() if largest is None else largest
     rounding = (values.abs() * largest).sum(1) / 65024

@@ -8,6 +8,7 @@ from cats.ops.cuda.residual import Residual
 from cats.ops.quantised.rows import ZeroMode
 from tests.ops.cases import needs_nvrtc
 from tests.ops.linear.quantised_cases import (
+    SHARED,
     columns_nearby,
     error_bound,
     make_layout,
@@ -17,8 +18,8 @@ from tests.ops.linear.quantised_cases import (
 CONSTANT, ZEROS, SHIFTS = ZeroMode
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-# Shared memory that a block may have (CUDA programming guide).
-SHARED = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+# Rows of a chunk, by the bits of a code.
+MOST_ROWS = {4: 16, 8: 8}
 
 
 @needs_nvrtc
@@ -50,11 +51,11 @@ def test_each_kind_compiles_for_each_generation(
     monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
     layout = make_layout(bits, columns, group_size, zero_mode, scale_dtype)
     limit = 1024 * SHARED[capability]
-    defines = quantised._defines(
-        layout, dtype, normed, False, most=16 if bits == 4 else 8, shared_limit=limit
+    macros = quantised.macros(
+        layout, dtype=dtype, normed=normed, most_rows=MOST_ROWS[bits], shared_limit=limit
     )
-    assert defines["SHARED_BYTES"] <= limit
-    assert compile_kernel("linear/quantised.cu", defines, capability)[:4] == b"\x7fELF"
+    assert macros["SHARED_BYTES"] <= limit
+    assert compile_kernel("linear/quantised.cu", macros, capability)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("columns", [1, 64, 576, 4096, 11008, 14336, 18944, 28672])
@@ -63,11 +64,13 @@ def test_rows_of_large_models_fit_into_the_shared_memory(bits, columns):
     from cats.ops.linear import quantised
 
     layout = make_layout(bits, columns, 0)
-    defines = quantised._defines(
-        layout, BF16, False, False, most=16 if bits == 4 else 8, shared_limit=227 * 1024
+    limit = 227 * 1024
+    macros = quantised.macros(
+        layout, dtype=BF16, normed=False, most_rows=MOST_ROWS[bits], shared_limit=limit
     )
-    assert defines["SHARED_BYTES"] <= 227 * 1024
-    assert defines["CHUNKS"] >= (4 if layout.pitch < 12_000 else 1)
+    assert macros["SHARED_BYTES"] <= limit
+    # one chunk arrives while another is used; the longest rows leave room for one chunk only
+    assert macros["CHUNKS"] >= (2 if columns < 28672 or bits == 4 else 1)
 
 
 def run(matrices, x, *, dtype, biases=None, **options):
@@ -75,11 +78,10 @@ def run(matrices, x, *, dtype, biases=None, **options):
     from cats.ops.cuda.device import multiprocessors
     from cats.ops.linear import quantised
 
-    out = torch.full((sum(matrix.packed.count for matrix in matrices),), torch.nan, device="cuda")
-    launch = quantised.launch(
-        [matrix.packed for matrix in matrices], biases or [None] * len(matrices), x=x,
-        dtype=dtype, out=out, multiprocessors=multiprocessors(0), **options,
-    )  # fmt: skip
+    packed = [matrix.packed for matrix in matrices]
+    out = torch.full((sum(rows.count for rows in packed),), torch.nan, device="cuda")
+    options |= dict(x=x, dtype=dtype, out=out, multiprocessors=multiprocessors(0))
+    launch = quantised.launch(packed, biases or [None] * len(packed), **options)
     stream = torch.cuda.current_stream().cuda_stream
     launch.function.launch(launch.arguments, blocks=launch.blocks, stream=stream, dependent=False)
     return out.double()
@@ -190,14 +192,14 @@ def test_an_outlier_channel_costs_precision_only_nearby(bits, group_size):
     largest = torch.full_like(x, x.abs().sort().values[-2].item())
     largest[10 * nearby : 11 * nearby] = 1000
     error = (out - matrix.values @ x.double()).abs()
-    # besides, sums in float32 round what the outlier adds
+    # sums in float32 also round the products of the outlier
     allowed = error_bound(matrix.values, x.double(), largest.double()) + 1e-6 * 1000 / 64
     assert (error <= allowed).all()
 
 
 @needs_gpu
-def test_launches_of_a_graph_see_what_the_one_in_front_wrote():
-    """Each adds to what the one before has left, and starts early."""
+def test_launches_of_a_graph_see_what_the_launch_before_them_wrote():
+    """Each adds to the output of the launch before it, and starts early."""
     from cats.ops.cuda.device import multiprocessors
     from cats.ops.linear import quantised
 
@@ -207,14 +209,13 @@ def test_launches_of_a_graph_see_what_the_one_in_front_wrote():
     stream = torch.randn(4096, device="cuda")
     buffers = [stream, *(torch.full_like(stream, torch.nan) for _ in range(count))]
     counters = torch.zeros(count, dtype=torch.int32, device="cuda")
-    launches = [
-        quantised.launch(
-            [matrix.packed], [None], dtype=BF16, add=buffers[i], out=buffers[i + 1],
-            x=Residual(base=address(buffers[i]), weight=address(weight), epsilon=1e-5),
-            counter=counters[i : i + 1] if i % 2 else None, multiprocessors=multiprocessors(0),
-        )
-        for i, matrix in enumerate(matrices)
-    ]  # fmt: skip
+    options = dict(dtype=BF16, multiprocessors=multiprocessors(0))
+    launches = []
+    for i, matrix in enumerate(matrices):
+        before, after = buffers[i : i + 2]
+        options |= dict(add=before, out=after, counter=counters[i : i + 1] if i % 2 else None)
+        x = Residual(base=address(before), weight=address(weight), epsilon=1e-5)
+        launches.append(quantised.launch([matrix.packed], [None], x=x, **options))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         counters.zero_()

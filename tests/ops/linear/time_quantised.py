@@ -1,9 +1,9 @@
 """Times of quantised linear layers: ``python -m tests.ops.linear.time_quantised --output PATH``.
 
-A chain of launches in a CUDA graph, each of which may start while the one in front drains, over
+A chain of launches in a CUDA graph, each of which may start while the one before drains, over
 weights that no cache holds. Each result is a line of JSON: microseconds per launch, and the share
-of the best read of this run that the bytes of codes, scales and zero points (without padding) came
-at. Outputs are checked before anything is timed.
+of the best read of this run at which the bytes of codes, scales and zero points came, without
+padding. Outputs are checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cats.benchmarks.timing import read_bandwidth, time_passes
+from cats.benchmarks.timing import Timing, read_bandwidth, time_passes
 from cats.ops.cuda.arguments import address
-from cats.ops.cuda.device import multiprocessors
+from cats.ops.cuda.device import multiprocessors, shared_memory
 from cats.ops.cuda.function import Launch
 from cats.ops.cuda.residual import Residual
 from cats.ops.linear import cuda, quantised
@@ -108,14 +108,18 @@ class Bench:
         counters = torch.zeros(count, dtype=torch.int32, device=self._device)
         passes: dict[bool, Callable[[], object]] = {}
         for counted in (False, True):
+            options = dict(
+                x=x, dtype=torch.bfloat16, out=out, multiprocessors=self._multiprocessors
+            )
             launches = [
                 quantised.launch(
-                    matrices, [None] * len(matrices), x=x, dtype=torch.bfloat16, out=out,
+                    matrices,
+                    [None] * len(matrices),
                     counter=counters[i : i + 1] if counted else None,
-                    multiprocessors=self._multiprocessors,
+                    **options,
                 )
                 for i, matrices in enumerate(packed)
-            ]  # fmt: skip
+            ]
             counters.zero_()
             self._start(launches[:1])
             values = torch.cat([matrix.values for matrix in sets[0]])
@@ -124,22 +128,28 @@ class Bench:
             assert worst <= 1, f"{worst} of what rounding explains"
             passes[counted] = self._pass(launches, counters)
         del sets, values
-        d = quantised._defines(
-            layout, torch.bfloat16, shape.normed, False,
-            most=quantised._most_rows(layout, shape.rows, self._multiprocessors),
-            shared_limit=quantised.shared_memory(0),
-        )  # fmt: skip
-        ring = f"{d['CHUNKS']} chunks of {d['ROWS_OF_CHUNK']} rows, {d['EARLY_CHUNKS']} early"
+        macros = quantised.macros(
+            layout,
+            dtype=torch.bfloat16,
+            normed=shape.normed,
+            most_rows=quantised.most_rows(layout, shape.rows, self._multiprocessors),
+            shared_limit=shared_memory(0),
+        )
+        about = {
+            "kernel": "quantised",
+            "bits": format.bits,
+            "group_size": format.group_size,
+            "zero_mode": format.zero_mode.name.lower(),
+            "scale_dtype": str(format.scale_dtype).removeprefix("torch."),
+            "launches": count,
+            "ring": "{CHUNKS} chunks of {ROWS_OF_CHUNK} rows, {EARLY_CHUNKS} early".format(
+                **macros
+            ),
+        }
         for counted, timing in time_passes(
             passes, count, device=self._device, rounds=self._rounds
         ).items():
-            yield self._line(shape, size, timing.median, timing.low, timing.high) | {
-                "kernel": "quantised", "bits": format.bits, "group_size": format.group_size,
-                "zero_mode": format.zero_mode.name.lower(),
-                "scale_dtype": str(format.scale_dtype).removeprefix("torch."),
-                "counter": counted, "launches": count,
-                "ring": ring,
-            }  # fmt: skip
+            yield self._line(shape, size, timing) | about | {"counter": counted}
 
     def measure_bfloat16(self, shape: Shape) -> dict[str, object]:
         """The same with ``linear.cu``."""
@@ -156,8 +166,7 @@ class Bench:
             launches.append((weights, self._bfloat16_launch(weights, x, out)))
         run = self._pass([launch for _, launch in launches], None)
         timing = time_passes({0: run}, count, device=self._device, rounds=self._rounds)[0]
-        line = self._line(shape, size, timing.median, timing.low, timing.high)
-        return line | {"kernel": "linear", "bits": 16, "launches": count}
+        return self._line(shape, size, timing) | {"kernel": "linear", "bits": 16, "launches": count}
 
     def _bfloat16_launch(self, weights: list[Tensor], x: Tensor | Residual, out: Tensor) -> Launch:
         return cuda.launch(
@@ -177,7 +186,7 @@ class Bench:
             self._kept = (x.bfloat16(),)
             return self._kept[0], self._kept[0].double()
         weight = torch.ones(shape.columns, device=self._device, dtype=torch.bfloat16)
-        self._kept = x, weight  # the launches have their addresses alone
+        self._kept = x, weight  # launches hold only the addresses
         residual = Residual(base=address(x), weight=address(weight), epsilon=1e-5)
         return residual, x.double() * torch.rsqrt(x.double().square().mean() + 1e-5)
 
@@ -197,15 +206,19 @@ class Bench:
                 launch.arguments, blocks=launch.blocks, stream=stream, dependent=i > 0
             )
 
-    def _line(
-        self, shape: Shape, size: float, median: float, low: float, high: float
-    ) -> dict[str, object]:
+    def _line(self, shape: Shape, size: float, timing: Timing) -> dict[str, object]:
         return {
-            "shape": shape.name, "rows": sum(shape.rows), "columns": shape.columns,
-            "normed": shape.normed, "us": median * 1e6, "us_low": low * 1e6, "us_high": high * 1e6,
-            "share": size / self.read / median, "read_tb_per_s": self.read / 1e12,
+            "shape": shape.name,
+            "rows": sum(shape.rows),
+            "columns": shape.columns,
+            "normed": shape.normed,
+            "us": timing.median * 1e6,
+            "us_low": timing.low * 1e6,
+            "us_high": timing.high * 1e6,
+            "share": size / self.read / timing.median,
+            "read_tb_per_s": self.read / 1e12,
             "megabytes": size / 1e6,
-        }  # fmt: skip
+        }
 
 
 def main() -> None:
@@ -218,6 +231,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, help="of the ring")
     parser.add_argument("--early-bytes", type=int, help="on their way before the input is there")
     arguments = parser.parse_args()
+    # private: only this script tries other sizes
     choose = quantised._ring
     if arguments.rows or arguments.chunks:
         quantised._ring = lambda layout, most, room: (

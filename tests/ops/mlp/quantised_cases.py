@@ -9,7 +9,8 @@ from cats.functional import ACTIVATIONS
 from cats.ops.cuda.arguments import address
 from cats.ops.cuda.residual import Residual
 from cats.ops.quantised import ColumnLayout, PackedColumns, PackedRows, ZeroMode, pack_columns
-from tests.ops.linear.quantised_cases import make_layout, make_matrix
+from cats.weights.quantised import packed
+from tests.ops.linear.quantised_cases import constant_zero, make_layout, make_matrix
 
 EPSILON = 1e-5
 
@@ -32,9 +33,13 @@ def make_down(bits, outputs, neurons, group_size, zero_mode, scale_dtype, device
     """A packed ``down`` and its numbers, ``[outputs, neurons]``, float64."""
     high = 2**bits
     layout = ColumnLayout(
-        bits=bits, outputs=outputs, group_size=group_size, scale_dtype=scale_dtype,
-        zero_mode=zero_mode, zero=0 if zero_mode == ZeroMode.ZEROS else high // 2,
-    )  # fmt: skip
+        bits=bits,
+        outputs=outputs,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        zero_mode=zero_mode,
+        zero=constant_zero(bits, zero_mode),
+    )
     codes = torch.randint(0, high, (outputs, neurons), dtype=torch.uint8, device=device)
     shape = outputs, layout.groups_of(neurons)
     unit = 4 / high / neurons**0.5
@@ -51,19 +56,28 @@ def make_down(bits, outputs, neurons, group_size, zero_mode, scale_dtype, device
     values = (codes.double() - (layout.zero if zeros is None else wide(zeros))) * wide(scales)
     if shifts is not None:
         values += wide(shifts)
-    stored = codes
-    if bits == 4:
-        even = torch.nn.functional.pad(codes, (0, neurons % 2))
-        stored = even[:, ::2] | even[:, 1::2] << 4
+    stored = codes if bits == 8 else packed(codes)
     return pack_columns(layout, stored, scales, neurons=neurons, zeros=zeros, shifts=shifts), values
 
 
 def make_mlp(
-    *, bits, hidden, neurons, group_size=32, down_bits=None, zero_mode=ZeroMode.CONSTANT,
-    scale_dtype=torch.float16, activation="silu", sparsity=0.5, biases=False, up_size=1.0,
-    bad_gate_scale=None, dtype=torch.float32, device="cpu",
-):  # fmt: skip
-    """Random weights; thresholds drop a share of the neurons, and none is close to its own."""
+    *,
+    bits,
+    hidden,
+    neurons,
+    group_size=32,
+    down_bits=None,
+    zero_mode=ZeroMode.CONSTANT,
+    scale_dtype=torch.float16,
+    activation="silu",
+    sparsity=0.5,
+    biases=False,
+    up_size=1.0,
+    bad_gate_scale=None,
+    dtype=torch.float32,
+    device="cpu",
+):
+    """Random weights; thresholds drop a share of the neurons, and no neuron is close to its own."""
     layout = make_layout(bits, hidden, group_size, zero_mode, scale_dtype)
     scales = None
     if bad_gate_scale is not None:
@@ -87,7 +101,7 @@ def make_mlp(
     parts = [m.values @ x + (0 if b is None else b) for m, b in zip((gate, up), added, strict=True)]
     act = ACTIVATIONS[activation](parts[0])
     sizes = act.abs().nan_to_num(1e30).sort().values
-    # midway between two neurons: 16-bit fixed point must not move one over its threshold
+    # midway between two neurons, so that 16-bit fixed point moves none over its threshold
     count = int(sparsity * neurons)
     gaps = sizes[1:] - sizes[:-1]
     best = max(range(max(count - 8, 0), min(count + 8, neurons - 1)), key=lambda i: gaps[i].item())
@@ -96,9 +110,17 @@ def make_mlp(
     output = down_values @ (kept * parts[1]).where(kept != 0, 0)
     thresholds = torch.full((neurons,), threshold, device=device)
     return Case(
-        base, norm, gate.packed, up.packed, down, thresholds, (added[0], added[1]), activation,
-        output, dtype,
-    )  # fmt: skip
+        base=base,
+        norm=norm,
+        gate=gate.packed,
+        up=up.packed,
+        down=down,
+        thresholds=thresholds,
+        biases=(added[0], added[1]),
+        activation=activation,
+        output=output,
+        dtype=dtype,
+    )
 
 
 def run(mlp, case, *, multiprocessors=2, counter=None, stream=0, **changes):
@@ -107,12 +129,19 @@ def run(mlp, case, *, multiprocessors=2, counter=None, stream=0, **changes):
     residual = Residual(
         base=address(case.base), weight=address(case.norm), epsilon=EPSILON, weight_offset=0
     )
+    matrices = dict(gate=case.gate, up=case.up, down=case.down) | changes
     launch = mlp.launch(
-        **dict(x=residual, gate=case.gate, up=case.up, down=case.down) | changes,
-        thresholds=case.thresholds, activation=case.activation, gate_bias=case.biases[0],
-        up_bias=case.biases[1], dtype=case.dtype, sums=sums, counter=counter,
+        x=residual,
+        **matrices,
+        thresholds=case.thresholds,
+        activation=case.activation,
+        gate_bias=case.biases[0],
+        up_bias=case.biases[1],
+        dtype=case.dtype,
+        sums=sums,
+        counter=counter,
         multiprocessors=multiprocessors,
-    )  # fmt: skip
+    )
     launch.function.launch(launch.arguments, blocks=launch.blocks, stream=stream, dependent=True)
     return sums.double()
 

@@ -3,26 +3,74 @@
 import pytest
 import torch
 
-from cats.ops.quantised import ZeroMode
+from cats.ops.quantised import ColumnLayout, ZeroMode
 from tests.ops.cases import needs_nvrtc
+from tests.ops.linear.quantised_cases import SHARED, constant_zero, make_layout
 from tests.ops.mlp.quantised_cases import check, make_mlp, run
 
 CONSTANT, ZEROS, SHIFTS = ZeroMode
-pytestmark = [
-    needs_nvrtc,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zero_mode", "scale_dtype", "dtype", "activation"),
+    [
+        (4, 128, CONSTANT, BF16, BF16, "silu"),
+        (4, 32, SHIFTS, F16, F16, "gelu_tanh"),
+        (8, 0, ZEROS, F32, F32, "relu"),
+    ],
+)
+def test_each_kind_compiles_for_each_generation(
+    tmp_path,
+    monkeypatch,
+    capability,
+    bits,
+    group_size,
+    zero_mode,
+    scale_dtype,
+    dtype,
+    activation,
+):
+    from cats.ops.cuda.compiler import compile_kernel
+    from cats.ops.mlp.cuda import quantised
+
+    monkeypatch.setenv("CATS_CACHE_DIR", str(tmp_path))
+    limit, hidden = 1024 * SHARED[capability], 2048
+    columns = ColumnLayout(
+        bits=bits,
+        outputs=hidden,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        zero_mode=zero_mode,
+        zero=constant_zero(bits, zero_mode),
+    )
+    macros = quantised.macros(
+        make_layout(bits, hidden, group_size, zero_mode, scale_dtype),
+        columns,
+        dtype=dtype,
+        activation=activation,
+        neurons=8192,
+        multiprocessors=132,
+        shared_limit=limit,
+    )
+    assert macros["SHARED_BYTES"] <= limit
+    assert compile_kernel("mlp/cuda/quantised_mlp.cu", macros, capability)[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+@needs_gpu
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize(
     ("bits", "hidden", "neurons", "group_size", "zero_mode", "scale_dtype"),
     [
-        (4, 4096, 14336, 128, CONSTANT, torch.bfloat16),
-        (4, 4096, 11008, 128, ZEROS, torch.float16),
-        (4, 2048, 8192, 32, SHIFTS, torch.float16),
-        (8, 4096, 14336, 0, CONSTANT, torch.bfloat16),
-        (8, 576, 1536, 32, ZEROS, torch.float16),
+        (4, 4096, 14336, 128, CONSTANT, BF16),
+        (4, 4096, 11008, 128, ZEROS, F16),
+        (4, 2048, 8192, 32, SHIFTS, F16),
+        (8, 4096, 14336, 0, CONSTANT, BF16),
+        (8, 576, 1536, 32, ZEROS, F16),
     ],
 )
 def test_output_is_that_of_the_dequantised_mlp(

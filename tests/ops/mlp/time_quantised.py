@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--halves", action="store_true", help="deal the last runs out in halves")
     parser.add_argument("--ring-bytes", type=int, help="of the ring, instead of its own")
     options = parser.parse_args()
+    # private: only this script tries other sizes
     if options.by_index is not None:
         quantised._BY_INDEX, quantised._HALVES = options.by_index, options.halves
     if options.ring_bytes is not None:
@@ -99,11 +100,16 @@ def main() -> None:
                 all_bytes = 3 * (neurons * hidden * bits / 8 + scales)
                 needed = all_bytes * (1 + 2 * (1 - sparsity)) / 3
                 line = {
-                    "bits": bits, "hidden": hidden, "neurons": neurons, "sparsity": sparsity,
-                    "us": timing.median * 1e6, "us_low": timing.low * 1e6,
-                    "us_high": timing.high * 1e6, "share": needed / read / timing.median,
+                    "bits": bits,
+                    "hidden": hidden,
+                    "neurons": neurons,
+                    "sparsity": sparsity,
+                    "us": timing.median * 1e6,
+                    "us_low": timing.low * 1e6,
+                    "us_high": timing.high * 1e6,
+                    "share": needed / read / timing.median,
                     "read_tb_per_s": read / 1e12,
-                }  # fmt: skip
+                }
                 print(json.dumps(line), flush=True)
                 with options.output.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -112,10 +118,19 @@ def main() -> None:
 def launch(mlp, residual, thresholds, sums, counter):
     gate, up, down = mlp
     return quantised.launch(
-        x=residual, gate=gate, up=up, down=down, thresholds=thresholds, activation="silu",
-        gate_bias=None, up_bias=None, dtype=torch.bfloat16, sums=sums, counter=counter[:1],
+        x=residual,
+        gate=gate,
+        up=up,
+        down=down,
+        thresholds=thresholds,
+        activation="silu",
+        gate_bias=None,
+        up_bias=None,
+        dtype=torch.bfloat16,
+        sums=sums,
+        counter=counter[:1],
         multiprocessors=multiprocessors(0),
-    )  # fmt: skip
+    )
 
 
 def thresholds_of(mlp, residual, counters, sums) -> dict[float, float]:

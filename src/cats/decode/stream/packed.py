@@ -23,7 +23,7 @@ from cats.ops.quantised import (
 )
 from cats.weights import Quantised
 
-# Groups that a kernel reads as they are; a larger one is several of the largest with one scale.
+# Groups that kernels read. A larger group becomes several of these with the same scale.
 _GROUP_SIZES = 32, 64, 128
 
 
@@ -51,7 +51,7 @@ Matrix: TypeAlias = Linear | PackedLinear
 
 
 def packed(spec: ModelSpec) -> ModelSpec:
-    """The same model, its quantised matrices packed: a copy of their codes and scales.
+    """The same model with packed copies of its quantised matrices.
 
     Raises:
         UnsupportedModelError: If no kernel reads a matrix; the message names it.
@@ -61,7 +61,7 @@ def packed(spec: ModelSpec) -> ModelSpec:
 
 
 def versions(spec: ModelSpec) -> list[int]:
-    """Numbers that change when a quantised matrix of a model is written; in no other way."""
+    """Numbers that change when a quantised matrix of a model is written, and only then."""
     return [tensor._version for tensor in _quantised_tensors(spec) if not tensor.is_inference()]
 
 
@@ -116,7 +116,7 @@ def count_of(matrix: Matrix) -> int:
 
 
 def runs_of_layout(matrices: tuple[Matrix, ...]) -> Iterator[tuple[Matrix, ...]]:
-    """Neighbours that one launch can take: dense ones, or packed ones of the same layout."""
+    """Neighbouring matrices that one launch can take: dense ones, or packed ones of one layout."""
     run: tuple[Matrix, ...] = ()
     for matrix in matrices:
         if run and _layout_of(run[0]) != _layout_of(matrix):
@@ -220,7 +220,7 @@ def _zero_mode(matrix: Quantised) -> ZeroMode:
 def _in_groups_of_kernels(
     matrix: Quantised,
 ) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
-    """Group size, scales, zeros and shifts; 0 is the size of a group that is a whole row."""
+    """Group size (0: a whole row is one group), scales, zeros and shifts."""
     tables = matrix.scales, matrix.zeros, matrix.shifts
     if matrix.groups == 1:
         return 0, *tables

@@ -1,13 +1,13 @@
 // Dot products of packed rows of 4- or 8-bit codes with a vector of floats, by integer products of tensor cores.
 //
-// Codes are the left operand as they are (8 bits) or after one mask (4 bits). The vector is rounded to 16-bit fixed point,
-// relative to the largest value nearby, and is two signed bytes in two columns of the right operand. Sums of a group are
-// exact integers, from which the zero point is taken off; then they are multiplied by the group's scale.
+// Codes are the left operand: unchanged with 8 bits, after one mask with 4 bits. The vector is rounded to 16-bit fixed point,
+// relative to the largest value nearby. Each rounded value is two signed bytes, in two columns of the right operand. The sum
+// of a group is an exact integer. The zero point is subtracted from it, and the result is multiplied by the group's scale.
 //
-// The loader defines BITS (4 or 8), WIDTH (columns, padded to units), GROUP (32, 64, 128; 0: a scale per row), SCALE (type of
-// scales: 0 float16, 1 bfloat16, 2 float32), ZERO_MODE (0 constant, 1 a zero point for each group, 2 a shift for each group),
-// CONSTANT_ZERO, WARPS (which share a row), and, where it wants other than the default, ROWS_OF_CHUNK (16, 8 or 4).
-// ops/quantised/rows.py says how a row is packed.
+// The loader defines BITS (4 or 8), WIDTH (columns, padded to units), GROUP (32, 64, 128; 0: one scale per row), SCALE (type of
+// scales: 0 float16, 1 bfloat16, 2 float32), ZERO_MODE (0 constant, 1 a zero point per group, 2 a shift per group),
+// CONSTANT_ZERO, WARPS (how many share a row), and ROWS_OF_CHUNK (16, 8 or 4; it has a default).
+// ops/quantised/rows.py describes a packed row.
 #pragma once
 #include "tensor_cores.cuh"
 
@@ -21,8 +21,8 @@ constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
 constexpr int GROUPS = GROUP ? (WIDTH + GROUP - 1) / (GROUP ? GROUP : 1) : 1;
 constexpr int SCALES_AT = CODE_BYTES, EXTRAS_AT = SCALES_AT + GROUPS * SCALE_BYTES;
 constexpr int USED_BYTES = EXTRAS_AT + GROUPS * (ZERO_MODE == 1 ? 1 : ZERO_MODE == 2 ? SCALE_BYTES : 0);
-// From row to row, in shared memory as in global memory, so that a run of rows is one copy. Never a multiple of 128 bytes:
-// lanes read the same place of two rows at once.
+// Bytes from one row to the next. The same in shared and in global memory, so that a run of rows is one copy. Never a multiple
+// of 128, because lanes read the same place of two rows at once.
 constexpr int PITCH = (USED_BYTES + 31) / 32 * 32 + ((USED_BYTES + 31) / 32 % 4 == 0 ? 32 : 0), ROW_BYTES = PITCH;
 
 // Rows of a chunk.
@@ -33,14 +33,13 @@ constexpr int ROWS = BITS == 4 ? 16 : 8;
 #endif
 static_assert(ROWS == 16 || ROWS == 8 || ROWS == 4);
 
-// Units whose sums are added up as integers: those that share a scale. A warp owns whole segments; the last warps may own
-// fewer, or none.
+// Units of a warp. Those that share a scale are a segment: their sums are added up as integers. A warp owns whole segments; the
+// last warps may own fewer, or none.
 __device__ constexpr int up_to_multiple(int value, int step) { return (value + step - 1) / step * step; }
 constexpr int UNITS = up_to_multiple((ALL_UNITS + WARPS - 1) / WARPS, GROUP == 128 && BITS == 8 ? 2 : 1);
 constexpr int COLUMNS = UNITS * UNIT;  // of a warp
 
-// Copies a run of rows, which lie one behind the other, into a chunk; called by a whole warp, which arrives at `full`. No row
-// at all is an arrival.
+// Copies neighbouring rows into a chunk. A whole warp calls it, and arrives at `full`, also where the count is 0.
 __device__ __forceinline__ void copy_run(char* chunk, const char* from, int count, uint64* full) {
     if (count) return copy_by_warp(chunk, from, count * ROW_BYTES, full);
 #pragma unroll
@@ -61,10 +60,10 @@ __device__ __forceinline__ float scale_at(const char* table, int i) {
 }
 
 // One warp's part of the vector, in registers. Its columns are SUBSETS runs of PER_SUBSET units. A product has 8 columns: two
-// bytes of each subset. All come out for the codes of one subset, and those of that subset are used: they are in lanes with
-// t = subset.
+// bytes of each subset. It multiplies the codes of one subset with all 8, and only the results of that subset are used: they
+// are in lanes with t = subset.
 //
-// A chunk of fewer than 16 rows folds: what would be further rows of a product are the same rows at other subsets.
+// A chunk of fewer than 16 rows folds: the free rows of a product hold the same rows, with the codes of another subset.
 struct IntegerInput {
     static constexpr int SUBSETS = 4, FOLDS = 16 / ROWS, STEPS = SUBSETS / FOLDS;
     static constexpr int SEGMENT_OF_GROUP = GROUP == 128 && BITS == 8 ? 2 : 1;
@@ -72,18 +71,18 @@ struct IntegerInput {
     static constexpr int SEGMENT = GROUP ? SEGMENT_OF_GROUP : PER_SUBSET, SEGMENTS = PER_SUBSET / SEGMENT;
     static constexpr int PRODUCTS = UNIT / 32;  // of a unit, of 32 columns each
     static constexpr int PARTS = GROUP && GROUP < UNIT ? UNIT / GROUP : 1;  // groups of a segment
-    // Sums of a segment that are kept apart: at least two, for a product waits for the one before it in its sum, and the second
-    // half of a 4-bit byte counts 16 times.
+    // Separate sums of a segment. At least two: a product waits for the product before it in the same sum, and the upper half
+    // of a byte with two codes counts 16 times.
     static constexpr int SUMS = PARTS == 1 ? 2 : PRODUCTS;
     static constexpr int RESULTS = ROWS == 16 ? 2 : 1;  // rows of a lane
-    static constexpr int FACTOR = BITS == 4 ? 16 : 1;   // all sums are so many times too large
+    static constexpr int FACTOR = BITS == 4 ? 16 : 1;   // by which all sums are too large
     static constexpr int WORDS = PER_SUBSET * 2 * PRODUCTS;
 
     const int warp = threadIdx.x / 32 % WARPS, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32 x[WORDS];               // column g of the right operands
-    int totals[SEGMENTS][PARTS];   // FACTOR * sum of x over the group, of subset t; without groups the upper bytes
-    int lower_total;               // without groups, of the lower bytes
-    float back;                    // of subset t, from integers to floats
+    int totals[SEGMENTS][PARTS];   // FACTOR * sum of x over the group, for subset t; without groups of the upper bytes
+    int lower_total;               // without groups: the same of the lower bytes
+    float back;                    // for subset t: from integers to floats
 
     // The first of the four columns that word i of this lane holds, and whether the vector has it.
     __device__ int column_of(int i) const {
@@ -96,7 +95,7 @@ struct IntegerInput {
                (UNITS * WARPS == ALL_UNITS || warp * UNITS + unit < ALL_UNITS);
     }
 
-    // Of a vector [WIDTH] in shared memory, zero in the padding; it must be aligned to 16 bytes.
+    // Takes a vector [WIDTH] from shared memory. It is zero in the padding and aligned to 16 bytes.
     __device__ void load(const float* vector) {
         load_from([&](int i, float(&values)[4]) {
             float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -105,7 +104,7 @@ struct IntegerInput {
         });
     }
 
-    // Of what get(i, values) says of word i, twice for each word.
+    // Takes the vector from get(i, values), which gives the four values of word i. It is called twice for each word.
     template <class F>
     __device__ void load_from(F get) {
         const int byte = g % 2;  // 0: the upper one
@@ -119,12 +118,12 @@ struct IntegerInput {
         }
         largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-        // not so small that its inverse overflows; a value that is infinite or NaN makes `back` NaN
+        // large enough that its inverse does not overflow; if a value is infinite or NaN, `back` is NaN
         const float most = fmaxf(__uint_as_float(largest), 1e-30f), inverse = 32512.f / most;
         const bool finite = largest < 0x7f800000u;
         back = __shfl_sync(~0u, finite ? most * (1.f / 32512 / FACTOR) : __uint_as_float(0x7fffffffu), 8 * t);
         int sums[SEGMENTS][PARTS] = {};
-        // With 1.5 * 2^23 added, the low bits of a float are the integer. Its lower byte is signed, and so the upper rounds.
+        // After adding 1.5 * 2^23, the low bits of a float are the integer. Its lower byte is signed, so the upper is rounded.
         const uint32 rounding = byte ? 0 : 128, selector = byte ? 0x40 : 0x51;
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
@@ -151,15 +150,15 @@ struct IntegerInput {
             }
     }
 
-    // Row of the chunk that is row m of the products. Lanes 0 to 7 read two rows, 64 bytes apart in the banks.
+    // The row of the chunk that is row m of the products. Lanes 0 to 7 read two rows, which are 64 bytes apart in the banks.
     static __device__ int row_of(int m) {
         const int row = PITCH % 128 == 64 ? m : (m & 12) | (m & 1) << 1 | (m >> 1 & 1);
         return row & (ROWS - 1);
     }
-    // Of row g, or of row g + 8.
+    // The fold of row g, or of row g + 8.
     __device__ int fold_of(bool further) const { return ROWS == 16 ? 0 : ROWS == 8 ? further : g / 4 + 2 * further; }
 
-    // Where unit u of the warp lies in a row. One that the warp does not have is read as another: the vector is zero there.
+    // Where unit u of the warp lies in a row. For one that the warp does not have, another is read: the vector is zero there.
     __device__ int place_of(int u) const {
         const int unit = warp * UNITS + min(u, UNITS - 1);
         return (UNITS * WARPS == ALL_UNITS ? unit : min(unit, ALL_UNITS - 1)) * UNIT_BYTES;
@@ -178,7 +177,7 @@ struct IntegerInput {
             int upper[RESULTS][PARTS] = {}, lower[RESULTS][PARTS] = {};
 #pragma unroll
             for (int step = 0; step < STEPS; ++step) {
-                // units that only padding has
+                // units of padding only
                 if (step * PER_SUBSET + segment * SEGMENT >= UNITS) continue;
                 int products[SUMS][4] = {};
 #pragma unroll
@@ -218,7 +217,7 @@ struct IntegerInput {
         }
 #pragma unroll
         for (int r = 0; r < RESULTS; ++r) sums[r] *= back;
-        // subsets are in the four lanes t, of four rows also in lanes with another g
+        // subsets are in the four lanes t; with four rows also in lanes with another g
         if (RESULTS == 2) {
             const bool second = t & 1;
             float sum = (second ? sums[RESULTS - 1] : sums[0]) +
@@ -234,14 +233,14 @@ struct IntegerInput {
         }
     }
 
-    // What the products with one byte of the vector add up to in a group, times FACTOR.
+    // The sum of the products of a group with one byte of the vector, times FACTOR.
     static __device__ int sum_of(const int (&products)[SUMS][4], int part, int i) {
         if (PARTS == PRODUCTS) return products[part % SUMS][i] * (BITS == 4 && part % 2 == 0 ? 16 : 1);
         const int first = PARTS == 1 ? 0 : 2 * part;
         return products[first][i] * FACTOR + products[first + 1][i];
     }
 
-    // sum += what a group adds to a row.
+    // Adds a group to the sum of a row.
     __device__ void add_group(float& sum, const char* row, int group, int upper, int lower, int total) const {
         int zero = CONSTANT_ZERO;
         if (ZERO_MODE == 1) zero = reinterpret_cast<const unsigned char*>(row + EXTRAS_AT)[group];

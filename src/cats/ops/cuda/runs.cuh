@@ -1,8 +1,8 @@
-// How the rows of a launch are dealt out to its blocks, in runs of a chunk.
+// How the rows of a launch are dealt out to its blocks, in runs of as many rows as a chunk has.
 //
-// A few runs by the block's index, for these can be asked for before the kernel in front has ended. The rest goes to who asks
-// first, since multiprocessors that do the same work differ in speed; the last ones in halves. Tickets are asked for three
-// runs ahead: an answer takes up to a microsecond when the memory is busy.
+// The first runs of a block follow from its index, so they can be requested before the kernel before this one has ended. The
+// other runs go to the block that asks first, because multiprocessors that do the same work differ in speed. The last ones are
+// dealt out in halves. A block asks for a ticket three runs ahead: an answer takes up to a microsecond when the memory is busy.
 #pragma once
 #include "hardware.cuh"
 
@@ -10,7 +10,7 @@ struct Deal {
     uint32* counter;   // zero at first; null where all runs are dealt out by index
     int runs;          // all of them
     int fixed;         // by index, for each block
-    int long_tickets;  // whole runs behind those; then halves
+    int long_tickets;  // tickets for a whole run; later tickets are for half a run
 };
 
 constexpr int TICKETS_AHEAD = 3;
@@ -18,12 +18,12 @@ constexpr int TICKETS_AHEAD = 3;
 struct Runs {
     const Deal& deal;
     int taken = 0;
-    int tickets[TICKETS_AHEAD] = {};  // in lane 0; loops over them are unrolled, so that none is waited for before its turn
-    int first = 0, halves = 0;        // of the run taken, in half runs; none behind the last
+    int tickets[TICKETS_AHEAD] = {};  // in lane 0; loops over them are unrolled, so that each is waited for at its turn
+    int first = 0, halves = 0;        // of the run taken, in half runs; `halves` is 0 after the last run
 
     __device__ explicit Runs(const Deal& deal) : deal(deal) {}
 
-    // Only when the kernel in front has ended, which may use the same counter.
+    // Only after the kernel before this one has ended: it may use the same counter.
     __device__ void ask() {
 #pragma unroll
         for (int i = 0; i < TICKETS_AHEAD; ++i) ask(i);
@@ -32,10 +32,10 @@ struct Runs {
         if (deal.counter && threadIdx.x % 32 == 0) tickets[i] = take_ticket(deal.counter);
     }
 
-    // A run by index; false where there is none any more.
+    // Takes the next run by index; false where none is left.
     __device__ bool take_fixed() { return set(2 * (taken * gridDim.x + blockIdx.x), 2); }
 
-    // The run of ticket i, for which another is asked if the block has room for one; false where nothing is left.
+    // Takes the run of ticket i, and asks for another ticket if the block has room for its run; false where none is left.
     __device__ bool take(int i, bool has_room = true) {
         if (!deal.counter) return set(2 * deal.runs, 2);
         const int ticket = __shfl_sync(~0u, tickets[i], 0);

@@ -1,11 +1,11 @@
-// Tensor cores and bytes of words, in PTX: what kernels of quantised weights need besides hardware.cuh.
+// Products of tensor cores and operations on the bytes of a word, in PTX. Kernels of quantised weights use them.
 //
-// Of lane 4 g + t, a product has
+// Of the operands of a product, lane 4 g + t holds
 //   A  a0 (row g, first half of the depth)  a1 (row g + 8, same)  a2 (row g, second half)  a3 (row g + 8, same)
 //   B  b0 (column g, first half of the depth)  b1 (second half)
 //   C  c0, c1 (row g, columns 2 t and 2 t + 1)  c2, c3 (row g + 8, same)
-// where a word of A or B holds neighbours along the depth: of a half, lane t has the t-th word. Which column of a matrix is
-// called which depth is free, as long as A and B agree.
+// where a word of A or B holds neighbours along the depth: lane t has the t-th word of each half. Any column of a matrix can
+// be any depth, if A and B have the same order.
 #pragma once
 #include "hardware.cuh"
 
@@ -29,20 +29,21 @@ __device__ __forceinline__ void multiply_halves(float (&c)[4], uint32 a0, uint32
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
 
-// Byte i of the result is that byte of a (0 to 3) or b (4 to 7) which the i-th half byte of the selector names.
+// Four bytes of a and b: the i-th half byte of the selector says which byte is byte i of the result (0 to 3 of a, 4 to 7 of b).
 __device__ __forceinline__ uint32 permute_bytes(uint32 a, uint32 b, uint32 selector) {
     uint32 out;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
     return out;
 }
 
+// (a & mask) | bits, as one instruction.
 __device__ __forceinline__ uint32 and_or(uint32 a, uint32 mask, uint32 bits) {
     uint32 out;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(mask), "r"(bits));
     return out;
 }
 
-// sum + the four signed bytes of a word.
+// The sum and the four signed bytes of a word, added up.
 __device__ __forceinline__ int add_bytes(int sum, uint32 word) {
     asm("dp4a.s32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(word), "r"(0x01010101));
     return sum;

@@ -2,15 +2,15 @@
 // of the residual stream (NORMED) or a vector of the model's type. linear.cu is the same for weights of 16 or 32 bits.
 //
 // The rows of up to three matrices of one layout are one list: q, k and v are one launch. A block has WARPS workers, a copier
-// and a reducer around a ring of CHUNKS chunks of ROWS rows in shared memory. The copier asks for runs of rows and nothing
-// else. A worker owns columns, keeps its part of x in registers, and adds up its columns of each row of a chunk. The reducer
-// adds up the workers' sums and writes.
+// and a reducer around a ring of CHUNKS chunks of ROWS rows in shared memory. The copier only requests runs of rows. A worker
+// owns columns: it keeps its part of x in registers, and adds up its columns of each row of a chunk. The reducer adds up the
+// workers' sums and writes them.
 //
-// Weights depend on nothing, so the copier fills the ring before the kernel in front has ended. It keeps EARLY_CHUNKS on
-// their way at once, because what that kernel still reads and adds would wait behind them.
+// Weights depend on nothing, so the copier fills the ring before the kernel before this one has ended. Until then, only
+// EARLY_CHUNKS are on their way at once: reads and sums of that kernel would wait for more of them.
 //
 // The loader defines DTYPE (of x, of the norm's weights and of biases), INPUTS (columns without padding), NORMED, CHUNKS,
-// EARLY_CHUNKS and SHARED_BYTES, and what integer_dot.cuh wants.
+// EARLY_CHUNKS and SHARED_BYTES, and the macros of integer_dot.cuh.
 #include "integer_dot.cuh"
 #include "primitives.cuh"
 #include "residual.cuh"
@@ -38,7 +38,7 @@ struct __align__(128) Shared {
     float x[NORMED ? WIDTH : 4];
     float dots[CHUNKS][WARPS][ROWS];
     uint64 full[CHUNKS], done[CHUNKS], reduced[CHUNKS], input_there;
-    int row[CHUNKS], count[CHUNKS];  // of the list of all rows; -1: nothing any more
+    int row[CHUNKS], count[CHUNKS];  // of the list of all rows; a count of -1 ends the list
     float slots[WARPS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES);
@@ -55,12 +55,12 @@ struct Copier {
 
     __device__ Copier(const Arguments& a, Shared& shared) : a(a), shared(shared), runs(a.deal) {}
 
-    // Asks for the run that was taken, or says that there is none any more.
+    // Requests the run that was taken, or marks the end of the list.
     __device__ bool request(int slot, bool more) {
         const int matrix = more ? matrix_of(a.run_ends, runs.first / 2) : 0;
         const int start = start_of(a.ends, matrix);
         const int row = (runs.first - 2 * start_of(a.run_ends, matrix)) * (ROWS / 2);
-        // the second half of a matrix' last run may be empty
+        // the second half of the last run of a matrix may be empty
         const int count = more ? max(0, min(runs.halves * (ROWS / 2), a.ends[matrix] - start - row)) : -1;
         if (lane == 0) shared.row[slot] = start + row, shared.count[slot] = count;
         __syncwarp();
@@ -68,7 +68,7 @@ struct Copier {
         return more;
     }
 
-    // Until the chunk is there, or the input is.
+    // Returns when the chunk has arrived, or the input has.
     __device__ void wait_for_chunk(int slot) {
         while (!barrier_test(&shared.full[slot], 0) && !barrier_test(&shared.input_there, 0)) {}
     }
@@ -85,14 +85,14 @@ struct Copier {
         runs.ask();
         auto free_slot = [&] {
             if (slot == CHUNKS) slot = 0, parity ^= 1;
-            // the workers are done with a chunk before its sums are read
+            // the reducer reads sums of a chunk after the workers have used its rows
             if (runs.taken >= CHUNKS) barrier_wait(&shared.reduced[slot], parity);
         };
         while (more && runs.taken < a.deal.fixed) {
             free_slot();
             more = request(slot++, runs.take_fixed());
         }
-        // in the order in which they were asked for: behind the first that is worth nothing, all are
+        // in the order in which they were taken: after the first ticket without a run, no ticket has one
         while (more)
 #pragma unroll
             for (int i = 0; i < TICKETS_AHEAD && more; ++i) {
@@ -123,7 +123,7 @@ struct Worker {
         input.load(shared.x);
 #else
         wait_for_previous_kernel();
-        // each is wanted twice; of long rows they do not fit into registers, and are read twice
+        // each word is used twice; those of long rows do not fit into registers, and are read twice
         constexpr bool KEPT = IntegerInput::WORDS * ELEMENT_BYTES <= 64;
         uint32 words[IntegerInput::WORDS][ELEMENT_BYTES];  // of four elements
 #pragma unroll
@@ -188,7 +188,7 @@ struct Reducer {
             barrier_wait(&shared.full[slot], parity);
             const int row = shared.row[slot] + lane, count = shared.count[slot];
             if (count < 0) break;
-            // asked for before the workers are done, so that it is there then
+            // requested before the workers are done, so that it has arrived by then
             const float added = lane < count ? added_to(row) : 0.f;
             barrier_wait(&shared.done[slot], parity);
             float sum = 0.f;
@@ -204,7 +204,7 @@ struct Reducer {
         a.stamp(END);
     }
 
-    // What a row gets besides its product.
+    // What is added to the product of a row.
     __device__ float added_to(int row) {
         float value = a.add ? load_float_from_l2(a.add + row) : 0.f;
         const int matrix = matrix_of(a.ends, row);

@@ -16,15 +16,15 @@ from cats.ops.cuda.residual import Residual
 from cats.ops.cuda.runs import Deal
 from cats.ops.quantised import SCALE_CODES, PackedRows, RowLayout
 
-__all__ = ["QuantisedLinearArguments", "launch"]
+__all__ = ["QuantisedLinearArguments", "launch", "macros", "most_rows"]
 
 _MATRICES = 3  # of one launch: those of queries, keys and values
 _MIN_CHUNKS, _MAX_CHUNKS = 4, 8
-# As in cuda.py: on their way to a multiprocessor while the kernel in front still runs, and what a
-# ring leaves to the block of attention beside it.
+# As in cuda.py: what is on its way to a multiprocessor while the kernel before this one still runs,
+# and what a ring leaves to the block of attention beside it.
 _EARLY_BYTES = 32 * 1024
 _SPARE_BYTES = 24 * 1024
-# Enough to keep the memory busy, and small enough that a block of an MLP fits beside it.
+# Enough to keep the memory busy, and small enough that a block of an MLP fits beside the ring.
 _RING_BYTES = 72 * 1024
 
 
@@ -71,11 +71,11 @@ def launch(
         out: ``[all rows]``, float32.
         add: The same shape and dtype.
         copy: The same shape and dtype; also gets the output, or 0 where there is no ``add``.
-        counter: One int32 that is zero when the launch starts, and which it leaves at something
-            else: blocks that are faster then take more rows. None: rows are dealt out by index.
-        early: Whether weights may be requested before the kernel in front has ended.
-        multiprocessors: Of the GPU.
-        traced: Whether warps note times.
+        counter: One int32 that is zero when the launch starts; the launch changes it. Faster blocks
+            then take more rows. None: rows are dealt out by index.
+        early: Whether weights may be requested before the kernel before this one has ended.
+        multiprocessors: How many the GPU has.
+        traced: Whether warps write times.
 
     Raises:
         ShapeError: If the matrices differ in their layout.
@@ -90,7 +90,7 @@ def launch(
     normed = isinstance(x, Residual)
     device = matrices[0].rows.get_device()
     counts = [matrix.count for matrix in matrices]
-    most = _most_rows(layout, counts, multiprocessors)
+    most = most_rows(layout, counts, multiprocessors)
     function, rows_of_run = _function(device, layout, dtype, normed, traced, most)
     ends, run_ends = _ends(counts), _ends(-(-count // rows_of_run) for count in counts)
     blocks = min(multiprocessors, run_ends[-1])
@@ -117,8 +117,14 @@ def _ends(counts: Iterable[int]) -> tuple[int, ...]:
     return tuple(ends + ends[-1:] * (_MATRICES - len(ends)))
 
 
-def _most_rows(layout: RowLayout, counts: Sequence[int], multiprocessors: int) -> int:
-    """Rows of a run, at most: many suit the products, few divide a small matrix more evenly."""
+def most_rows(layout: RowLayout, counts: Sequence[int], multiprocessors: int) -> int:
+    """How many rows a run may have: many suit the products, few divide a small matrix more evenly.
+
+    Args:
+        layout: Of the rows.
+        counts: Rows of each matrix.
+        multiprocessors: How many the GPU has.
+    """
 
     def busy(rows: int) -> float:
         runs = sum(-(-count // rows) for count in counts)
@@ -134,7 +140,9 @@ def _function(
 ) -> tuple[Function, int]:
     """The kernel, and how many rows a run has."""
     limit = shared_memory(device)
-    defines = _defines(layout, dtype, normed, traced, most=most, shared_limit=limit)
+    defines = macros(
+        layout, dtype=dtype, normed=normed, traced=traced, most_rows=most, shared_limit=limit
+    )
     threads = 32 * (layout.warps + 2)  # workers, the copier and the reducer
     function = Function(
         device,
@@ -146,15 +154,28 @@ def _function(
     return function, defines["ROWS_OF_CHUNK"]
 
 
-def _defines(
+def macros(
     layout: RowLayout,
+    *,
     dtype: torch.dtype,
     normed: bool,
-    traced: bool,
-    *,
-    most: int,
+    most_rows: int,
     shared_limit: int,
+    traced: bool = False,
 ) -> dict[str, int]:
+    """The macros of the source; ``CHUNKS`` chunks of ``ROWS_OF_CHUNK`` rows are its ring.
+
+    Args:
+        layout: Of the rows.
+        dtype: Of the model.
+        normed: Whether the input is the norm of a residual stream.
+        most_rows: How many rows a chunk may have: 16, 8 or 4.
+        shared_limit: Shared memory that a block may have, in bytes.
+        traced: Whether warps write times.
+
+    Raises:
+        UnsupportedModelError: If a row does not fit.
+    """
     if normed and layout.columns * dtype.itemsize % VECTOR_BYTES:
         raise UnsupportedModelError(
             f"the residual stream must be a multiple of {VECTOR_BYTES} bytes in {dtype}, "
@@ -162,7 +183,7 @@ def _defines(
         )
     # x, barriers and what alignment may add
     fixed = (4 * layout.width if normed else 0) + 512
-    rows, chunks = _ring(layout, most, shared_limit - fixed)
+    rows, chunks = _ring(layout, most_rows, shared_limit - fixed)
     chunk = _chunk_bytes(layout, rows)
     return dict(
         BITS=layout.bits,
@@ -184,7 +205,7 @@ def _defines(
 
 
 def _ring(layout: RowLayout, most: int, room: int) -> tuple[int, int]:
-    """Rows of a chunk and number of chunks, of which some must be in flight."""
+    """Rows of a chunk and number of chunks: several, since some must be on their way."""
     for rows in (16, 8, 4):
         chunks = (room - _SPARE_BYTES) // _chunk_bytes(layout, rows)
         if rows <= most and chunks >= _MIN_CHUNKS:
@@ -198,5 +219,5 @@ def _ring(layout: RowLayout, most: int, room: int) -> tuple[int, int]:
 
 
 def _chunk_bytes(layout: RowLayout, rows: int) -> int:
-    # rows, the sums of each warp, three barriers, what the chunk holds
+    # rows, the sums of each warp, three barriers, first row and count
     return rows * layout.pitch + 4 * layout.warps * rows + 3 * 8 + 2 * 4

@@ -1,7 +1,7 @@
 """Columns of a quantised ``down`` as CUDA kernels stream them (``quantised_down.cuh``).
 
-A packed column is a neuron: one code per output, in order, two in a byte with 4 bits. Scales are
-shared by groups of neurons, so they lie apart, one row of outputs per group.
+A packed column is a neuron: one code per output, in order; with 4 bits, two codes in a byte. Groups
+of neurons share scales, so these are a table of their own, with one row of outputs per group.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class ColumnLayout:
         return used + 32 * (used % 64 == 0)
 
     def groups_of(self, neurons: int) -> int:
-        """Groups of so many neurons."""
+        """How many groups so many neurons make."""
         return -(-neurons // self.group_size) if self.group_size else 1
 
 
@@ -67,8 +67,8 @@ class PackedColumns:
     Attributes:
         columns: ``[neurons, pitch]``, uint8.
         scales: ``[groups, outputs]``.
-        extras: The same shape: zero points (uint8), shifts (as the scales), or None.
-        layout: Of the columns.
+        extras: The same shape: zero points (uint8), shifts (in the dtype of the scales), or None.
+        layout: How the columns are packed.
     """
 
     columns: Tensor
@@ -112,12 +112,12 @@ def pack_columns(
     """The columns of a matrix in the order of the kernels.
 
     Args:
-        layout: How.
+        layout: How columns are packed.
         codes: uint8, ``[outputs, neurons]`` for 8 bits, ``[outputs, ceil(neurons / 2)]`` for 4,
             where the low half of a byte is the even neuron.
         scales: ``[outputs, groups]`` in ``layout.scale_dtype``.
         neurons: How many.
-        zeros: uint8, the same shape, with ``ZeroMode.ZEROS``.
+        zeros: uint8, the shape of the scales, with ``ZeroMode.ZEROS``.
         shifts: The shape and dtype of the scales, with ``ZeroMode.SHIFTS``.
 
     Raises:

@@ -6,7 +6,7 @@ A packed row is
 
 and a value is ``(code - zero) * scale + shift``. Codes lie in units of 64 bytes, in which columns
 are ordered for the integer products of tensor cores: each product takes 32 consecutive columns. So
-it lies within one group, whatever the group size.
+a product lies within one group, whatever the group size.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ from cats.errors import ShapeError, UnsupportedModelError
 __all__ = ["SCALE_CODES", "PackedRows", "RowLayout", "ZeroMode", "pack_rows", "unpack_rows"]
 
 _GROUP_SIZES = 0, 32, 64, 128
-# Types of scales, by the number that kernels know them by.
+# Types of scales, and the value of the macro SCALE for each.
 SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _UNIT_BYTES = 64
-# What is packed at once: the copies on the way take a few times as much.
+# What is packed at once: the copies that this makes take a few times as much.
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -49,7 +49,7 @@ class RowLayout:
         group_size: Consecutive columns that share a scale: 32, 64 or 128, or 0 where a whole row
             shares one.
         scale_dtype: float16, bfloat16 or float32.
-        zero_mode: What a row holds besides.
+        zero_mode: What a row holds besides codes and scales.
         zero: The constant zero point; 0 with :attr:`ZeroMode.ZEROS`.
     """
 
@@ -105,7 +105,7 @@ class RowLayout:
 
     @property
     def code_bytes(self) -> int:
-        """Of a packed row; the scales come behind."""
+        """Of a packed row; the scales follow."""
         return self.width * self.bits // 8
 
     @property
@@ -132,8 +132,8 @@ class PackedRows:
 
     Attributes:
         rows: ``[count, pitch]``, uint8.
-        layout: Of the rows.
-        count: How many.
+        layout: How they are packed.
+        count: How many rows.
     """
 
     rows: Tensor
@@ -160,11 +160,11 @@ def pack_rows(
     """The rows of a matrix in the order of the kernels.
 
     Args:
-        layout: How.
+        layout: How rows are packed.
         codes: uint8, ``[rows, columns]`` for 8 bits, and ``[rows, ceil(columns / 2)]`` for 4, where
             the low half of a byte is the even column.
         scales: ``[rows, groups]`` in ``layout.scale_dtype``.
-        zeros: uint8, the same shape, with ``ZeroMode.ZEROS``.
+        zeros: uint8, the shape of the scales, with ``ZeroMode.ZEROS``.
         shifts: The shape and dtype of the scales, with ``ZeroMode.SHIFTS``.
 
     Returns:
@@ -229,8 +229,8 @@ def unpack_rows(
     return codes, scales, zeros, shifts
 
 
-# Of a unit, column 32 * q + 16 * h + 4 * t + b is byte 16 * t + 4 * w + b. With 8 bits w is
-# 2 * q + h. With 4 bits q is 2 * j + p, w is 2 * j + h, and p says which half of the byte.
+# Column 32 * q + 16 * h + 4 * t + b of a unit lies in byte 16 * t + 4 * w + b. With 8 bits, w is
+# 2 * q + h. With 4 bits, q is 2 * j + p and w is 2 * j + h, where p is the half of the byte.
 
 
 def _pack_codes(layout: RowLayout, codes: Tensor) -> Tensor:

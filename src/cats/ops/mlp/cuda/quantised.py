@@ -15,17 +15,17 @@ from cats.ops.cuda.runs import Deal
 from cats.ops.mlp.cuda.variant import ACTIVATION_CODES
 from cats.ops.quantised import SCALE_CODES, ColumnLayout, PackedColumns, PackedRows, RowLayout
 
-__all__ = ["QuantisedMLPArguments", "launch"]
+__all__ = ["QuantisedMLPArguments", "launch", "macros"]
 
 _MIN_CHUNKS, _MAX_CHUNKS = 3, 8
 # Enough to keep the memory busy, and small enough that a block of the next launch fits beside it.
 _RING_BYTES = 108 * 1024
-# On their way to a multiprocessor while the kernel before this one still runs.
+# What is on its way to a multiprocessor while the kernel before this one still runs.
 _EARLY_BYTES = 32 * 1024
 # Runs that a block may take beyond its even share, at least: faster blocks take more.
 _SPARE_RUNS = 8
-# Runs of neurons that are dealt out by index. Those that a block asks for are of other groups of
-# down, so few of them, and no halves.
+# The share of the runs that are dealt out by index. Runs that a block asks for are of other groups
+# of down, so there are few of them, and no halves.
 _BY_INDEX, _HALVES = 0.85, False
 
 
@@ -136,15 +136,15 @@ def _function(
     traced: bool,
 ) -> tuple[Function, int, int]:
     """The kernel, the rows of its runs, and how many neurons a block can keep."""
-    defines = _defines(
+    defines = macros(
         rows,
         columns,
-        dtype,
-        activation,
+        dtype=dtype,
+        activation=activation,
         neurons=neurons,
         multiprocessors=multiprocessors,
-        traced=traced,
         shared_limit=shared_memory(device),
+        traced=traced,
     )
     function = Function(
         device,
@@ -156,17 +156,32 @@ def _function(
     return function, defines["ROWS_OF_CHUNK"], defines["LIST"]
 
 
-def _defines(
+def macros(
     rows: RowLayout,
     columns: ColumnLayout,
+    *,
     dtype: torch.dtype,
     activation: str,
-    *,
     neurons: int,
     multiprocessors: int,
-    traced: bool,
     shared_limit: int,
+    traced: bool = False,
 ) -> dict[str, int]:
+    """The macros of the source.
+
+    Args:
+        rows: Of gate and up.
+        columns: Of down.
+        dtype: Of the model.
+        activation: A name of :data:`cats.functional.ACTIVATIONS`.
+        neurons: How many.
+        multiprocessors: How many the GPU has.
+        shared_limit: Shared memory that a block may have, in bytes.
+        traced: Whether warps write times.
+
+    Raises:
+        UnsupportedModelError: If a row does not fit.
+    """
     hidden = rows.columns
     if hidden * dtype.itemsize % VECTOR_BYTES:
         raise UnsupportedModelError(

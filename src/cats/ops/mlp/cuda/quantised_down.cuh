@@ -1,17 +1,17 @@
 // A worker warp's part of `down`, whose weights are packed columns of 4- or 8-bit codes (ops/quantised/columns.py).
 //
 // A column is a neuron: one code per output. In the products of tensor cores, neurons are the depth and outputs are the rows.
-// A product would give one token the same 8 columns. So 8 tiles of outputs share one set of sums: in tile p, only column p of
-// the right operand is not zero.
+// With one token, all 8 columns of a product would be the same. So 8 tiles of outputs share one set of sums: in tile p, only
+// column p of the right operand is not zero.
 //
-// Codes become float16 by a mask: 1024 + code (1024 + 16 * code for the upper half of a byte). What that is too large is taken
-// off when the scales are applied, once for each group of neurons.
+// A mask makes float16 numbers of codes: 1024 + code, or 1024 + 16 * code for the upper half of a byte. What is too much is
+// subtracted when the scales are applied, once for each group of neurons.
 #pragma once
 #include "tensor_cores.cuh"
 
 constexpr int DOWN_ROWS = DOWN_BITS == 4 ? 16 : 8;  // neurons of a chunk
 constexpr int OUTPUTS_OF_SET = 128, SETS_OF_ALL = (INPUTS + OUTPUTS_OF_SET - 1) / OUTPUTS_OF_SET;
-constexpr int SETS = (SETS_OF_ALL + WARPS - 1) / WARPS;  // of a warp: 16 outputs for each g
+constexpr int SETS = (SETS_OF_ALL + WARPS - 1) / WARPS;  // of a warp; 16 outputs of a set for each g
 constexpr int SET_BYTES = OUTPUTS_OF_SET * DOWN_BITS / 8;
 constexpr int DOWN_BYTES = (SETS_OF_ALL * SET_BYTES + 31) / 32 * 32;
 // Four rows are read at once, 32 bytes of each: they must lie in different banks.
@@ -31,7 +31,7 @@ struct Down {
     float sums[SETS][4];     // products of the group: outputs 0, 2, 1, 3 of the lane's four
     float totals[SETS][4];   // the same outputs, with scales
     float factor = 0.f;      // sum of the group's products
-    float by = 0.f;          // what products were multiplied by: a power of two; 0 before the first
+    float by = 0.f;          // the power of two that products were multiplied by; 0 before the first
     int group = -1;          // of neurons; -1 before the first
     DownScales tables;
 
@@ -46,8 +46,8 @@ struct Down {
         return owns(set) && (INPUTS % OUTPUTS_OF_SET == 0 || first_output(set) < INPUTS);
     }
 
-    // Products become float16. They are multiplied by a power of two that brings the first largest one to 2^9, and a smaller
-    // one once a product would be more than 2^15.
+    // Products become float16. They are multiplied by a power of two. The first one brings the largest product to about 2^9; a
+    // smaller one follows when a product would be more than 2^15.
     __device__ void make_room(float largest) {
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
@@ -152,7 +152,7 @@ struct Down {
         multiply_halves(c, a0, a1, a0, a1, b[0], b[1]);
     }
 
-    // On their way while the group's neurons are worked on.
+    // Requests the scales of a group, which arrive while its neurons are added.
     __device__ void load_scales() {
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
@@ -185,7 +185,7 @@ struct Down {
 #endif
     }
 
-    // Ends a group: its sums, times the scales, go to the totals.
+    // Ends a group: adds its sums, times the scales, to the totals.
     __device__ void apply_scales() {
         if (group >= 0) {
             const float back = 1.f / by;
@@ -211,7 +211,7 @@ struct Down {
         for (int i = 0; i < SETS * 4; ++i) (&sums[0][0])[i] = 0.f;
     }
 
-    // Adds this block's part to the sums of all.
+    // Adds this block's part to the sums of all blocks.
     __device__ void finish() {
         apply_scales();
         if (group < 0) return;

@@ -1,17 +1,17 @@
 // The gated MLP of one token as one launch, with weights of 4 or 8 bits: sums += down @ (keep(act(gate @ x)) * (up @ x)), where
 // x is the norm of the residual stream. gated_mlp.cu is the same for weights of 16 or 32 bits.
 //
-// A block takes a share of the neurons. Through one ring of CHUNKS chunks it reads all their gate rows, then the up rows of
-// the neurons that it keeps, then their down columns. So only the first up rows wait for a result, and chunks are full but
-// for the last of each kind.
+// A block takes a share of the neurons. It reads through one ring of CHUNKS chunks: first all gate rows of its neurons, then
+// the up rows of the neurons that it keeps, then their down columns. So only the first up rows wait for a result, and only the
+// last chunk of each kind may be partly empty.
 //
-//   copier     asks for rows in that order (gate rows lie one behind the other: a run is one copy)
+//   copier     requests rows in that order (neighbouring gate rows are one copy)
 //   worker     owns columns of gate and up (integer_dot.cuh), and outputs of down (quantised_down.cuh)
-//   evaluator  adds up the workers' sums of a chunk: activation, threshold and a list of kept neurons; later products
+//   evaluator  adds up the workers' sums of a chunk. Gate: activation, threshold, list of kept neurons. Up: products
 //
-// The loader defines DTYPE (of the norm's weights and of biases), INPUTS (D), ACTIVATION, CHUNKS, EARLY_CHUNKS, LIST (neurons that
-// a block can keep), SHARED_BYTES, what integer_dot.cuh wants for gate and up, and for down DOWN_BITS, DOWN_GROUP (neurons that
-// share scales; 0: all), DOWN_SCALE, DOWN_ZERO_MODE and DOWN_CONSTANT_ZERO.
+// The loader defines DTYPE (of the norm's weights and of biases), INPUTS (D), ACTIVATION, CHUNKS, EARLY_CHUNKS, LIST (how many
+// neurons a block can keep), SHARED_BYTES, the macros of integer_dot.cuh for gate and up, and for down DOWN_BITS, DOWN_GROUP
+// (neurons that share scales; 0: all), DOWN_SCALE, DOWN_ZERO_MODE and DOWN_CONSTANT_ZERO.
 #include "integer_dot.cuh"
 #include "primitives.cuh"
 #include "residual.cuh"
@@ -46,14 +46,14 @@ struct __align__(128) Shared {
     char rows[CHUNKS][(CHUNK_BYTES + 127) / 128 * 128];
     float x[WIDTH];
     float dots[CHUNKS][WARPS][ROWS];
-    // kept neurons in order, and their gate's value; later the product
+    // kept neurons in order, and the value of their gate; later the product
     int neuron[LIST];
     float value[LIST];
     uint64 full[CHUNKS], done[CHUNKS], evaluated[CHUNKS], input_there;
     int kind[CHUNKS], count[CHUNKS];
-    int at[CHUNKS];                  // first neuron of gate rows, else the place in the list
+    int at[CHUNKS];                  // gate: the first neuron; otherwise the place in the list
     int group[CHUNKS];               // of down columns
-    int kept, gates, products;       // neurons; chunks of gate rows that were evaluated; neurons with their product
+    int kept, gates, products;       // neurons; evaluated chunks of gate rows; neurons whose product is in the list
     float slots[WARPS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES);
@@ -67,7 +67,7 @@ struct Copier {
 
     __device__ Copier(const Arguments& a, Shared& shared) : a(a), shared(shared), runs(a.deal) {}
 
-    // The next place of the ring, once it is free.
+    // Waits until the next place of the ring is free, and describes its chunk.
     __device__ void begin(Kind kind, int count, int at, int group = 0) {
         if (chunk >= CHUNKS) {
             barrier_wait(&shared.done[slot], parity);
@@ -81,7 +81,7 @@ struct Copier {
         if (++slot == CHUNKS) slot = 0, parity ^= 1;
     }
 
-    // The run of gate rows that was taken; false where there is none.
+    // Requests the run of gate rows that was taken; false where there is none.
     __device__ bool request_gates(bool more) {
         if (!more) return false;
         const int row = runs.first * (ROWS / 2), count = max(0, min(runs.halves * (ROWS / 2), a.neurons - row));
@@ -102,7 +102,7 @@ struct Copier {
         end();
     }
 
-    // Neighbours in the list of kept neurons that share scales of down.
+    // How many neurons of the list, from `at` on, share scales of down: at most a chunk.
     __device__ int count_of_group(int at, int kept) {
         const int most = min(DOWN_ROWS, kept - at);
         if (DOWN_GROUP == 0) return most;
@@ -151,12 +151,12 @@ struct Copier {
         }
         begin(STOP, 0, 0);
         copy_run(shared.rows[slot], a.gate, 0, &shared.full[slot]);
-        // only after our own wait: the next kernel then knows that all kernels before this one are complete
+        // after our own wait, so that the next kernel knows that all kernels before this one are complete
         allow_next_kernel();
         wait_for_own_copies();
     }
 
-    // Until the chunk is there, or the input is.
+    // Returns when the chunk has arrived, or the input has.
     __device__ void wait_for_chunk(int i) {
         while (!barrier_test(&shared.full[i], 0) && !barrier_test(&shared.input_there, 0)) {}
     }
@@ -187,7 +187,7 @@ struct Evaluator {
         const int at = shared.at[slot] + lane;
         const bool used = lane < shared.count[slot];
         const int neuron = !used ? 0 : is_gate ? at : shared.neuron[at];
-        // asked for before the workers are done, so that they are there then
+        // requested before the workers are done, so that they have arrived by then
         const float threshold = is_gate && used ? load_float_from_l2(a.thresholds + neuron) : 0.f;
         const char* biases = is_gate ? a.gate_bias : a.up_bias;
         float bias[2] = {0.f, 0.f};
@@ -253,7 +253,7 @@ struct Worker {
                 if (count) input.dot(shared.rows[slot], [&](int row, float sum) { dots[row] = sum; });
             } else {
                 const int at = shared.at[slot];
-                // nearly always there for long
+                // nearly always there already
                 while (load_acquire(&shared.products) < at + count) {}
                 down.add(shared.rows[slot], shared.value + at, count, shared.group[slot]);
             }
@@ -267,7 +267,7 @@ struct Worker {
     }
 };
 
-// So few registers that a block of the next kernel finds room beside this one.
+// Few enough registers that a block of the next kernel fits beside this one.
 extern "C" __global__ void __maxnreg__(120) quantised_mlp(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
