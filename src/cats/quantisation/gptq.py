@@ -1,7 +1,7 @@
 """GPTQ of one matrix: what rounding a column adds to the output is taken off the next columns.
 
 Source: arXiv:2210.17323. As in later versions of its code, the columns with the largest inputs come
-first, and the scales of groups are those of the given matrix, so that no order is stored.
+first, and scales are chosen before, group by group of the given matrix, so that no order is stored.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from cats.errors import DataError
-from cats.quantisation.rounding import codes_of, in_groups, of_codes, scales_of
+from cats.quantisation.rounding import codes_of, in_groups, of_codes, positive, scales_of
 from cats.weights import Quantised
 
 # Columns whose errors are taken off the columns after them in one product.
 _BLOCK = 128
+# Scales that are tried, as shares of the one that reaches the largest number of a group.
+_SHARES = tuple(share / 40 for share in range(40, 21, -1))
 # Share of the mean of the diagonal that is added to it; the next one where the factor fails.
 _DAMPING = (0.01, 0.1, 1.0)
 
@@ -31,14 +33,14 @@ def gptq_rounded(
         group_size: Columns that share a scale; None for a scale per row.
 
     Returns:
-        Codes and scales; scales have the dtype of ``values``.
+        Codes and scales; scales have the dtype of ``values``, and are those of :func:`best_scales`.
 
     Raises:
         DataError: If the inputs have NaN or infinity in them.
     """
     columns = values.shape[1]
     groups = in_groups(values, group_size)
-    scales = scales_of(groups, bits, values.dtype)
+    scales = best_scales(groups, bits, values.dtype)
     # stable: the same order on every machine
     order = hessian.diagonal().argsort(descending=True, stable=True)
     factor = _factor(hessian[order][:, order])
@@ -59,6 +61,32 @@ def gptq_rounded(
         rest[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     in_place = torch.empty_like(codes).index_copy_(0, order, codes).t().contiguous()
     return of_codes(in_place, scales, bits=bits, group_size=groups.shape[2], like=values)
+
+
+def best_scales(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The scale of each group whose nearest codes have the smallest sum of squared errors.
+
+    Args:
+        groups: ``[rows, G, group_size]``, float32.
+        bits: 4 or 8.
+        dtype: Of the scales.
+
+    Returns:
+        ``[rows, G]``.
+    """
+    largest = scales_of(groups, bits, dtype)
+    best, least = largest, None
+    for share in _SHARES:
+        scales = positive((largest.float() * share).to(dtype))
+        wide = scales[..., None].float()
+        numbers = (codes_of(groups, wide, bits).float() - 2 ** (bits - 1)).mul_(wide)
+        errors = numbers.sub_(groups).square_().sum(2)
+        if least is None:
+            least = errors
+            continue
+        better = errors < least
+        best, least = scales.where(better, best), errors.where(better, least)
+    return best
 
 
 def _factor(hessian: Tensor) -> Tensor:

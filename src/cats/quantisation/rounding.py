@@ -85,10 +85,13 @@ def in_groups(values: Tensor, group_size: int | None) -> Tensor:
 
 def scales_of(groups: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """The largest absolute value of each group over half of the range of codes."""
-    scales = (groups.abs().amax(2) / (2 ** (bits - 1) - 0.5)).to(dtype)
-    # a group of zeros, and one whose scale vanishes in 16 bits
-    positive: Tensor = scales.where(scales > 0, torch.finfo(dtype).tiny)
-    return positive
+    return positive((groups.abs().amax(2) / (2 ** (bits - 1) - 0.5)).to(dtype))
+
+
+def positive(scales: Tensor) -> Tensor:
+    """No scale of 0: a group may be all zeros, and a scale may vanish in 16 bits."""
+    result: Tensor = scales.where(scales > 0, torch.finfo(scales.dtype).tiny)
+    return result
 
 
 def codes_of(values: Tensor, scales: Tensor, bits: int) -> Tensor:
