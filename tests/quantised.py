@@ -1,4 +1,4 @@
-"""Quantised weights for tests: drawn at random, and in the place of a model's linear layers."""
+"""Random quantised weights for tests, alone and instead of the linear layers of a model."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from cats.weights import Quantised, QuantisedLinear
 from cats.weights.quantised import FLOAT8, packed
 
-# bits, group size, and what each kind has besides
+# Options of make, by the name of a kind.
 KINDS = {
     "int8 rows": dict(bits=8, zero=128),
     "int8 groups": dict(bits=8, group_size=4, zero=128),
@@ -19,10 +19,21 @@ KINDS = {
 
 
 def make(
-    rows, columns, *, bits=8, group_size=None, zero=0, zeros=False, shifts=False, ordered=False,
-    float8=False, scale_dtype=torch.float32, seed=0, **fields,
-):  # fmt: skip
-    """Codes drawn at random, with scales that give numbers of about unit variance by row."""
+    rows,
+    columns,
+    *,
+    bits=8,
+    group_size=None,
+    zero=0,
+    zeros=False,
+    shifts=False,
+    ordered=False,
+    float8=False,
+    scale_dtype=torch.float32,
+    seed=0,
+    **fields,
+):
+    """Codes drawn at random, with scales that give products of about unit variance."""
     generator = torch.Generator().manual_seed(seed)
     group_size = group_size or columns
     groups = -(-columns // group_size)
@@ -48,7 +59,7 @@ def make(
 
 
 def quantise_(model, kind, only="", **changes):
-    """Put random quantised layers instead of the linear ones whose name has ``only`` in it."""
+    """Replace the linear layers whose name contains ``only`` by random quantised ones."""
     for seed, (name, module) in enumerate(list(model.named_modules())):
         if type(module) is nn.Linear and only in name:
             dtype = module.weight.dtype

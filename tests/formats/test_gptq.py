@@ -34,8 +34,8 @@ def draw(bits, *, version=1, group_size=GROUP, g_idx=None, rows=ROWS, columns=CO
     zeros = torch.randint(1, 2**bits, (groups, rows), generator=generator)
     scales = (torch.rand(groups, rows, generator=generator) * 0.1).half()
     of_columns = torch.arange(columns) // group_size if g_idx is None else g_idx
-    expected = scales[of_columns] * (codes - zeros[of_columns]).to(torch.int8 if bits == 4 else
-                                                                   torch.int16)  # fmt: skip
+    differences = (codes - zeros[of_columns]).to(torch.int8 if bits == 4 else torch.int16)
+    expected = scales[of_columns] * differences
     tensors = {
         "qweight": words(codes, bits),
         "qzeros": words((zeros - int(version == 1)).t(), bits).t().contiguous(),
@@ -47,9 +47,14 @@ def draw(bits, *, version=1, group_size=GROUP, g_idx=None, rows=ROWS, columns=CO
 
 
 def config(bits=4, version=1, **changes):
-    name = "gptq" if version == 1 else "gptq_v2"
-    return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "checkpoint_format": name,
-            "desc_act": False, **changes}  # fmt: skip
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": GROUP,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "desc_act": False,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -133,9 +138,12 @@ def test_damaged_tensors_are_refused(change, message):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"bits": 3}, "3 bits"), ({"checkpoint_format": "marlin"}, "marlin"),
-     ({"is_marlin_format": True}, "marlin")],
-)  # fmt: skip
+    [
+        ({"bits": 3}, "3 bits"),
+        ({"checkpoint_format": "marlin"}, "marlin"),
+        ({"is_marlin_format": True}, "marlin"),
+    ],
+)
 def test_other_kinds_are_left_to_transformers(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTQ(config() | changes)

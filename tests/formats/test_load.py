@@ -207,8 +207,10 @@ def test_adapters_are_trained_on_frozen_codes(kind, folder):
     assert all(p.grad is not None for p in trained)
     torch.optim.SGD(trained, lr=1.0).step()
     assert not torch.equal(models.logits(adapted, ids), logits)
-    after = {n.replace("base_layer.", "").removeprefix("base_model.model."): b
-             for n, b in adapted.named_buffers()}  # fmt: skip
+    after = {
+        name.replace("base_layer.", "").removeprefix("base_model.model."): buffer
+        for name, buffer in adapted.named_buffers()
+    }
     for name, codes in before.items():
         assert torch.equal(after[name].view(torch.uint8), codes.view(torch.uint8))
 

@@ -176,11 +176,8 @@ def test_tensors_move_to_another_device_and_come_back_empty(layer):
 
 
 def test_state_is_saved_loaded_and_copied(layer):
-    again = QuantisedLinear(
-        dataclasses.replace(layer.matrix, **{k: torch.zeros_like(v) for k, v in
-                            layer.named_buffers() if k != "column_order"}),
-        torch.zeros(6),
-    )  # fmt: skip
+    zeros = {k: torch.zeros_like(v) for k, v in layer.named_buffers() if k != "column_order"}
+    again = QuantisedLinear(dataclasses.replace(layer.matrix, **zeros), torch.zeros(6))
     again.load_state_dict(layer.state_dict())
     torch.save(layer, file := io.BytesIO())
     file.seek(0)
