@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_info_shows_what_is_quantised(command_json, dense, text, tmp_path):
         "int4, groups of 32": "12 layers: down_proj, gate_proj, up_proj, k_proj, q_proj, v_proj",
     }
     assert "quantised weights" not in command_json("info", dense)
+
+
+def test_info_shows_the_blocks_of_a_gguf_file(command_json, tmp_path):
+    pytest.importorskip("gguf", reason="the format's own library")
+    from tests.formats import checkpoints
+
+    path = checkpoints.write_gguf("Q8_0", tmp_path / "model.gguf")
+    report = command_json("info", path)
+    assert report["quantised weights"]["format"] == "GGUF"
+    assert report["quantised weights"]["Q8_0"].endswith(" matrices")
+    assert report["architecture"]["layers"] == 2
+
+
+def test_info_names_a_format_that_is_not_read(command_json, dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "hqq"}}
+    path.write_text(json.dumps(config))
+    kind = command_json("info", tmp_path / "other")["quantised weights"]["format"]
+    assert kind.startswith("hqq: not read here")
 
 
 BAD = {

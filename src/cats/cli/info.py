@@ -94,13 +94,15 @@ def _describe(model: str, hub: options.Hub) -> Sections:
     from cats.checkpoint import is_sparse_checkpoint, load_config, read_config
     from cats.config import CatsConfig
     from cats.errors import ConfigError
+    from cats.formats import split
     from cats.storage import load_tensors
 
     name = Path(model).name
     if hub and Path(model).is_file():
         raise ConfigError(f"{model} is a file: options of the hub are for a model")
-    # statistics may have any name; no model is a file
-    if model.endswith(".safetensors") or (Path(model).is_file() and not model.endswith(".jsonl")):
+    # statistics may have any name; of models, only GGUF is a file
+    other = model.endswith(".jsonl") or split(model) is not None
+    if model.endswith(".safetensors") or (Path(model).is_file() and not other):
         _, block = load_tensors(model)
         if block.get("kind") == "statistics":
             return _describe_statistics(model)
