@@ -16,12 +16,23 @@ import cats
 from cats.decode.stream.engine import StreamEngine
 from cats.ops.cuda import function
 from cats.ops.linear import cuda as linear
+from cats.ops.linear import quantised as quantised_linear
+from cats.ops.mlp.cuda import quantised as quantised_mlp
 from tests.models import make_ids, make_model
 from tests.ops.cases import TOLERANCE, make_inputs, reference_in_double
+from tests.quantised import quantise_
 
 # Only our kernels: libraries of torch wait in ways that synccheck reports as errors.
-_KERNELS = ["gated_mlp", "embedding", "linear", "attention", "choose"]
-_OURS = [option for name in _KERNELS for option in ("--kernel-name", f"kne={name}")]
+KERNELS = [
+    "gated_mlp",
+    "embedding",
+    "linear",
+    "attention",
+    "choose",
+    "quantised",
+    "quantised_mlp",
+]
+_OURS = [option for name in KERNELS for option in ("--kernel-name", f"kne={name}")]
 OPTIONS = {
     # cuda-bindings looks for functions that the driver may not have, which are errors of the API
     "memcheck": ["--report-api-errors", "no"],
@@ -31,6 +42,26 @@ OPTIONS = {
     "synccheck": [*_OURS, "--num-cuda-barriers", "65536"],
 }
 SHAPES = [(64, 257, torch.bfloat16, 1), (576, 600, torch.float16, 2), (1032, 300, torch.float32, 1)]
+# Config, dtype, and how the linear layers are quantised: kind and group size, or None.
+MODELS = [
+    (LlamaConfig, torch.float32, None),
+    (LlamaConfig, torch.bfloat16, None),
+    (Gemma3TextConfig, torch.float32, None),
+    (Gemma3TextConfig, torch.bfloat16, None),
+    (LlamaConfig, torch.bfloat16, ("int4", 32)),
+    (LlamaConfig, torch.bfloat16, ("int8 rows", None)),
+    (LlamaConfig, torch.float16, ("int4 zeros", 64)),
+    (Gemma3TextConfig, torch.float32, ("int4 shifts", 32)),
+]
+
+
+def make_case(config, dtype, quantised):
+    """One of :data:`MODELS`, on the CPU."""
+    if quantised is None:
+        return make_model(config).to(dtype)
+    kind, group_size = quantised
+    model = make_model(config, hidden_size=64, intermediate_size=160).to(dtype)
+    return quantise_(model, kind, group_size=group_size)
 
 
 def sanitize(tool: str) -> subprocess.CompletedProcess[str]:
@@ -64,13 +95,13 @@ def calls(every_lane: bool) -> None:
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)  # racecheck reports hazards inside it
     # few early requests, as for long rows; private, since only tests change it
-    linear._EARLY_BYTES = 128
-    for config in (LlamaConfig, Gemma3TextConfig):
-        for dtype in (torch.float32, torch.bfloat16):
-            model = make_model(config).to("cuda", dtype)
-            StreamEngine(model)  # probes each layer and a token
-            # the choice on the GPU; attention in a window of which most is empty
-            cats.generate(model, make_ids(1, 5).cuda(), max_new_tokens=3, engine="stream")
+    for module in (linear, quantised_linear, quantised_mlp):
+        module._EARLY_BYTES = 128
+    for case in MODELS:
+        model = make_case(*case).cuda()
+        StreamEngine(model)  # probes each layer and a token
+        # the choice on the GPU; attention in a window of which most is empty
+        cats.generate(model, make_ids(1, 5).cuda(), max_new_tokens=3, engine="stream")
 
 
 if __name__ == "__main__":
