@@ -1,7 +1,5 @@
 """The chain of the stream engine on a CPU, by an emulator of CUDA."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
@@ -15,20 +13,9 @@ from cats.errors import UnsupportedModelError
 from tests.benchmarks.test_timeline import check_moments
 from tests.decode.test_stream import check_greedy_choices, head_sizes
 from tests.models import FAMILIES, make_ids, make_model
-from tests.ops.emulator import emulated_kernels, imagine_gpu, needs_emulator
+from tests.ops.emulator import needs_emulator
 
 pytestmark = needs_emulator
-
-
-@pytest.fixture
-def chain_module(monkeypatch):
-    """The chain on an imaginary GPU of two multiprocessors."""
-    from cats.decode.stream import chain
-
-    imagine_gpu(monkeypatch, multiprocessors=2, shared_bytes=100 * 1024)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
-    with emulated_kernels(monkeypatch):
-        yield chain
 
 
 def sparse_model(config, sparsity=0.5, **changes):

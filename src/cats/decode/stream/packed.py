@@ -163,7 +163,7 @@ def _packed_rows(linear: Linear, name: str) -> Any:
     if not isinstance(matrix, Quantised):
         return linear
     _check(matrix, name)
-    group_size, scales, zeros, shifts = _in_groups_of_kernels(matrix)
+    group_size, scales, zeros, shifts = _in_groups_of_kernels(matrix, name)
     layout = RowLayout(
         bits=matrix.bits,
         columns=matrix.columns,
@@ -218,7 +218,7 @@ def _zero_mode(matrix: Quantised) -> ZeroMode:
 
 
 def _in_groups_of_kernels(
-    matrix: Quantised,
+    matrix: Quantised, name: str
 ) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
     """Group size (0: a whole row is one group), scales, zeros and shifts."""
     tables = matrix.scales, matrix.zeros, matrix.shifts
@@ -230,7 +230,7 @@ def _in_groups_of_kernels(
     size = next((size for size in reversed(_GROUP_SIZES) if matrix.group_size % size == 0), 0)
     if not size:
         raise UnsupportedModelError(
-            f"groups of {matrix.group_size} columns: kernels read multiples of {_GROUP_SIZES[0]}"
+            f"{name} is {matrix!r}: kernels read groups of a multiple of {_GROUP_SIZES[0]} columns"
         )
     times, count = matrix.group_size // size, -(-matrix.columns // size)
     scales, zeros, shifts = (
