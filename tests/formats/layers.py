@@ -1,4 +1,4 @@
-"""Layers of checkpoints, and what is checked of every format."""
+"""Layers of checkpoints, and the checks that every format passes."""
 
 import torch
 
@@ -11,7 +11,7 @@ def layer(tensors, rows, columns, *, name="model.layers.0.mlp.up_proj", dtype=to
 
 
 def read_and_write(format_, stored):
-    """The weight of a layer, after a look at its shapes alone and a round trip."""
+    """The weight of a layer; also reads its shapes alone, and writes it back."""
     shapes = {part: tensor.to("meta") for part, tensor in stored.tensors.items()}
     format_.read(layer(shapes, stored.rows, stored.columns)).check(stored.name)
     weight = format_.read(stored)
@@ -36,7 +36,7 @@ def same_bits(a, b):
 
 
 def refusal(format_, tensors, rows, columns):
-    """What is said of a layer with these tensors."""
+    """The message that refuses a layer with these tensors."""
     try:
         format_.read(layer(tensors, rows, columns)).check("x")
     except FormatError as error:

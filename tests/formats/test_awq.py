@@ -1,4 +1,4 @@
-"""AutoAWQ needs a GPU here: the reference is how the package compressed-tensors reads its layout.
+"""The reference is the package compressed-tensors, which reads the layout: AutoAWQ needs a GPU.
 
 A number is ``(code - zero) * scale`` in the dtype of the scales, as AutoAWQ's ``dequantize_gemm``.
 """

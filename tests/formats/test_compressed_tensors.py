@@ -1,4 +1,4 @@
-"""The reference is the package compressed-tensors: its compressors pack, and its own unpack."""
+"""The reference is the package compressed-tensors: its compressors pack and unpack."""
 
 import re
 
@@ -125,7 +125,7 @@ def test_float8_codes_stay_as_they_are():
 
 
 def test_columns_in_the_order_of_activations():
-    """The library of today writes no order; this is what its releases up to 0.12 did with one."""
+    """Releases after 0.12 write no order; this is how earlier ones stored it."""
     how = scheme("pack-quantized", strategy="group", group_size=16, symmetric=False)
     tensors = compress(how)
     groups = torch.arange(COLUMNS)[torch.randperm(COLUMNS)] // 16

@@ -25,7 +25,7 @@ BLOCKS = {
 
 
 def draw(kind, rows=5, blocks=3, seed=0):
-    """Random bytes, but for the 16-bit numbers, which must be finite."""
+    """Random bytes, except the 16-bit numbers, which must be finite."""
     _, size, halves = BLOCKS[kind]
     generator = np.random.default_rng(seed)
     data = generator.integers(0, 256, (rows, blocks, size), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""GPTQModel needs a GPU or a compiler here: this packs and unpacks by its published formulas.
+"""The reference is the published formulas: GPTQModel itself needs a GPU or a compiler.
 
 A number is ``scales[g_idx] * (code - zero)`` in the dtype of the scales. A word of ``qweight`` has
 32 / bits consecutive columns, the first in the lowest bits, and a word of ``qzeros`` as many rows.
@@ -17,7 +17,7 @@ ROWS, COLUMNS, GROUP = 16, 48, 16
 
 
 def words(codes, bits):
-    """Consecutive codes of the first dimension to words, one code at a time."""
+    """Packs consecutive codes of the first dimension into words, one code at a time."""
     each = 32 // bits
     packed = torch.zeros(len(codes) // each, codes.shape[1], dtype=torch.int64)
     for i, row in enumerate(codes):
@@ -92,7 +92,7 @@ def test_groups_of_other_sizes(group_size):
 
 
 def test_zero_points_that_carry_come_back():
-    """Version 1 of a zero point 0 is what the subtraction from whole words leaves."""
+    """Version 1 subtracts from whole words, so a zero point of 0 borrows from the next code."""
     tensors, _ = draw(4, version=2)
     zeros = torch.zeros(ROWS, 3, dtype=torch.int64)
     zeros[5] = 3

@@ -91,7 +91,7 @@ def test_each_half_byte_of_four_bits_lies_where_the_products_read_it():
     assert not stored[5:].any()
 
 
-def test_zeros_and_shifts_come_behind_the_scales():
+def test_zeros_and_shifts_follow_the_scales():
     zeros = torch.tensor([[3, 250]], dtype=torch.uint8)
     codes, scales = torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 2)
     layout = RowLayout(
