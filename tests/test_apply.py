@@ -7,6 +7,7 @@ from torch import nn
 
 import cats
 from cats.errors import ConfigError, ModelMismatchError, UnsupportedModelError
+from cats.methods import METHODS
 from cats.methods.cats import Cats
 from cats.model import CatsActivation
 from tests import models
@@ -265,3 +266,19 @@ def test_thresholds_of_the_quantised_model_apply_to_it():
     other = models.quantize_(models.make_model())
     with pytest.raises(ModelMismatchError, match="weights"):
         cats.sparsify_(other, config)
+
+
+def test_a_method_that_stores_other_thresholds_than_it_was_given_is_refused(monkeypatch):
+    # a saved model would be made sparse by it again, with what it had stored
+    class Rooted(Cats):
+        name = "rooted"
+
+        def apply_(self, mlp, tensors):
+            super().apply_(mlp, {"threshold": tensors["threshold"].sqrt()})
+
+    monkeypatch.setitem(METHODS, "rooted", Rooted())
+    model = models.make_model()
+    config = dataclasses.replace(_calibrate(model), method="rooted")
+    with pytest.raises(ConfigError, match="must store its tensors unchanged"):
+        cats.sparsify_(model, config)
+    assert not hasattr(model.config, "cats")

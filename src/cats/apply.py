@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cats.config import CatsConfig
 from cats.errors import ConfigError, ModelMismatchError
@@ -58,6 +58,7 @@ def sparsify_(model: M, config: CatsConfig) -> M:
         _restore_activations(model, except_for=config.tensors)
         for name, tensors in config.tensors.items():
             method.apply_(mlps[name], tensors)
+            _check_stored(mlps[name], tensors, config.method)
         _record(model, config.to_dict())
         restore_layout_(fused)
     return model
@@ -74,6 +75,19 @@ def densify_(model: M) -> M:
         _record(model, None)
         restore_layout_(fused)
     return model
+
+
+def _check_stored(mlp: GatedMLP, tensors: Mapping[str, Tensor], method: str) -> None:
+    """A saved model is loaded through ``apply_`` again: what it stores must be what it got."""
+    for name, tensor in tensors.items():
+        stored = getattr(mlp.act, name, None)
+        if not isinstance(stored, Tensor) or stored.is_meta or tensor.is_meta:
+            continue
+        if not torch.equal(stored.detach().cpu(), tensor.to("cpu", stored.dtype)):
+            raise ConfigError(
+                f"method {method!r} stores another {name} in {mlp.name} than it was given, which "
+                "a saved model would change again: apply_ must store its tensors unchanged"
+            )
 
 
 def _restore_activations(model: nn.Module, except_for: Container[str] = ()) -> None:

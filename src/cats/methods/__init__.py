@@ -1,4 +1,4 @@
-"""A method says what calibration counts, which thresholds follow, and how an MLP becomes sparse."""
+"""A method says what calibration counts, by which score, and how an MLP becomes sparse."""
 
 from cats.errors import ConfigError
 from cats.methods.base import Method

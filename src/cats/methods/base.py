@@ -47,6 +47,9 @@ class Method(ABC):
     def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
         """Make the MLP sparse in place; its weights do not change.
 
+        A saved model is made sparse again with the tensors of its activation. So they must be those
+        that came, unchanged: what is computed from them is computed in the forward pass.
+
         Args:
             mlp: A dense or sparse MLP.
             tensors: Those of :attr:`tensors`.
