@@ -148,13 +148,14 @@ class FusedGatedMLP(Replacement):
         """The backend's function without torch's dispatcher; equal calls are checked once."""
         rows, gate, up, down, thresholds = arguments[:5]
         products = arguments.product_thresholds
+        biases = arguments.gate_bias, arguments.up_bias, arguments.down_bias
         key = (
             (rows.shape, rows.dtype, rows.data_ptr() % 16),
             (gate.shape, gate.dtype, gate.data_ptr()),
             up.data_ptr(),
             (down.data_ptr(), down.stride(0)),
             thresholds.data_ptr(),
-            products is None or products.data_ptr(),
+            *(t is None or (t.data_ptr(), t.shape, t.dtype) for t in (products, *biases)),
         )
         if key != self._checked_call:
             self._function = checked(arguments, self.backend)

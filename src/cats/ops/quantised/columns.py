@@ -44,6 +44,10 @@ class ColumnLayout:
             raise UnsupportedModelError(f"outputs must be a multiple of 4, got {self.outputs}")
         if self.group_size < 0:
             raise ShapeError(f"a group must have neurons, got {self.group_size}")
+        if not 0 <= self.zero < 2**self.bits:
+            raise ShapeError(f"the zero point {self.zero} is not a code of {self.bits} bits")
+        if self.zero and self.zero_mode == ZeroMode.ZEROS:
+            raise ShapeError("columns that have zero points have no constant one")
         if self.scale_dtype not in SCALE_CODES:
             raise UnsupportedModelError(
                 f"scales must be float16, bfloat16 or float32, got {self.scale_dtype}"
@@ -123,6 +127,12 @@ def pack_columns(
     Raises:
         ShapeError: If a shape or dtype is not that of the layout.
     """
+    for name, table, mode in (
+        ("zeros", zeros, ZeroMode.ZEROS),
+        ("shifts", shifts, ZeroMode.SHIFTS),
+    ):
+        if (table is not None) != (layout.zero_mode == mode):
+            raise ShapeError(f"{name} must be given with {mode!r} alone")
     stored = neurons if layout.bits == 8 else -(-neurons // 2)
     if tuple(codes.shape) != (layout.outputs, stored) or codes.dtype != torch.uint8:
         raise ShapeError(
