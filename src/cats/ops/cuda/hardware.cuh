@@ -243,10 +243,12 @@ __device__ __forceinline__ void store_half(void* target, uint32 word) {
 }
 
 // Adds 1 and returns what was there. `inc`, because the compiler spreads the result of an `add` over the warp, and so
-// waits for it at once. With the bound 0xffffffff `inc` would be such an `add` too; no counter comes near this one.
+// waits for it at once. With the bound 0xffffffff it makes such an `add` of `inc` too: in kernels of 16-bit weights that
+// was timed, and costs nothing.
+template <uint32 BOUND = 0xffffffff>
 __device__ __forceinline__ uint32 take_ticket(uint32* counter) {
     uint32 before;
-    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "n"(BOUND) : "memory");
     return before;
 }
 

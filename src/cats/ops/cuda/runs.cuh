@@ -29,7 +29,7 @@ struct Runs {
         for (int i = 0; i < TICKETS_AHEAD; ++i) ask(i);
     }
     __device__ void ask(int i) {
-        if (deal.counter && threadIdx.x % 32 == 0) tickets[i] = take_ticket(deal.counter);
+        if (deal.counter && threadIdx.x % 32 == 0) tickets[i] = take_ticket<0x7fffffff>(deal.counter);
     }
 
     // Takes the next run by index; false where none is left.
