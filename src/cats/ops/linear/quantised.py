@@ -14,7 +14,7 @@ from cats.ops.cuda.device import DTYPES, VECTOR_BYTES, shared_memory
 from cats.ops.cuda.function import Function, Launch
 from cats.ops.cuda.residual import Residual
 from cats.ops.cuda.runs import Deal
-from cats.ops.quantised import SCALE_CODES, PackedRows, RowLayout
+from cats.ops.quantised import PackedRows, RowLayout
 
 __all__ = ["QuantisedLinearArguments", "launch", "macros", "most_rows"]
 
@@ -186,13 +186,7 @@ def macros(
     rows, chunks = _ring(layout, most_rows, shared_limit - fixed)
     chunk = _chunk_bytes(layout, rows)
     return dict(
-        BITS=layout.bits,
-        WIDTH=layout.width,
-        GROUP=layout.group_size,
-        SCALE=SCALE_CODES[layout.scale_dtype],
-        ZERO_MODE=int(layout.zero_mode),
-        CONSTANT_ZERO=layout.zero,
-        WARPS=layout.warps,
+        **layout.macros,
         ROWS_OF_CHUNK=rows,
         DTYPE=DTYPES[dtype],
         INPUTS=layout.columns,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cats.errors import ShapeError, UnsupportedModelError
-from cats.ops.quantised.rows import SCALE_CODES, ZeroMode
+from cats.ops.quantised.codes import ZeroMode, check_codes, check_given
 
 __all__ = ["ColumnLayout", "PackedColumns", "pack_columns", "unpack_columns"]
 
@@ -38,20 +38,11 @@ class ColumnLayout:
     zero: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise UnsupportedModelError(f"codes must have 4 or 8 bits, got {self.bits}")
+        check_codes(self, "columns that have zero points have no constant one")
         if self.outputs % 4 or self.outputs < 1:
             raise UnsupportedModelError(f"outputs must be a multiple of 4, got {self.outputs}")
         if self.group_size < 0:
             raise ShapeError(f"a group must have neurons, got {self.group_size}")
-        if not 0 <= self.zero < 2**self.bits:
-            raise ShapeError(f"the zero point {self.zero} is not a code of {self.bits} bits")
-        if self.zero and self.zero_mode == ZeroMode.ZEROS:
-            raise ShapeError("columns that have zero points have no constant one")
-        if self.scale_dtype not in SCALE_CODES:
-            raise UnsupportedModelError(
-                f"scales must be float16, bfloat16 or float32, got {self.scale_dtype}"
-            )
 
     @property
     def pitch(self) -> int:
@@ -127,12 +118,8 @@ def pack_columns(
     Raises:
         ShapeError: If a shape or dtype is not that of the layout.
     """
-    for name, table, mode in (
-        ("zeros", zeros, ZeroMode.ZEROS),
-        ("shifts", shifts, ZeroMode.SHIFTS),
-    ):
-        if (table is not None) != (layout.zero_mode == mode):
-            raise ShapeError(f"{name} must be given with {mode!r} alone")
+    check_given(layout, "zeros", zeros, ZeroMode.ZEROS)
+    check_given(layout, "shifts", shifts, ZeroMode.SHIFTS)
     stored = neurons if layout.bits == 8 else -(-neurons // 2)
     if tuple(codes.shape) != (layout.outputs, stored) or codes.dtype != torch.uint8:
         raise ShapeError(

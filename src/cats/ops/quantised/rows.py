@@ -11,32 +11,19 @@ a product lies within one group, whatever the group size.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from cats.errors import ShapeError, UnsupportedModelError
+from cats.ops.quantised.codes import SCALE_CODES, ZeroMode, check_codes, check_given
 
 __all__ = ["SCALE_CODES", "PackedRows", "RowLayout", "ZeroMode", "pack_rows", "unpack_rows"]
 
 _GROUP_SIZES = 0, 32, 64, 128
-# Types of scales, and the value of the macro SCALE for each.
-SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _UNIT_BYTES = 64
 # What is packed at once: the copies that this makes take a few times as much.
 _BLOCK_BYTES = 16 * 2**20
-
-
-class ZeroMode(IntEnum):
-    """What a row holds besides codes and scales; the macro ``ZERO_MODE``."""
-
-    CONSTANT = 0
-    """Nothing: all groups have the same zero point, and no shift."""
-    ZEROS = 1
-    """An integer zero point for each group."""
-    SHIFTS = 2
-    """A shift for each group, in the dtype of the scales; the zero point is constant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,22 +48,13 @@ class RowLayout:
     zero: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise UnsupportedModelError(f"codes must have 4 or 8 bits, got {self.bits}")
+        check_codes(self, "rows that hold zero points have no constant one")
         if self.columns < 1:
             raise ShapeError(f"a matrix must have at least one column, got {self.columns}")
         if self.group_size not in _GROUP_SIZES:
             raise UnsupportedModelError(
                 f"groups must have 32, 64 or 128 columns (0: a whole row), got {self.group_size}"
             )
-        if self.scale_dtype not in SCALE_CODES:
-            raise UnsupportedModelError(
-                f"scales must be float16, bfloat16 or float32, got {self.scale_dtype}"
-            )
-        if not 0 <= self.zero < 2**self.bits:
-            raise ShapeError(f"the zero point {self.zero} is not a code of {self.bits} bits")
-        if self.zero and self.zero_mode == ZeroMode.ZEROS:
-            raise ShapeError("rows that hold zero points have no constant one")
 
     @property
     def unit(self) -> int:
@@ -124,6 +102,19 @@ class RowLayout:
         """
         pitch = -(-self.used_bytes // 32) * 32
         return pitch + 32 * (pitch % 128 == 0)
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """What ``integer_dot.cuh`` wants to know of the rows."""
+        return dict(
+            BITS=self.bits,
+            WIDTH=self.width,
+            GROUP=self.group_size,
+            SCALE=SCALE_CODES[self.scale_dtype],
+            ZERO_MODE=int(self.zero_mode),
+            CONSTANT_ZERO=self.zero,
+            WARPS=self.warps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +172,7 @@ def pack_rows(
         ("zeros", zeros, ZeroMode.ZEROS, torch.uint8),
         ("shifts", shifts, ZeroMode.SHIFTS, layout.scale_dtype),
     ):
-        if (table is not None) != (layout.zero_mode == mode):
-            raise ShapeError(f"{name} must be given with {mode!r} alone")
+        check_given(layout, name, table, mode)
         if table is not None:
             tables.append((name, table, dtype))
     for name, table, dtype in tables:

@@ -205,13 +205,7 @@ def macros(
             f"{_MIN_CHUNKS} chunks of {chunk} bytes do not fit into the shared memory"
         )
     return dict(
-        BITS=rows.bits,
-        WIDTH=rows.width,
-        GROUP=rows.group_size,
-        SCALE=SCALE_CODES[rows.scale_dtype],
-        ZERO_MODE=int(rows.zero_mode),
-        CONSTANT_ZERO=rows.zero,
-        WARPS=rows.warps,
+        **rows.macros,
         ROWS_OF_CHUNK=rows_of_chunk,
         DTYPE=DTYPES[dtype],
         INPUTS=hidden,
