@@ -11,9 +11,7 @@
 //
 // The loader defines DTYPE (of x, of the norm's weights and of biases), INPUTS (columns without padding), NORMED, CHUNKS,
 // EARLY_CHUNKS and SHARED_BYTES, and the macros of integer_dot.cuh.
-#include "integer_dot.cuh"
-#include "primitives.cuh"
-#include "residual.cuh"
+#include "normed_input.cuh"
 #include "runs.cuh"
 #include "trace.cuh"
 
@@ -113,14 +111,7 @@ struct Worker {
 
     __device__ void load_input() {
 #if NORMED
-        Columns<INPUTS, WORKERS> columns{static_cast<int>(threadIdx.x)};
-        float x[columns.OWNED];
-        Team team{shared.slots, warp, WARPS, 1};
-        load_normed(a.residual, columns, team, a.request_early, blockIdx.x == 0, x);
-        columns.store(shared.x, x);
-        for (int i = INPUTS + threadIdx.x; i < WIDTH; i += WORKERS) shared.x[i] = 0.f;
-        team.wait();
-        input.load(shared.x);
+        load_normed_input(input, a.residual, a.request_early, shared.x, shared.slots);
 #else
         wait_for_previous_kernel();
         // each word is used twice; those of long rows do not fit into registers, and are read twice

@@ -12,9 +12,7 @@
 // The loader defines DTYPE (of the norm's weights and of biases), INPUTS (D), ACTIVATION, CHUNKS, EARLY_CHUNKS, LIST (how many
 // neurons a block can keep), SHARED_BYTES, the macros of integer_dot.cuh for gate and up, and for down DOWN_BITS, DOWN_GROUP
 // (neurons that share scales; 0: all), DOWN_SCALE, DOWN_ZERO_MODE and DOWN_CONSTANT_ZERO.
-#include "integer_dot.cuh"
-#include "primitives.cuh"
-#include "residual.cuh"
+#include "normed_input.cuh"
 #include "runs.cuh"
 #include "trace.cuh"
 #include "activation.cuh"
@@ -227,19 +225,8 @@ struct Worker {
 
     __device__ Worker(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
 
-    __device__ void load_input() {
-        Columns<INPUTS, WORKERS> columns{static_cast<int>(threadIdx.x)};
-        float x[columns.OWNED];
-        Team team{shared.slots, warp, WARPS, 1};
-        load_normed(a.residual, columns, team, a.request_early, blockIdx.x == 0, x);
-        columns.store(shared.x, x);
-        for (int i = INPUTS + threadIdx.x; i < WIDTH; i += WORKERS) shared.x[i] = 0.f;
-        team.wait();
-        input.load(shared.x);
-    }
-
     __device__ void run() {
-        load_input();
+        load_normed_input(input, a.residual, a.request_early, shared.x, shared.slots);
         __syncwarp();
         warp_arrive(&shared.input_there);
         a.stamp(INPUT);
