@@ -164,6 +164,6 @@ def check_target(target_sparsity: float | None) -> None:
     """Raise ConfigError unless the target is None or inside (0, 1)."""
     if target_sparsity is not None and not 0.0 < target_sparsity < 1.0:
         raise ConfigError(
-            "target_sparsity must be a share inside (0, 1), such as 0.5 for 50 %; "
+            "the target sparsity must be a share inside (0, 1), such as 0.5 for 50 %; "
             f"got {target_sparsity:g}"
         )

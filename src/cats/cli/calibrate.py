@@ -108,6 +108,10 @@ def calibrate(
         options.check_output(output, folder=_is_folder(output))
     options.check_output(statistics)
     rank, _ = join_processes()
+    if output is None and rank == 0:
+        options.err.print(
+            "nothing will be written: name a file with [b]-o NAME.safetensors[/b]"
+        )
     loaded, tokenizer = options.load(
         model,
         dtype=dtype,
@@ -245,5 +249,3 @@ def _print(
     )
     if output is not None:
         options.out.print(f"wrote {output}", markup=False)
-    else:
-        options.out.print("nothing written: name a file with [b]-o NAME.safetensors[/b]")
