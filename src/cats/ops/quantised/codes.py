@@ -8,10 +8,11 @@ from torch import Tensor
 
 from cats.errors import ShapeError, UnsupportedModelError
 
-__all__ = ["SCALE_CODES", "CodeLayout", "ZeroMode", "check_codes", "check_given"]
+__all__ = ["SCALE_CODES", "SCALE_DTYPES", "CodeLayout", "ZeroMode", "check_codes", "check_given"]
 
 # Types of scales, by the number that kernels know them by.
 SCALE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SCALE_DTYPES = tuple(SCALE_CODES)
 
 
 class ZeroMode(IntEnum):

@@ -4,13 +4,21 @@ A packed column is a neuron: one code per output, in order; with 4 bits, two cod
 of neurons share scales, so these are a table of their own, with one row of outputs per group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from cats.errors import ShapeError, UnsupportedModelError
-from cats.ops.quantised.codes import ZeroMode, check_codes, check_given
+from cats.ops.quantised.codes import (
+    SCALE_CODES,
+    SCALE_DTYPES,
+    ZeroMode,
+    check_codes,
+    check_given,
+)
 
 __all__ = ["ColumnLayout", "PackedColumns", "pack_columns", "unpack_columns"]
 
@@ -44,6 +52,17 @@ class ColumnLayout:
         if self.group_size < 0:
             raise ShapeError(f"a group must have neurons, got {self.group_size}")
 
+    @staticmethod
+    def of(numbers: Sequence[int]) -> "ColumnLayout":
+        """The layout that :attr:`numbers` stand for."""
+        return _layout(tuple(numbers))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layout as an operator of torch takes it."""
+        scale, mode = SCALE_CODES[self.scale_dtype], int(self.zero_mode)
+        return self.bits, self.outputs, self.group_size, scale, mode, self.zero
+
     @property
     def pitch(self) -> int:
         """Bytes from one packed column to the next: an odd multiple of 32, for the banks."""
@@ -53,6 +72,20 @@ class ColumnLayout:
     def groups_of(self, neurons: int) -> int:
         """How many groups so many neurons make."""
         return -(-neurons // self.group_size) if self.group_size else 1
+
+
+# cached, since an operator asks at each call
+@cache
+def _layout(numbers: tuple[int, ...]) -> ColumnLayout:
+    bits, outputs, group_size, scale, mode, zero = numbers
+    return ColumnLayout(
+        bits=bits,
+        outputs=outputs,
+        group_size=group_size,
+        scale_dtype=SCALE_DTYPES[scale],
+        zero_mode=ZeroMode(mode),
+        zero=zero,
+    )
 
 
 @dataclass(frozen=True, slots=True)

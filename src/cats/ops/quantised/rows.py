@@ -9,14 +9,21 @@ are ordered for the integer products of tensor cores: each product takes 32 cons
 a product lies within one group, whatever the group size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from cats.errors import ShapeError, UnsupportedModelError
-from cats.ops.quantised.codes import SCALE_CODES, ZeroMode, check_codes, check_given
+from cats.ops.quantised.codes import (
+    SCALE_CODES,
+    SCALE_DTYPES,
+    ZeroMode,
+    check_codes,
+    check_given,
+)
 
 __all__ = ["SCALE_CODES", "PackedRows", "RowLayout", "ZeroMode", "pack_rows", "unpack_rows"]
 
@@ -55,6 +62,17 @@ class RowLayout:
             raise UnsupportedModelError(
                 f"groups must have 32, 64 or 128 columns (0: a whole row), got {self.group_size}"
             )
+
+    @staticmethod
+    def of(numbers: Sequence[int]) -> "RowLayout":
+        """The layout that :attr:`numbers` stand for."""
+        return _layout(tuple(numbers))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layout as an operator of torch takes it."""
+        scale, mode = SCALE_CODES[self.scale_dtype], int(self.zero_mode)
+        return self.bits, self.columns, self.group_size, scale, mode, self.zero
 
     @property
     def unit(self) -> int:
@@ -115,6 +133,20 @@ class RowLayout:
             CONSTANT_ZERO=self.zero,
             WARPS=self.warps,
         )
+
+
+# cached, since an operator asks at each call
+@cache
+def _layout(numbers: tuple[int, ...]) -> RowLayout:
+    bits, columns, group_size, scale, mode, zero = numbers
+    return RowLayout(
+        bits=bits,
+        columns=columns,
+        group_size=group_size,
+        scale_dtype=SCALE_DTYPES[scale],
+        zero_mode=ZeroMode(mode),
+        zero=zero,
+    )
 
 
 @dataclass(frozen=True, slots=True)
