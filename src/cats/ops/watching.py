@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["is_for_compiler", "is_unwatched", "tracing_for_compiler"]
+__all__ = ["is_for_compiler", "is_unwatched", "may_launch", "tracing_for_compiler"]
 
 _FOR_COMPILER: ContextVar[bool] = ContextVar("for_compiler", default=False)
 
@@ -18,12 +18,12 @@ def is_unwatched(x: Tensor) -> bool:
 
     A trip through the dispatcher and back to Python takes 25 microseconds.
     """
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
+    return not torch.is_grad_enabled() and may_launch(x)
+
+
+def may_launch(x: Tensor) -> bool:
+    """Whether a kernel for weights without a gradient may be launched: on a GPU, and no trace."""
+    return x.is_cuda and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
 @contextmanager

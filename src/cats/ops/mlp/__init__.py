@@ -4,13 +4,11 @@
 ``reference.py`` defines the result; ``dense.py``, ``cpu/``, ``triton/`` and ``cuda/`` are faster.
 """
 
-from collections.abc import Callable
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 
-from cats.errors import BackendError, ShapeError
+from cats.errors import ShapeError
+from cats.ops.gradients import without_gradient
 from cats.ops.mlp.arguments import GatedMLPArguments
 from cats.ops.mlp.backends import checked
 
@@ -93,8 +91,7 @@ def call(arguments: GatedMLPArguments, backend: str) -> Tensor:
     if torch.is_grad_enabled():
         x, gate, up, down = arguments[:4]
         if x.requires_grad or gate.requires_grad or up.requires_grad or down.requires_grad:
-            apply: Callable[..., Tensor] = _NoGradient.apply
-            return apply(operator, *arguments, backend)
+            return without_gradient(operator, *arguments, backend)
     out: Tensor = operator(*arguments, backend)
     return out
 
@@ -150,23 +147,6 @@ def _(x: Tensor, gate: Tensor, *args: object, **kwargs: object) -> Tensor:
     if gate.device != x.device:
         raise ShapeError(f"expected gate on {x.device}, got {gate.device}: are weights offloaded?")
     return torch.empty_like(x)
-
-
-class _NoGradient(torch.autograd.Function):
-    """A forward pass where gradients are recorded; the backward pass is an error.
-
-    Not registered with the operator, where it would cost 10 microseconds in every call.
-    """
-
-    @staticmethod
-    def forward(ctx: object, operator: Callable[..., Tensor], *args: object) -> Tensor:
-        return operator(*args)
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> NoReturn:
-        raise BackendError(
-            "the fused operator has no gradient: call cats.unfuse_(model) before training"
-        )
 
 
 _OPERATOR = torch.ops.cats.gated_mlp.default

@@ -17,13 +17,25 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     """See :func:`cats.ops.gated_mlp`."""
     a = arguments
     g, u = F.linear(a.x, a.gate, a.gate_bias), F.linear(a.x, a.up, a.up_bias)
-    # a compiler fuses the plain operators itself
-    if a.x.is_cuda and not is_for_compiler() and why_unavailable("triton") is None:
-        from cats.ops.mlp.triton.prefill import thresholded_product as product
-    else:
-        product = thresholded_product
     h = product(g, u, a.thresholds, a.activation, a.router, a.product_thresholds)
     return F.linear(h, a.down, a.down_bias)
+
+
+def product(
+    g: Tensor,
+    u: Tensor,
+    thresholds: Tensor,
+    activation: str,
+    router: str,
+    product_thresholds: Tensor | None,
+) -> Tensor:
+    """:func:`thresholded_product`, by one kernel on a GPU."""
+    # a compiler fuses the plain operators itself
+    if g.is_cuda and not is_for_compiler() and why_unavailable("triton") is None:
+        from cats.ops.mlp.triton.prefill import thresholded_product as function
+    else:
+        function = thresholded_product
+    return function(g, u, thresholds, activation, router, product_thresholds)
 
 
 def thresholded_product(

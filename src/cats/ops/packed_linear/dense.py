@@ -1,0 +1,40 @@
+"""The matrix is written out, and torch multiplies: for many tokens, and where no kernel runs.
+
+Computes what a linear layer over the numbers of the checkpoint's format computes, bit for bit.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cats.ops.packed_linear.arguments import PackedLinearArguments
+from cats.ops.packed_linear.backends import BACKENDS
+from cats.ops.quantised import RowLayout, numbers_of_rows
+from cats.ops.watching import may_launch
+
+
+def packed_linear(arguments: PackedLinearArguments) -> Tensor:
+    """See :func:`cats.ops.packed_linear.packed_linear`."""
+    a = arguments
+    return F.linear(a.x, dequantised(a.rows, a.layout, a.arithmetic, a.x.dtype), a.bias)
+
+
+def dequantised(
+    rows: Tensor, layout: RowLayout, arithmetic: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    """The numbers of packed rows, ``[N, columns]`` in ``dtype``: by one kernel on a GPU."""
+    if may_launch(rows) and BACKENDS.why_unavailable("triton") is None:
+        from cats.ops.packed_linear.triton import dequantise_rows
+
+        return dequantise_rows(rows, layout, arithmetic, dtype)
+    return numbers_of_rows(rows, layout, arithmetic, dtype)
+
+
+def unavailable() -> str | None:
+    """None: it runs wherever PyTorch does."""
+    return None
+
+
+def refuses(arguments: PackedLinearArguments) -> str | None:
+    """None: it takes every call."""
+    return None
