@@ -7,15 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cats"
 LAYERS = {
-    10: "__main__",
-    9: "cli",
-    8: "recipes",
-    7: "evaluation finetuning benchmarks report serving integrations",
-    6: "checkpoint metrics decode",
-    5: "calibration apply quantisation",
-    4: "methods fusion mlp",
-    3: "model fingerprint formats",
-    2: "ops data results history smollm2 weights",
+    11: "__main__",
+    10: "cli",
+    9: "recipes",
+    8: "evaluation finetuning benchmarks report serving integrations",
+    7: "checkpoint metrics decode",
+    6: "calibration apply quantisation",
+    5: "methods fusion mlp",
+    4: "model fingerprint formats",
+    3: "weights",
+    2: "ops data results history smollm2",
     1: "functional config errors storage version undo lazy protocols",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}

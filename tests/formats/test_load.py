@@ -85,6 +85,32 @@ def test_saved_again_it_is_the_same_checkpoint(kind, folder, tmp_path):
     assert fingerprint.of_model(loaded) == fingerprint.of_model(model)
 
 
+@pytest.mark.parametrize("kind", ["compressed-tensors", "awq", "gptq", "torchao"])
+def test_packed_for_kernels_it_is_saved_as_read_and_takes_adapters(kind, tmp_path, monkeypatch):
+    needs(kind)
+    monkeypatch.setattr(checkpoints, "GROUP", 32)
+    checkpoints.write(kind, tmp_path / "model", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = checkpoint.load_dense(tmp_path / "model")
+    layers = [m for m in model.modules() if type(m) is QuantisedLinear]
+    hashed, ids = fingerprint.of_model(model), models.make_ids()
+    for layer in layers:
+        layer.pack_columns_() if layer.in_features == 96 else layer.pack_rows_()
+    assert fingerprint.of_model(model) == hashed
+    model.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / f / "model.safetensors") for f in ("model", "again"))
+    assert first.keys() == again.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)), name
+    packed = [b.clone() for layer in layers for b in layer.buffers()]
+    adapted = add_adapters(model, FinetuneOptions(rank=2))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    assert any(p.grad.any() for p in trained)
+    after = [b for layer in layers for b in layer.buffers()]
+    assert all(torch.equal(old, new) for old, new in zip(packed, after, strict=True))
+
+
 @pytest.mark.parametrize("shard", ["5GB", "4KB"])
 def test_sparse_and_quantised_checkpoints_load_save_and_load(kind, folder, tmp_path, shard):
     model = checkpoint.load_dense(folder)

@@ -18,7 +18,7 @@ def copy_for_fusion(model: nn.Module) -> nn.Module:
         tensor
         for module in model.modules()
         if isinstance(module, QuantisedLinear)
-        for tensor in module.matrix.tensors
+        for tensor in module.buffers()
     ]
     tensors = (*model.parameters(), *codes)
     return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in moved})

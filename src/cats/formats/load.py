@@ -30,6 +30,7 @@ from cats.formats.gguf import GGUF
 from cats.formats.gptq import GPTQ
 from cats.formats.torchao import TorchAO
 from cats.weights import QuantisedLinear
+from cats.weights.quantised import PLAIN
 
 _METHOD = "cats"
 FORMATS: dict[str, Any] = {
@@ -250,8 +251,8 @@ class StoredQuantizer(HfQuantizer):
                     f"the layer {name} was quantised and is {kind} now: the {self.format.name} "
                     "checkpoint cannot be written (remove or save adapters first)"
                 )
-            for part, _ in layer.named_buffers():
-                del state[f"{name}.{part}"]
+            for part in PLAIN:
+                state.pop(f"{name}.{part}", None)
             for part, tensor in self.format.write(name, layer.matrix, like).items():
                 state[f"{name}.{part}"] = tensor
         return state, self.format.metadata(state)

@@ -5,12 +5,14 @@ from torch import nn
 from cats.weights.base import Weight, nbytes, plain_tensors
 from cats.weights.dense import Dense
 from cats.weights.foreign import Foreign
+from cats.weights.packed import Packed
 from cats.weights.quantised import Quantised, QuantisedLinear, is_quantised
 
 __all__ = [
     "STORAGES",
     "Dense",
     "Foreign",
+    "Packed",
     "Quantised",
     "QuantisedLinear",
     "Weight",
@@ -21,7 +23,7 @@ __all__ = [
 ]
 
 # Asked in this order; what none of them knows is foreign.
-STORAGES: list[type[Weight]] = [Dense, Quantised]
+STORAGES: list[type[Weight]] = [Dense, Packed, Quantised]
 
 
 def weight_of(layer: nn.Module) -> Weight | None:

@@ -1,13 +1,8 @@
-"""Integer or float8 codes with scales: one meaning of the numbers for all formats of checkpoints.
-
-A number of the matrix is ``(code - zero) * scale + shift``. Each row has one scale for each group
-of consecutive columns. Codes stay in memory; the numbers are computed for one call at a time.
-"""
+"""A linear layer over quantised numbers: codes as checkpoints store them, or packed for kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -16,167 +11,18 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cats.errors import ShapeError
-from cats.weights.base import Order, Weight
+from cats.ops.packed_linear import PackedLinearArguments, call
+from cats.ops.quantised import ColumnLayout, PackedColumns, PackedRows, RowLayout
+from cats.ops.quantised.numbers import packed, unpacked
+from cats.weights.codes import FLOAT8, Quantised, described
+from cats.weights.packed import Packed
 
-FLOAT8 = torch.float8_e4m3fn
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+__all__ = ["FLOAT8", "PLAIN", "Quantised", "QuantisedLinear", "is_quantised", "packed", "unpacked"]
+
+PLAIN = ("codes", "scales", "zeros", "shifts", "column_order")
+"""Names of the tensors of a layer that is not packed, and of every saved one."""
 # An integer of the same size: module.to(dtype) converts floating-point tensors only.
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
-class Quantised(Weight):
-    """A matrix ``[rows, columns]`` in codes of 4 or 8 bits.
-
-    Attributes:
-        codes: uint8. Of 8 bits, ``[rows, columns]``; of 4 bits, ``[rows, ceil(columns / 2)]`` with
-            the even column in the low four bits. float8_e4m3fn ``[rows, columns]`` where the
-            codes are such numbers.
-        scales: ``[rows, G]``, float16, bfloat16 or float32, for ``G = ceil(columns / group_size)``
-            groups.
-        bits: 4 or 8.
-        columns: Of the matrix.
-        group_size: Columns of a group; ``columns`` where a row has one scale.
-        zeros: ``[rows, G]``, uint8; None where all are ``zero``.
-        zero: The code of the number 0 where there are no zeros: 8 and 128 of signed integers.
-        shifts: ``[rows, G]`` in the dtype of scales, added to the product; None for none.
-        column_order: ``[columns]``, int64. The stored column ``j`` is the column
-            ``column_order[j]`` of the matrix; None where the order is the same.
-        arithmetic: The dtype that the format's own library computes in.
-        dtype: Of the result.
-    """
-
-    storage = "quantised"
-
-    codes: Tensor
-    scales: Tensor
-    bits: int
-    columns: int
-    group_size: int
-    zeros: Tensor | None = None
-    zero: int = 0
-    shifts: Tensor | None = None
-    column_order: Tensor | None = None
-    arithmetic: torch.dtype = torch.float32
-    dtype: torch.dtype = torch.float32
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> Self | None:
-        if type(layer) is not QuantisedLinear:
-            return None
-        weight = layer.matrix
-        assert isinstance(weight, cls)
-        return weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.codes), self.columns
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        stored = (self.codes, self.scales, self.zeros, self.shifts, self.column_order)
-        return tuple(tensor for tensor in stored if tensor is not None)
-
-    @property
-    def order(self) -> Order | None:
-        return "rows"
-
-    @property
-    def groups(self) -> int:
-        """Groups of a row."""
-        return -(-self.columns // self.group_size)
-
-    @property
-    def kind(self) -> str:
-        """What a code is: ``int4``, ``int8`` or ``float8``."""
-        return "float8" if self.codes.dtype == FLOAT8 else f"int{self.bits}"
-
-    @property
-    def scaling(self) -> str:
-        """What shares a scale, in words."""
-        return "a scale per row" if self.groups == 1 else f"groups of {self.group_size}"
-
-    def dequantised(self) -> Tensor:
-        # in place: one temporary matrix instead of four
-        numbers = unpacked(self.codes, self.bits, self.columns).to(self.arithmetic)
-        if self.zeros is None and self.zero:
-            numbers.sub_(self.zero)
-        whole = self.columns // self.group_size
-        end = whole * self.group_size
-        # the last group may be shorter
-        parts = [(numbers[:, :end].unflatten(1, (whole, self.group_size)), slice(whole))]
-        if end < self.columns:
-            parts.append((numbers[:, end:].unsqueeze(1), slice(whole, None)))
-        for part, groups in parts:
-            if self.zeros is not None:
-                part.sub_(self.zeros[:, groups, None].to(self.arithmetic))
-            part.mul_(self.scales[:, groups, None].to(self.arithmetic))
-            if self.shifts is not None:
-                part.add_(self.shifts[:, groups, None].to(self.arithmetic))
-        if self.column_order is not None:
-            numbers = torch.empty_like(numbers).index_copy_(1, self.column_order, numbers)
-        return numbers.to(self.dtype)
-
-    def part(self, start: int, stop: int) -> Self:
-        zeros, shifts = (None if t is None else t[start:stop] for t in (self.zeros, self.shifts))
-        return replace(
-            self,
-            codes=self.codes[start:stop],
-            scales=self.scales[start:stop],
-            zeros=zeros,
-            shifts=shifts,
-        )
-
-    def rows(self, order: Tensor) -> Self:
-        """The rows of these numbers, copied, in this order."""
-        zeros, shifts = (None if t is None else t[order] for t in (self.zeros, self.shifts))
-        return replace(
-            self, codes=self.codes[order], scales=self.scales[order], zeros=zeros, shifts=shifts
-        )
-
-    def check(self, name: str) -> None:
-        """
-        Args:
-            name: Of the layer, for messages.
-
-        Raises:
-            ShapeError: If a tensor does not have the shape, dtype or range that the others imply.
-                Ranges are not looked at on ``meta``.
-        """
-        if self.bits not in (4, 8):
-            raise ShapeError(f"{name}: codes of {self.bits} bits, expected 4 or 8")
-        if self.columns < 1 or self.group_size < 1:
-            raise ShapeError(
-                f"{name}: {self.columns} columns in groups of {self.group_size}, expected at "
-                "least one"
-            )
-        is_float = self.codes.dtype == FLOAT8
-        if is_float and (self.bits != 8 or self.zero or self.zeros is not None):
-            raise ShapeError(f"{name}: float8 codes have 8 bits and no zero point")
-        rows = self.codes.shape[0] if self.codes.ndim else 0
-        width = self.columns if self.bits == 8 else -(-self.columns // 2)
-        of_groups = (rows, self.groups)
-        _check(name, "codes", self.codes, (rows, width), (FLOAT8,) if is_float else (torch.uint8,))
-        _check(name, "scales", self.scales, of_groups, _SCALES)
-        if not 0 <= self.zero < 2**self.bits:
-            raise ShapeError(f"{name}: the zero point is {self.zero}, which no code is")
-        if self.zeros is not None:
-            _check(name, "zeros", self.zeros, of_groups, (torch.uint8,))
-            _check_below(name, "zeros", self.zeros, 2**self.bits)
-        if self.shifts is not None:
-            _check(name, "shifts", self.shifts, of_groups, (self.scales.dtype,))
-        if (order := self.column_order) is not None:
-            _check(name, "column_order", order, (self.columns,), (torch.int64,))
-            if not order.is_meta and not torch.equal(
-                order.sort().values, torch.arange(self.columns, device=order.device)
-            ):
-                raise ShapeError(f"{name}: column_order does not name each column once")
-        if len(devices := sorted({str(tensor.device) for tensor in self.tensors})) > 1:
-            raise ShapeError(f"{name}: its tensors are on {' and '.join(devices)}")
-
-    def __repr__(self) -> str:
-        rows, columns = self.shape
-        return f"<{self.kind} weight [{rows}, {columns}], {self.scaling}>"
 
 
 class QuantisedLinear(nn.Module):
@@ -185,11 +31,15 @@ class QuantisedLinear(nn.Module):
     The matrix exists during a call only. A backward pass computes it again, so that training
     adapters on many such layers does not keep them all.
 
+    Its tensors are those of :data:`PLAIN`, or packed ones in the order of kernels, never both. A
+    packed layer saves and loads the plain ones; it has no attributes of their names.
+
     Attributes:
         in_features: Columns of the matrix.
         out_features: Its rows.
         dtype: Of the numbers. ``module.to(dtype)`` changes it, and leaves codes and scales alone.
         bias: ``[out_features]``, or None.
+        layout: How the codes are packed; None where they are not.
     """
 
     codes: Tensor
@@ -197,6 +47,8 @@ class QuantisedLinear(nn.Module):
     zeros: Tensor | None
     shifts: Tensor | None
     column_order: Tensor | None
+    # of the class, for pickles of earlier releases
+    layout: RowLayout | ColumnLayout | None = None
 
     def __init__(
         self, weight: Quantised, bias: Tensor | None = None, *, name: str = "the layer"
@@ -216,36 +68,90 @@ class QuantisedLinear(nn.Module):
             bias.shape != weight.shape[:1] or not bias.dtype.is_floating_point
         ):
             raise ShapeError(
-                f"{name}: its bias is {_described(bias)}, expected a floating-point "
+                f"{name}: its bias is {described(bias)}, expected a floating-point "
                 f"[{weight.shape[0]}]"
             )
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size, self.zero = weight.bits, weight.group_size, weight.zero
         self.arithmetic, self.dtype = weight.arithmetic, weight.dtype
-        for buffer in ("codes", "scales", "zeros", "shifts", "column_order"):
+        for buffer in PLAIN:
             self.register_buffer(buffer, getattr(weight, buffer))
         self.bias = None if bias is None else nn.Parameter(bias.detach())
 
     @property
     def matrix(self) -> Quantised:
-        return Quantised(
-            codes=self.codes,
-            scales=self.scales,
-            bits=self.bits,
-            columns=self.in_features,
-            group_size=self.group_size,
-            zeros=self.zeros,
-            zero=self.zero,
-            shifts=self.shifts,
-            column_order=self.column_order,
-            arithmetic=self.arithmetic,
-            dtype=self.dtype,
-        )
+        """The numbers: over the layer's own tensors, or a copy of those of a packed layer."""
+        stored = self.stored
+        return stored.unpacked() if isinstance(stored, Packed) else stored
+
+    @property
+    def stored(self) -> Quantised | Packed:
+        """The numbers, over the layer's own tensors."""
+        layout, buffers = self.layout, self._buffers
+        options: dict[str, Any] = {
+            "group_size": self.group_size,
+            "arithmetic": self.arithmetic,
+            "dtype": self.dtype,
+        }
+        if layout is None:
+            tensors: dict[str, Any] = {name: buffers[name] for name in PLAIN}
+            columns = self.in_features
+            return Quantised(bits=self.bits, columns=columns, zero=self.zero, **tensors, **options)
+        codes = buffers["packed"]
+        assert codes is not None
+        if isinstance(layout, RowLayout):
+            return Packed(matrix=PackedRows(codes, layout, len(codes)), **options)
+        scales, extras = buffers["packed_scales"], buffers["packed_extras"]
+        assert scales is not None
+        return Packed(matrix=PackedColumns(codes, scales, extras, layout), **options)
+
+    def pack_rows_(self, name: str = "the layer") -> Self:
+        """Store the codes as kernels read rows, instead of the plain tensors.
+
+        Args:
+            name: Of the layer, for messages.
+
+        Raises:
+            UnsupportedModelError: If no kernel reads such rows; the layer stays as it is.
+        """
+        if not isinstance(self.layout, RowLayout):
+            with torch.inference_mode(False), torch.no_grad():
+                self._store(Packed.rows_of(self.matrix, name))
+        return self
+
+    def pack_columns_(self, name: str = "the layer") -> Self:
+        """Store the codes as kernels read the columns of down; see :meth:`pack_rows_`."""
+        if not isinstance(self.layout, ColumnLayout):
+            with torch.inference_mode(False), torch.no_grad():
+                self._store(Packed.columns_of(self.matrix, name))
+        return self
+
+    def unpack_(self) -> Self:
+        """Store plain tensors again: the same numbers and names as before it was packed."""
+        if self.layout is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._store(self.matrix)
+        return self
+
+    def _store(self, weight: Quantised | Packed) -> None:
+        """Replace the tensors; those of the bias stay."""
+        tensors = {name: getattr(weight, name, None) for name in PLAIN}
+        if isinstance(weight, Packed):
+            matrix = weight.matrix
+            if isinstance(matrix, PackedRows):
+                tensors = {"packed": matrix.rows}
+            else:
+                scales, extras = matrix.scales, matrix.extras
+                tensors = dict(packed=matrix.columns, packed_scales=scales, packed_extras=extras)
+        self._buffers.clear()
+        self.layout = weight.layout if isinstance(weight, Packed) else None
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     @property
     def qweight(self) -> Tensor:
         """What PEFT takes the device of adapters from."""
-        return self.codes
+        return self.stored.tensors[0]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -253,11 +159,66 @@ class QuantisedLinear(nn.Module):
         return self.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        layout = self.layout
+        if isinstance(layout, RowLayout) and self._suits_operator(x):
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            codes = self._buffers["packed"]
+            assert codes is not None
+            arguments = PackedLinearArguments(rows, codes, self.bias, layout, self.arithmetic)
+            return call(arguments).view(*x.shape[:-1], self.out_features)
         if torch.is_grad_enabled() and x.requires_grad:
             product: Any = _Product
-            result: Tensor = product.apply(x, self.bias, self.matrix)
+            result: Tensor = product.apply(x, self.bias, self.stored)
             return result
-        return nn.functional.linear(x, self.matrix.dequantised(), self.bias)
+        return nn.functional.linear(x, self.stored.dequantised(), self.bias)
+
+    def _suits_operator(self, x: Tensor) -> bool:
+        """Whether x has the dtype of the numbers: torch converts, or refuses, what has another."""
+        return x.dtype == self.dtype and not torch.is_autocast_enabled(x.device.type)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PLAIN and self.layout is not None:
+            raise AttributeError(self._why_absent(name))
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # it would become a tensor that nothing reads
+        if name in PLAIN and self.layout is not None:
+            raise AttributeError(self._why_absent(name))
+        super().__setattr__(name, value)
+
+    def _why_absent(self, name: str) -> str:
+        return (
+            f"this layer has no {name} of its own: its codes are packed for kernels; read them in "
+            "layer.matrix, which is a copy, or call layer.unpack_() before you change them"
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        plain = self if self.layout is None else self._plain_twin()
+        super(QuantisedLinear, plain)._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        layout = self.layout
+        if layout is None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        twin = self._plain_twin()
+        nn.Module._load_from_state_dict(twin, state_dict, prefix, *args)
+        is_rows = isinstance(layout, RowLayout)
+        loaded = Packed.rows_of(twin.matrix) if is_rows else Packed.columns_of(twin.matrix)
+        if loaded.device != self.stored.device:
+            self._store(loaded)
+            return
+        # into the same memory, which captured graphs read
+        with torch.no_grad():
+            for own, new in zip(self.stored.tensors, loaded.tensors, strict=True):
+                own.copy_(new)
+
+    def _plain_twin(self) -> QuantisedLinear:
+        """A layer over plain copies of the tensors, and over the same bias."""
+        twin = QuantisedLinear(self.matrix)
+        twin._parameters = self._parameters
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         stored = {
@@ -279,7 +240,7 @@ class QuantisedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"{self.matrix!r}, bias={bias}, dtype={self.dtype}"
+        return f"{self.stored!r}, bias={bias}, dtype={self.dtype}"
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -291,7 +252,7 @@ class _Product(Function):
     """``x @ matrix.T + bias``, whose backward pass computes the matrix again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, matrix: Quantised) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, matrix: Quantised | Packed) -> Tensor:
         ctx.matrix, ctx.dtype, ctx.bias_dtype = (
             matrix,
             x.dtype,
@@ -309,34 +270,3 @@ class _Product(Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None
-
-
-def packed(codes: Tensor) -> Tensor:
-    """Codes of 4 bits, two in a byte: ``[rows, columns]`` to ``[rows, ceil(columns / 2)]``."""
-    if codes.shape[1] % 2:
-        codes = nn.functional.pad(codes, (0, 1))
-    return codes[:, ::2] | codes[:, 1::2] << 4
-
-
-def unpacked(codes: Tensor, bits: int, columns: int) -> Tensor:
-    """Codes, one in each number: ``[rows, columns]``."""
-    if bits == 8:
-        return codes
-    return torch.stack((codes & 15, codes >> 4), 2).flatten(1)[:, :columns]
-
-
-def _check(
-    layer: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ShapeError(f"{layer}: {name} is {_described(tensor)}, expected {kinds} {list(shape)}")
-
-
-def _check_below(layer: str, name: str, tensor: Tensor, limit: int) -> None:
-    if not tensor.is_meta and tensor.numel() and int(tensor.max()) >= limit:
-        raise ShapeError(f"{layer}: {name} go up to {int(tensor.max())}, expected below {limit}")
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
