@@ -1,16 +1,16 @@
-"""Quantised matrices of a model in the layouts of the kernels."""
+"""Quantised matrices of a model, packed in place for the stream engine."""
 
 import re
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, Phi3Config
 
-from cats.decode.stream.packed import packed, runs_of_layout
+from cats.decode.stream.packed import pack_, runs_of_layout
 from cats.decode.stream.spec import read_spec
 from cats.errors import UnsupportedModelError
-from cats.ops.quantised import ZeroMode, unpack_columns, unpack_rows
-from cats.weights import Quantised
+from cats.weights import Packed, QuantisedLinear
 from tests.models import make_model
 from tests.quantised import quantise_
 
@@ -33,9 +33,12 @@ def quantised_model(kind, only="", **changes):
     ],
 )
 def test_matrices_that_no_kernel_reads_are_refused_by_name(kind, only, changes, message):
-    spec = read_spec(quantised_model(kind, only, **changes))
+    model = quantised_model(kind, only, **changes)
+    before = {name: id(buffer) for name, buffer in model.named_buffers()}
     with pytest.raises(UnsupportedModelError, match=message):
-        packed(spec)
+        pack_(read_spec(model), [])
+    # nothing was packed before it was refused
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == before
 
 
 def test_gate_and_up_of_two_kinds_are_refused():
@@ -44,7 +47,7 @@ def test_gate_and_up_of_two_kinds_are_refused():
     with pytest.raises(
         UnsupportedModelError, match=r"gate and up of layer 0 .* in two ways: <int4"
     ):
-        packed(read_spec(model))
+        pack_(read_spec(model), [])
 
 
 def make_dense(model, only):
@@ -56,39 +59,81 @@ def make_dense(model, only):
     return model
 
 
-@pytest.mark.parametrize(("group_size", "expected"), [(256, 128), (192, 64), (96, 32)])
-def test_large_groups_become_smaller_ones_with_the_same_scale(group_size, expected):
-    model = make_model(LlamaConfig, hidden_size=640, intermediate_size=64)
-    quantise_(model, "int4 zeros", "q_proj", group_size=group_size)
+def test_layers_hold_their_codes_once_and_are_named_to_be_unpacked():
+    model = quantised_model("int4 zeros", group_size=32)
+    numbers = {n: m.matrix.dequantised() for n, m in quantised_layers(model)}
+    plain = [StorageWeakRef(b.untyped_storage()) for b in model.buffers() if b.ndim == 2]
+    layers = []
+    spec = pack_(read_spec(model), layers)
+    assert {id(layer()) for layer in layers} == {id(m) for _, m in quantised_layers(model)}
+    # of the model and of its description there is one copy, and none of the plain tensors
+    assert all(storage.expired() for storage in plain)
+    in_spec = {t.untyped_storage().data_ptr() for t in tensors_of(spec)}
+    assert stored_bytes(model).keys() == in_spec
+    for name, layer in quantised_layers(model):
+        assert layer.layout is not None
+        assert torch.equal(layer.matrix.dequantised(), numbers[name])
+    again = []
+    pack_(read_spec(model), again)
+    assert not again
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Phi3Config])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("int4", dict(group_size=128, scale_dtype=torch.bfloat16)), ("int8 rows", {})],
+)
+def test_a_packed_model_takes_two_percent_more_than_its_codes(config, kind, changes):
+    heads = dict(num_attention_heads=16, num_key_value_heads=4, head_dim=128)
+    sizes = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, **heads)
+    model = quantise_(make_model(config, **sizes), kind, "layers", **changes)
+    before = sum(stored_bytes(model).values())
+    pack_(read_spec(model), [])
+    assert before <= sum(stored_bytes(model).values()) <= 1.02 * before
+
+
+def quantised_layers(model):
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, QuantisedLinear)]
+
+
+def stored_bytes(model):
+    """Address of each quantised tensor to its bytes."""
+    return {
+        b.untyped_storage().data_ptr(): b.untyped_storage().nbytes()
+        for _, layer in quantised_layers(model)
+        for b in layer.buffers()
+    }
+
+
+def tensors_of(spec):
+    return [tensor for linear in linears_of(spec) for tensor in linear.matrix.tensors]
+
+
+def linears_of(spec):
+    """All linear layers of a spec."""
+    for layer in spec.layers:
+        yield from (layer.q, layer.k, layer.v, layer.o)
+        yield from (layer.mlp.gate, layer.mlp.up, layer.mlp.down)
+    yield spec.head
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Phi3Config])
+def test_parts_of_stacked_layers_are_parts_of_their_packed_rows(config):
+    model = make_model(config, hidden_size=64, intermediate_size=160)
+    quantise_(model, "int4", group_size=32)
     spec = read_spec(model)
-    stored = spec.layers[1].q.matrix
-    assert isinstance(stored, Quantised)
-    rows = packed(spec).layers[1].q.rows
-    assert (rows.layout.group_size, rows.layout.zero_mode) == (expected, ZeroMode.ZEROS)
-    codes, scales, zeros, _ = unpack_rows(rows.layout, rows.rows)
-    assert torch.equal(codes, stored.codes)
-    for column in range(0, 640, 32):
-        mine, wanted = column // expected, column // group_size
-        assert torch.equal(scales[:, mine], stored.scales[:, wanted])
-        assert torch.equal(zeros[:, mine], stored.zeros[:, wanted])
-
-
-def test_down_keeps_its_groups():
-    spec = read_spec(quantised_model("int4 shifts", "mlp", group_size=64))
-    stored = spec.layers[0].mlp.down.matrix
-    columns = packed(spec).layers[0].mlp.down.columns
-    assert (columns.layout.group_size, len(columns.columns)) == (64, 160)
-    codes, scales, zeros, shifts = unpack_columns(columns)
-    assert zeros is None
-    found, expected = (codes, scales, shifts), (stored.codes, stored.scales, stored.shifts)
-    assert all(map(torch.equal, found, expected))
+    wanted = [linear.matrix.dequantised() for linear in linears_of(spec)]
+    found = [linear.matrix for linear in linears_of(pack_(spec, []))]
+    assert {type(matrix) for matrix in found} == {Packed}
+    assert all(torch.equal(m.dequantised(), n) for m, n in zip(found, wanted, strict=True))
 
 
 def test_neighbours_of_one_layout_share_a_launch():
     model = quantise_(
         quantised_model("int8 rows", "0.self_attn.v"), "int4", "1.self", group_size=32
     )
-    first, second = packed(read_spec(quantise_(model, "int4", "0.self", group_size=32))).layers
+    spec = read_spec(quantise_(model, "int4", "0.self", group_size=32))
+    first, second = pack_(spec, []).layers
     dense = read_spec(make_model()).layers[0]
     assert list(runs_of_layout((first.q, first.k, first.v))) == [(first.q, first.k), (first.v,)]
     q, k, v = second.q, second.k, second.v
@@ -98,5 +143,6 @@ def test_neighbours_of_one_layout_share_a_launch():
 
 def test_dense_matrices_stay_as_they_are():
     spec = read_spec(quantised_model("int4", "mlp"))
-    layer, mine = spec.layers[0], packed(spec).layers[0]
+    layer = spec.layers[0]
+    mine = pack_(spec, []).layers[0]
     assert [mine.q, mine.k, mine.v, mine.o] == [layer.q, layer.k, layer.v, layer.o]

@@ -17,10 +17,14 @@ class Linear:
     Attributes:
         matrix: Its weight, ``[rows, columns]``.
         bias: ``[rows]``, or None.
+        layer: The module.
+        start: The first of these rows in it.
     """
 
     matrix: Weight
     bias: Tensor | None
+    layer: nn.Module
+    start: int = 0
 
     @classmethod
     def of(cls, layer: nn.Module, name: str) -> Linear:
@@ -33,7 +37,7 @@ class Linear:
             raise UnsupportedModelError(
                 f"{name} is {type(layer).__name__}, expected a linear layer"
             )
-        return cls(matrix, getattr(layer, "bias", None))
+        return cls(matrix, getattr(layer, "bias", None), layer)
 
     @property
     def weight(self) -> Tensor:
@@ -52,4 +56,10 @@ class Linear:
     def part(self, start: int, stop: int) -> Linear:
         """The rows from ``start`` to ``stop``, in the same memory."""
         bias = None if self.bias is None else self.bias[start:stop]
-        return Linear(self.matrix.part(start, stop), bias)
+        return Linear(self.matrix.part(start, stop), bias, self.layer, self.start + start)
+
+    def again(self) -> Linear:
+        """The same rows as the layer stores them now."""
+        whole = Linear.of(self.layer, type(self.layer).__name__)
+        rows = self.matrix.shape[0]
+        return whole if whole.matrix.shape[0] == rows else whole.part(self.start, self.start + rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import cats.ops
-from cats.decode.stream.packed import packed
+from cats.decode.stream.packed import pack_
 from cats.decode.stream.spec import read_spec
 from tests.ops import sanitize_cuda
 
@@ -17,4 +17,4 @@ def test_every_kernel_is_among_those_that_are_checked():
 
 @pytest.mark.parametrize("case", sanitize_cuda.MODELS)
 def test_kernels_can_run_every_model(case):
-    packed(read_spec(sanitize_cuda.make_case(*case)))
+    pack_(read_spec(sanitize_cuda.make_case(*case)), [])

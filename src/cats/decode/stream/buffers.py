@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cats.decode.stream.packed import count_of
 from cats.decode.stream.spec import ModelSpec
 from cats.ops.choice import cuda as choice
 
@@ -65,7 +64,7 @@ class Buffers:
             sums=floats(D),
             qkv=floats(query_size + 2 * spec.key_heads * spec.head_size),
             attended=torch.zeros(query_size, dtype=spec.dtype, device=device),
-            logits=floats(count_of(spec.head)),
+            logits=floats(spec.head.matrix.shape[0]),
             partials=floats(splits, spec.heads, spec.head_size + 2),
             counters=integers(columns),
             tickets=integers(len(spec.layers) + 1, _TICKET_STRIDE),

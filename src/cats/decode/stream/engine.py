@@ -20,13 +20,13 @@ from cats.decode.forward import prefill
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.decode.stream.chain import Chain
-from cats.decode.stream.packed import pack_again, packed, versions
+from cats.decode.stream.packed import pack_, unpack_
 from cats.decode.stream.probe import probe
 from cats.decode.stream.spec import ModelSpec, read_spec
 from cats.decode.tracing import exclusion
 from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion import fused_mlps
-from cats.weights import Dense
+from cats.weights import Dense, QuantisedLinear
 
 # Key of a conversation's chain, beside its graphs, which hold the addresses of its buffers.
 _CHAIN = "chain"
@@ -35,8 +35,8 @@ _CHAIN = "chain"
 class StreamEngine:
     """All kernels of a token, each a stream of weights, in one CUDA graph.
 
-    It runs one row without padding. ``down`` of each MLP is stored column by column, in place,
-    until :meth:`reset`.
+    It runs one row without padding. ``down`` of each MLP is stored column by column, and quantised
+    layers are packed, in place, until :meth:`reset`.
     """
 
     name = "stream"
@@ -52,13 +52,16 @@ class StreamEngine:
         """
         self._model = ref(model)
         self._laid_out: list[ref[nn.Parameter]] = []
+        self._packed: list[ref[QuantisedLinear]] = []
         try:
-            self._source = read_spec(model)
-            lay_out_down(self._source, self._laid_out)
-            with torch.cuda.device(self._source.norm.device):
-                self._versions = versions(self._source)
-                self._spec = packed(self._source)
-                self._embedding_scale = probe(model, self._spec)
+            spec = read_spec(model)
+            lay_out_down(spec, self._laid_out)
+            with torch.cuda.device(spec.norm.device):
+                # the same name, so that nothing here keeps the plain tensors
+                self._spec = spec = pack_(spec, self._packed)
+                if self._packed:
+                    torch.cuda.empty_cache()
+                self._embedding_scale = probe(model, spec)
         except (UnsupportedModelError, AttributeError) as error:
             self.reset()
             raise BackendError(f"the engine stream cannot run this model: {error}") from error
@@ -79,9 +82,6 @@ class StreamEngine:
                 "the engine stream runs one row without padding, and adds up in any order; "
                 "engine='auto' takes another engine for batches and deterministic algorithms"
             )
-        if self._versions != (now := versions(self._source)):
-            pack_again(self._source, self._spec)
-            self._versions = now
         windows = {
             window: graph_key(self.name, window, options) for window in windows_of(state, lengths)
         }
@@ -120,19 +120,18 @@ class StreamEngine:
         return Chain(self._spec, state, self._embedding_scale, traced=traced)
 
     def reset(self) -> None:
-        """Store ``down`` again as it was before this engine."""
+        """Store ``down`` and quantised layers again as they were before this engine."""
         model = self._model()
-        # fused MLPs need the column-major layout too
-        fused = {
-            id(parameter)
-            for _, mlp in (() if model is None else fused_mlps(model))
-            for parameter in mlp.parameters()
-        }
+        # fused MLPs need the same layouts
+        fused = [mlp for _, mlp in (() if model is None else fused_mlps(model))]
+        needed = {id(owned) for mlp in fused for owned in (*mlp.parameters(), *mlp.modules())}
         for weight in self._laid_out:
             down = weight()
-            if down is not None and id(down) not in fused and down.t().is_contiguous():
+            if down is not None and id(down) not in needed and down.t().is_contiguous():
                 down.data = down.data.contiguous()
+        unpack_(self._packed, needed)
         self._laid_out.clear()
+        self._packed.clear()
 
 
 def lay_out_down(spec: ModelSpec, laid_out: list[ref[nn.Parameter]]) -> None:

@@ -8,15 +8,10 @@ from torch import Tensor
 
 from cats.decode.state import State
 from cats.decode.stream.buffers import Buffers
-from cats.decode.stream.packed import (
-    Matrix,
-    PackedLinear,
-    count_of,
-    packed_matrices,
-    runs_of_layout,
-)
+from cats.decode.stream.packed import packed_matrices, packed_rows, runs_of_layout
 from cats.decode.stream.rotary import RotaryTables
 from cats.decode.stream.spec import LayerSpec, ModelSpec
+from cats.model import Linear
 from cats.ops.attention import cuda as attention
 from cats.ops.choice import cuda as choice
 from cats.ops.cuda.arguments import address
@@ -62,7 +57,7 @@ class Launches:
 
     def linear(
         self,
-        *matrices: Matrix,
+        *linears: Linear,
         x: Tensor | Residual,
         out: Tensor,
         tickets: Tensor,
@@ -73,7 +68,7 @@ class Launches:
         """``out = add + concatenated(matrix @ x + bias)``.
 
         Args:
-            matrices: Dense, or packed in any layout: one launch for each run of the same layout.
+            linears: Dense, or packed in any layout: one launch for each run of the same layout.
             x: The input.
             out: ``[all rows]``, float32.
             tickets: int32, zero when the launches start: one for each launch.
@@ -82,8 +77,8 @@ class Launches:
             early: Whether weights may be requested before the kernel before this one has ended.
         """
         launches, start = [], 0
-        for number, run in enumerate(runs_of_layout(matrices)):
-            rows = slice(start, start + sum(map(count_of, run)))
+        for number, run in enumerate(runs_of_layout(linears)):
+            rows = slice(start, start + sum(part.matrix.shape[0] for part in run))
             start = rows.stop
             launches.append(
                 self._linear_of_one_layout(
@@ -100,7 +95,7 @@ class Launches:
 
     def _linear_of_one_layout(
         self,
-        matrices: tuple[Matrix, ...],
+        linears: tuple[Linear, ...],
         *,
         x: Tensor | Residual,
         out: Tensor,
@@ -109,8 +104,8 @@ class Launches:
         counter: Tensor,
         early: bool,
     ) -> Launch:
-        biases = [matrix.bias for matrix in matrices]
-        rows = [matrix.rows for matrix in matrices if isinstance(matrix, PackedLinear)]
+        biases = [part.bias for part in linears]
+        rows = [packed for part in linears if (packed := packed_rows(part)) is not None]
         if rows:
             return quantised_linear.launch(
                 rows,
@@ -126,7 +121,7 @@ class Launches:
                 traced=self.traced,
             )
         return linear.launch(
-            [matrix.weight for matrix in matrices if not isinstance(matrix, PackedLinear)],
+            [part.weight for part in linears],
             biases,
             x=x,
             out=out,
@@ -172,13 +167,13 @@ class Launches:
             gate, up, down = matrices
             return quantised_mlp.launch(
                 x=x,
-                gate=gate.rows,
-                up=up.rows,
-                down=down.columns,
+                gate=gate,
+                up=up,
+                down=down,
                 thresholds=mlp.thresholds,
                 activation=mlp.activation,
-                gate_bias=gate.bias,
-                up_bias=up.bias,
+                gate_bias=mlp.gate.bias,
+                up_bias=mlp.up.bias,
                 dtype=self.spec.dtype,
                 sums=sums,
                 counter=tickets[:1],

@@ -12,7 +12,7 @@ from cats.decode.rotary import LengthRule
 from cats.errors import UnsupportedModelError
 from cats.model import Decoder, DecoderLayer, Linear, describe_decoder
 from cats.protocols import CausalModel
-from cats.weights import Dense, Quantised
+from cats.weights import Dense, Packed, Quantised
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,7 +73,7 @@ def read_spec(model: nn.Module) -> ModelSpec:
 
 
 def _check_storage(linear: Linear, name: str) -> None:
-    if not isinstance(linear.matrix, Dense | Quantised):
+    if not isinstance(linear.matrix, Dense | Packed | Quantised):
         raise UnsupportedModelError(
             f"{name} is {linear.matrix!r}, expected ordinary weights of an nn.Linear, or quantised "
             "ones that cats.from_pretrained has read (merge adapters first)"
