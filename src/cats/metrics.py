@@ -20,26 +20,29 @@ from cats.protocols import CausalModel
 from cats.weights.placement import check_has_weights, input_device
 
 
-def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
+def perplexity(
+    model: nn.Module, batches: Iterable[Batch], *, losses: list[float] | None = None
+) -> float:
     """``exp`` of the mean negative log-likelihood of each token after the first of its block.
 
     Args:
         model: A Hugging Face causal model, dense or sparse.
         batches: Token ids ``[B, T]`` with ``T >= 2``, or mappings with ``attention_mask``; padding
             is neither predicted nor counted.
+        losses: The mean negative log-likelihood of each block is added at its end.
 
     Raises:
         DataError: If there is nothing to predict, or the likelihood is NaN.
     """
-    return _perplexity(model, batches, None)
+    return _perplexity(model, batches, None, losses)
 
 
 def perplexity_and_sparsity(
-    model: nn.Module, batches: Iterable[Batch]
+    model: nn.Module, batches: Iterable[Batch], *, losses: list[float] | None = None
 ) -> tuple[float, dict[str, float]]:
     """:func:`perplexity` and :func:`realized_sparsity` of a sparse model, in one pass."""
     with DroppedNeurons(model) as dropped:
-        value = _perplexity(model, batches, dropped)
+        value = _perplexity(model, batches, dropped, losses)
     return value, dropped.shares()
 
 
@@ -69,7 +72,10 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
 
 
 def _perplexity(
-    model: nn.Module, batches: Iterable[Batch], dropped: DroppedNeurons | None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dropped: DroppedNeurons | None,
+    losses: list[float] | None,
 ) -> float:
     check_has_weights(model)
     total, tokens = 0.0, 0
@@ -87,8 +93,11 @@ def _perplexity(
             targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
         # row by row: float32 copies of all logits at once would take gigabytes
         for row, target in zip(logits[:, :-1], targets, strict=True):
-            total += float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
-            tokens += int((target != -100).sum())
+            loss = float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
+            count = int((target != -100).sum())
+            total, tokens = total + loss, tokens + count
+            if losses is not None and count:
+                losses.append(loss / count)
     if not tokens:
         raise DataError("no tokens to predict: blocks need at least two tokens")
     if math.isnan(total):

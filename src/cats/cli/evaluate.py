@@ -1,4 +1,4 @@
-"""``cats evaluate``: the quality of a model, dense and sparse."""
+"""``cats evaluate``: the quality of a model, dense, sparse and quantised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cats.evaluation.variants import Variant
-    from cats.results import TaskScore
+    from cats.protocols import Tokenizer
+    from cats.results import Perplexity, TaskScore, Value
 
 # Blocks per forward pass where --batch-size is auto.
 _BLOCKS = 4
@@ -25,6 +26,24 @@ _BLOCKS = 4
 def evaluate(
     model: options.Model,
     thresholds: options.Thresholds = None,
+    quantised: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Compare with this quantised checkpoint of MODEL, dense and, if it has "
+            "thresholds, sparse; repeatable. NAME stands in tables.",
+            show_default="int4, int8",
+            rich_help_panel="Quantised models",
+        ),
+    ] = None,
+    quantised_thresholds: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Thresholds that were calibrated on the quantised checkpoint NAME; repeatable.",
+            rich_help_panel="Quantised models",
+        ),
+    ] = None,
     text: options.Texts = None,
     tokens: Annotated[
         int | None,
@@ -40,8 +59,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Measure zero-shot tasks instead of perplexity: [b]paper8[/b], or names separated "
-            "by commas.",
+            help="Measure zero-shot tasks: [b]paper8[/b], or names separated by commas. With "
+            "--text perplexity too, else instead of it.",
             rich_help_panel="Zero-shot tasks",
         ),
     ] = None,
@@ -70,8 +89,7 @@ def evaluate(
             "--output",
             "-o",
             metavar="FOLDER",
-            help="Folder for the answers; a stopped run continues from it.",
-            rich_help_panel="Zero-shot tasks",
+            help="Folder for results and answers; a stopped run continues from the answers.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -90,14 +108,25 @@ def evaluate(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure the quality of a model, dense and sparse: perplexity or zero-shot tasks.
+    """Measure the quality of a model, dense, sparse and quantised: perplexity, zero-shot tasks.
 
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --text wiki.txt[/b]
 
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --tasks paper8 -o DIR[/b]
+
+    Example: [b]cats evaluate smollm2 --quantised smollm2-int4 --text wiki.txt[/b]
     """
     batch = parse_batch_size(batch_size)
-    _check_options(tasks, text, tokens, bos, limit, data_dir, output)
+    _check_options(tasks, text, tokens, bos, limit, data_dir)
+    checkpoints = _named(quantised or [], "--quantised", "DIR")
+    threshold_files = _named(quantised_thresholds or [], "--quantised-thresholds", "FILE")
+    if threshold_files and len(checkpoints) == 1 and [*threshold_files] == [""]:
+        threshold_files = {name: threshold_files[""] for name in checkpoints}
+    if unknown := threshold_files.keys() - checkpoints.keys():
+        raise ConfigError(
+            f"--quantised-thresholds {min(unknown)}: no --quantised of that name; write "
+            "NAME=FILE beside --quantised NAME=DIR"
+        )
     options.check_output(output and output / "results.jsonl")
     options.check_tokens(tokens, block)
     names = [] if tasks is None else check_tasks(tasks, data_dir)
@@ -105,36 +134,35 @@ def evaluate(
     loaded, tokenizer = options.load(
         model, thresholds=thresholds, dtype=dtype, device=device, threads=threads, hub=hub
     )
-    from cats.cli.tables import perplexity_table, task_table
+    from cats.cli.tables import perplexity_table
 
-    if tasks is not None:
+    if tasks is not None or checkpoints or output is not None:
         from cats.apply import densify_
         from cats.evaluation.run import identity
-        from cats.recipes.evaluation import ask_tasks, write_results
 
         variants = _variants(loaded, model, hub, thresholds)
         densify_(loaded)
+        dtype = options.Dtype(str(loaded.dtype).removeprefix("torch."))
+        for name, folder in checkpoints.items():
+            file = threshold_files.get(name)
+            variants += _in_codes(name, folder, file, tokenizer, dtype=dtype, device=device)
+        _check_labels(variants)
         settings = {"model": model, **identity(loaded, tokenizer), "revision": revision}
-        with resumable(output, _has_answers):
-            scores = ask_tasks(
-                loaded,
-                tokenizer,
-                variants,
-                names,
-                folder=output and output / "answers",
-                settings=settings,
-                limit=limit,
-                seed=seed,
-                batch_size=batch,
-                data_dir=data_dir,
-                progress=Terminal(),
+        perplexities: list[Perplexity] = []
+        scores: list[TaskScore] = []
+        if text or tasks is None:
+            perplexities = _perplexities(
+                loaded, tokenizer, variants, settings, text, tokens, block, bos, batch, output
             )
-        if output is not None:
-            write_results(output / "results.jsonl", scores)
+        if tasks is not None:
+            scores = _scores(
+                loaded, tokenizer, variants, settings, names, limit, seed, batch, data_dir, output
+            )
         if as_json:
-            options.print_json([_task_json(score) for score in scores])
+            rows = [_perplexity_json(record) for record in perplexities]
+            options.print_json([*rows, *map(_task_json, scores)])
         else:
-            options.out.print(task_table(f"{model}, zero-shot", scores).rich())
+            _print(model, perplexities, scores)
         return
     from cats.data import text_start, token_blocks
     from cats.recipes.evaluation import compare_perplexities
@@ -168,6 +196,80 @@ def evaluate(
     options.print_json(report)
 
 
+def _perplexities(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    variants: list[Variant],
+    settings: dict[str, Value],
+    text: list[Path] | None,
+    tokens: int | None,
+    block: int,
+    bos: bool | None,
+    batch: int | str,
+    output: Path | None,
+) -> list[Perplexity]:
+    from cats.data import text_start, token_blocks
+    from cats.recipes.evaluation import measure_perplexities
+
+    most = None if tokens is None else tokens // block
+    with options.err.status("reading the text ..."):
+        texts = options.texts_or_sample(text)
+        blocks = token_blocks(tokenizer, texts, length=block, limit=most, bos=bos)
+    return measure_perplexities(
+        model,
+        variants,
+        blocks.split(_BLOCKS if batch == "auto" else int(batch)),
+        text=options.describe_texts(text),
+        settings=settings | {"bos": bool(text_start(tokenizer, bos)) or None},
+        folder=output,
+        progress=Terminal(),
+    )
+
+
+def _scores(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    variants: list[Variant],
+    settings: dict[str, Value],
+    names: list[str],
+    limit: int | None,
+    seed: int,
+    batch: int | str,
+    data_dir: Path | None,
+    output: Path | None,
+) -> list[TaskScore]:
+    from cats.recipes.evaluation import ask_tasks, write_results
+
+    with resumable(output, _has_answers):
+        scores = ask_tasks(
+            model,
+            tokenizer,
+            variants,
+            names,
+            folder=output and output / "answers",
+            settings=settings,
+            limit=limit,
+            seed=seed,
+            batch_size=batch,
+            data_dir=data_dir,
+            progress=Terminal(),
+        )
+    if output is not None:
+        write_results(output / "results.jsonl", scores)
+    return scores
+
+
+def _print(model: str, perplexities: list[Perplexity], scores: list[TaskScore]) -> None:
+    from cats.cli.tables import task_table
+    from cats.report.quality import tables
+
+    if perplexities:
+        summary = tables([*perplexities, *scores])[0]
+        options.out.print(summary.rich())
+    if scores:
+        options.out.print(task_table(f"{model}, zero-shot", scores).rich())
+
+
 def _check_options(
     tasks: str | None,
     text: list[Path] | None,
@@ -175,15 +277,78 @@ def _check_options(
     bos: bool | None,
     limit: int | None,
     data_dir: Path | None,
-    output: Path | None,
 ) -> None:
     """Refuse an option that would be ignored."""
-    of_text = {"--text": text, "--tokens": tokens, "--bos/--no-bos": bos}
-    of_tasks = {"--limit": limit, "--data-dir": data_dir, "--output": output}
-    for name, value in (of_tasks if tasks is None else of_text).items():
-        if value is not None:
-            need = "goes with --tasks" if tasks is None else "is of perplexity, not of --tasks"
-            raise ConfigError(f"{name} {need}")
+    of_text = {"--tokens": tokens, "--bos/--no-bos": bos}
+    of_tasks = {"--limit": limit, "--data-dir": data_dir}
+    for name, value in of_tasks.items():
+        if tasks is None and value is not None:
+            raise ConfigError(f"{name} goes with --tasks")
+    for name, value in of_text.items():
+        if tasks is not None and not text and value is not None:
+            raise ConfigError(f"{name} is of perplexity, not of --tasks: give --text too")
+
+
+def _named(values: list[str], option: str, kind: str) -> dict[str, Path]:
+    """``NAME=PATH`` values by name; a single value may have none."""
+    named: dict[str, Path] = {}
+    for value in values:
+        name, has_name, path = value.rpartition("=")
+        if has_name and (not name or "/" in name or name == "dense"):
+            raise ConfigError(f"{option} {value}: {name!r} is no name for a table")
+        if not has_name and len(values) > 1:
+            raise ConfigError(f"{option}: several need a name each, {option} NAME={kind}")
+        if name in named:
+            raise ConfigError(f"{option}: two are named {name}")
+        named[name] = Path(path)
+    return named
+
+
+def _in_codes(
+    name: str,
+    folder: Path,
+    thresholds: Path | None,
+    tokenizer: Tokenizer,
+    *,
+    dtype: options.Dtype,
+    device: str,
+) -> list[Variant]:
+    """A quantised checkpoint, and the same with its thresholds where it has some.
+
+    Raises:
+        ConfigError: If it is not quantised, or its tokenizer splits text otherwise.
+    """
+    from cats.checkpoint import is_sparse_checkpoint, read_config
+    from cats.config import CatsConfig
+    from cats.data import sample_text
+    from cats.evaluation.variants import InCodes, Sparse
+
+    model, own_tokenizer = options.load(str(folder), dtype=dtype, device=device, dense=True)
+    sample = sample_text()[:4096]
+    if own_tokenizer(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
+        raise ConfigError(
+            f"--quantised {folder}: its tokenizer splits text otherwise than that of MODEL, so "
+            "that the two cannot be compared"
+        )
+    dense = InCodes(model, name=name or None)
+    config = None
+    if thresholds is not None:
+        config = CatsConfig.load(thresholds)
+    elif is_sparse_checkpoint(folder):
+        config = read_config(folder)
+    if config is None:
+        return [dense]
+    sparse = InCodes(model, Sparse(config), name=name or None)
+    # thresholds of another model are refused before the long work
+    with sparse.on(model):
+        pass
+    return [dense, sparse]
+
+
+def _check_labels(variants: list[Variant]) -> None:
+    labels = [variant.label for variant in variants]
+    if len({*labels}) < len(labels):
+        raise ConfigError(f"two variants have one name in {', '.join(labels)}: choose other names")
 
 
 def _has_answers(folder: Path) -> bool:
@@ -211,4 +376,22 @@ def _task_json(score: TaskScore) -> dict[str, object]:
         "value": score.value,
         "questions": score.samples,
         **{name: getattr(score, name) for name in names},
+    }
+
+
+def _perplexity_json(record: Perplexity) -> dict[str, object]:
+    names = (
+        "variant",
+        "text",
+        "tokens",
+        "realized_sparsity",
+        "bits",
+        "token_bytes",
+        "loss_difference",
+        "loss_difference_stderr",
+    )
+    return {
+        "metric": record.quantity,
+        "value": record.value,
+        **{name: getattr(record, name) for name in names},
     }

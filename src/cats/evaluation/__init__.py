@@ -3,12 +3,13 @@
 from cats.evaluation.answers import Answers, Question, Score, paired_difference
 from cats.evaluation.inputs import InputCounts
 from cats.evaluation.tasks import PAPER8, evaluate_task, task_names
-from cats.evaluation.variants import Dense, InputThresholds, Sparse, Variant
+from cats.evaluation.variants import Dense, InCodes, InputThresholds, Sparse, Variant
 
 __all__ = [
     "PAPER8",
     "Answers",
     "Dense",
+    "InCodes",
     "InputCounts",
     "InputThresholds",
     "Question",

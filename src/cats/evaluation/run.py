@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -83,9 +84,9 @@ def answer_tasks(
             check_same(path, "answers", answers.settings, {"limit": limit, "seed": seed} | settings)
         else:
             on_task(task)
-            with variant.on(model):
+            with variant.on(model) as running:
                 answers = evaluate_task(
-                    model,
+                    running,
                     tokenizer,
                     task,
                     limit=limit,
@@ -131,6 +132,7 @@ def measure_perplexity(
     text: str,
     settings: Mapping[str, Value],
     track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+    dense_losses: Sequence[float] | None = None,
 ) -> Perplexity:
     """Perplexity of a variant, and the bytes that one of its tokens reads.
 
@@ -141,6 +143,7 @@ def measure_perplexity(
         text: Name of their text, for the result.
         settings: All else that the number depends on, such as the model's name.
         track: Gives the batches one by one, for example with a progress bar.
+        dense_losses: ``losses`` of the dense variant on the same batches, to compare with.
     """
     value, share = variant.measure(model, track(batches))
     result_settings: dict[str, Value] = {
@@ -151,8 +154,12 @@ def measure_perplexity(
         **text_settings(batches),
         "realized_sparsity": variant.dropped,
         "mlp_share": share,
-        "token_bytes": token_bytes(model, share),
+        "token_bytes": token_bytes(variant.base(model), share),
     }
+    if dense_losses is not None:
+        difference = paired_losses(dense_losses, variant.losses)
+        result_settings["loss_difference"] = difference.value
+        result_settings["loss_difference_stderr"] = difference.stderr
     return Perplexity.of(
         result_settings,
         value=value,
@@ -161,6 +168,14 @@ def measure_perplexity(
         samples=1,
         environment=environment(str(input_device(model))),
     )
+
+
+def paired_losses(first: Sequence[float], second: Sequence[float]) -> Score:
+    """Mean of ``second - first`` block by block, and its standard error."""
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    count = len(differences)
+    stderr = statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
+    return Score(statistics.fmean(differences), stderr, count)
 
 
 def text_settings(batches: Sequence[Tensor]) -> dict[str, Value]:

@@ -1,4 +1,4 @@
-"""The ways to run a model that an evaluation compares: dense, sparse by neuron, sparse by input.
+"""The ways to run a model that an evaluation compares: dense, sparse, quantised.
 
 The evaluation takes any :class:`Variant`. To compare another method, add a small class here, or a
 method to :mod:`cats.methods`, which :class:`Sparse` runs.
@@ -7,6 +7,7 @@ method to :mod:`cats.methods`, which :class:`Sparse` runs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeAlias
@@ -18,10 +19,13 @@ from cats import fingerprint
 from cats.apply import densify_, sparsify_
 from cats.config import CatsConfig, label_of
 from cats.data import Batch
+from cats.errors import ConfigError
 from cats.evaluation.traffic import mean_share, neuron_shares
 from cats.functional import keep_mask
 from cats.metrics import perplexity, perplexity_and_sparsity
 from cats.model import find_gated_mlps
+from cats.results import QUANTISED
+from cats.weights import Quantised
 
 PreHook: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -33,15 +37,21 @@ class Variant(ABC):
         label: Its name in tables and files, such as ``"cats-50"``.
         settings: All that its answers depend on, besides the model and the data.
         dropped: Mean share of neurons that the last measurement dropped; None if it drops none.
+        losses: Of the last measurement, the mean negative log-likelihood of each block.
     """
 
     label: str
     settings: dict[str, str | int | float | bool | None]
     dropped: float | None = None
+    losses: list[float]
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The dense model whose weights this variant reads, where ``model`` is what is compared."""
+        return model
 
     @abstractmethod
     def on(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Context in which the dense ``model`` runs this way; after it the model is dense again."""
+        """Context that gives the model that runs this way; after it ``model`` is dense again."""
 
     @abstractmethod
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
@@ -65,7 +75,8 @@ class Dense(Variant):
         yield model
 
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-        return perplexity(model, batches), 1.0
+        self.losses = []
+        return perplexity(model, batches, losses=self.losses), 1.0
 
 
 class Sparse(Variant):
@@ -91,10 +102,62 @@ class Sparse(Variant):
             densify_(model)
 
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+        self.losses = []
         with self.on(model):
-            value, realized = perplexity_and_sparsity(model, batches)
+            value, realized = perplexity_and_sparsity(model, batches, losses=self.losses)
         self.dropped = sum(realized.values()) / len(realized)
         return value, mean_share(model, neuron_shares(model, realized))
+
+
+class InCodes(Variant):
+    """A quantised copy of the model, dense or in a way of its own."""
+
+    def __init__(
+        self, model: nn.Module, way: Variant | None = None, *, name: str | None = None
+    ) -> None:
+        """
+        Args:
+            model: The quantised model, dense.
+            way: How it runs, such as ``Sparse(config)`` with thresholds of its own.
+            name: Its name in tables and files; None for ``"int4"``, ``"int8"`` or ``"float8"``.
+
+        Raises:
+            ConfigError: If no layer of the model is quantised.
+        """
+        way = way or Dense()
+        self._model, self._way = model, way
+        sizes: Counter[tuple[str, int, int | None]] = Counter()
+        for module in model.modules():
+            if (weight := Quantised.of(module)) is not None:
+                group = None if weight.groups == 1 else weight.group_size
+                sizes[weight.kind, weight.bits, group] += weight.shape[0] * weight.columns
+        if not sizes:
+            raise ConfigError("no layer of the model is quantised: cats quantize makes such a one")
+        kind, bits, group_size = sizes.most_common(1)[0][0]
+        name = name or kind
+        is_dense = isinstance(way, Dense)
+        self.label = name if is_dense else f"{name}-{way.label}"
+        self.settings = {
+            **way.settings,
+            **({"method": QUANTISED} if is_dense else {}),
+            "quantised": name,
+            "bits": bits,
+            "group_size": group_size,
+            "codes": fingerprint.of_model(model),
+        }
+
+    def base(self, model: nn.Module) -> nn.Module:
+        return self._model
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[nn.Module]:
+        with self._way.on(self._model) as running:
+            yield running
+
+    def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
+        value, share = self._way.measure(self._model, batches)
+        self.dropped, self.losses = self._way.dropped, self._way.losses
+        return value, share
 
 
 class InputThresholds(Variant):
@@ -141,9 +204,9 @@ class InputThresholds(Variant):
             yield model
 
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-        self._kept, self._tokens = {}, {}
+        self._kept, self._tokens, self.losses = {}, {}, []
         with self.on(model):
-            value = perplexity(model, batches)
+            value = perplexity(model, batches, losses=self.losses)
         shares = {}
         for mlp in find_gated_mlps(model, names=self.thresholds):
             read = 0.0

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from cats.recipes.demo_results import Demonstration
     from cats.recipes.demonstration import demonstrate
     from cats.recipes.description import Architecture, architecture
-    from cats.recipes.evaluation import Perplexities, ask_tasks, compare_perplexities
+    from cats.recipes.evaluation import (
+        Perplexities,
+        ask_tasks,
+        compare_perplexities,
+        measure_perplexities,
+    )
     from cats.recipes.generation import Answer, answer
     from cats.recipes.max_loss import LargestSparsity, largest_sparsity
     from cats.recipes.progress import Progress
@@ -45,6 +50,7 @@ __all__ = [
     "count",
     "demonstrate",
     "largest_sparsity",
+    "measure_perplexities",
     "prepare_",
     "quantise",
     "reproduce",
@@ -73,6 +79,7 @@ __getattr__, __dir__ = exports(
         "count": "cats.recipes.counting",
         "demonstrate": "cats.recipes.demonstration",
         "largest_sparsity": "cats.recipes.max_loss",
+        "measure_perplexities": "cats.recipes.evaluation",
         "prepare_": "cats.recipes.training",
         "quantise": "cats.recipes.quantisation",
         "reproduce": "cats.recipes.reproduction",

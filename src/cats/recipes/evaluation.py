@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from cats.apply import densify_
 from cats.evaluation.answers import Value
-from cats.evaluation.run import answer_tasks
+from cats.evaluation.run import answer_tasks, check_same, measure_perplexity, text_settings
 from cats.evaluation.run import results as results_of
 from cats.evaluation.variants import Variant
 from cats.metrics import perplexity, perplexity_and_sparsity
 from cats.protocols import Tokenizer
 from cats.recipes.progress import Progress
-from cats.results import Result, TaskScore
+from cats.results import Perplexity, Result, TaskScore, read_results
 from cats.storage import replacing
 
 
@@ -63,6 +63,56 @@ def compare_perplexities(
         target_sparsity=block["target_sparsity"],
         realized_sparsity=realized,
     )
+
+
+def measure_perplexities(
+    model: nn.Module,
+    variants: Iterable[Variant],
+    batches: Sequence[Tensor],
+    *,
+    text: str,
+    settings: Mapping[str, Value],
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Perplexity]:
+    """Perplexity of several variants of one model, all compared block by block with the first.
+
+    Args:
+        model: The dense model.
+        variants: Ways to run it; the first is :class:`cats.evaluation.variants.Dense`.
+        batches: Token ids ``[B, T]`` each.
+        text: Name of their text.
+        settings: The model's name, and :func:`cats.evaluation.run.identity`.
+        folder: The records are written into it, one file per variant and text.
+        progress: Shows each pass over the batches.
+
+    Raises:
+        DataError: If the folder holds a perplexity of the same name of another model or text.
+    """
+    progress = progress or Progress()
+    records: list[Perplexity] = []
+    dense_losses = None
+    for variant in variants:
+        name = f"{variant.label}-{text}".replace("/", "-").replace(" ", "-").replace(",", "")
+        path = None if folder is None else folder / "perplexity" / f"{name}.jsonl"
+        expected = {**settings, **variant.settings, **text_settings(batches)}
+        if path is not None and path.exists():
+            for stored in read_results(path):
+                check_same(path, "results", stored.settings, expected)
+        record = measure_perplexity(
+            model,
+            variant,
+            batches,
+            text=text,
+            settings=settings,
+            track=partial(progress.track, text=f"{variant.label} perplexity"),
+            dense_losses=dense_losses,
+        )
+        dense_losses = dense_losses or variant.losses
+        if path is not None:
+            write_results(path, [record])
+        records.append(record)
+    return records
 
 
 def ask_tasks(

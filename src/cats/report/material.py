@@ -158,7 +158,7 @@ class Material:
                     if (model, dtype, p.method) == (p.model, p.dtype, "cats")
                     and {0.0, target} <= by_sparsity.keys()
                 }
-                if dense is not None and target and pairs:
+                if dense is not None and target and pairs and p.quantised is None:
                     tradeoffs.append(Tradeoff(dense, p, pairs))
         return tradeoffs
 

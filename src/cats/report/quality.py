@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +18,14 @@ Quality = Perplexity | TaskScore
 
 
 def read_quality(folder: Path) -> list[Quality]:
-    """The perplexities and task scores of ``cats reproduce``.
+    """The perplexities and task scores of ``cats reproduce`` or ``cats evaluate -o``.
 
     Raises:
         DataError: If there is none of the dense model.
     """
     files = sorted((folder / "perplexity").glob("*.jsonl"))
-    if (folder / "tasks.jsonl").exists():
-        files.append(folder / "tasks.jsonl")
+    # cats reproduce writes the first, cats evaluate the second
+    files += [p for p in (folder / "tasks.jsonl", folder / "results.jsonl") if p.exists()]
     read = (result for file in files for result in read_results(file))
     results = [result for result in read if isinstance(result, Perplexity | TaskScore)]
     if not any(result.variant == "dense" for result in results):
@@ -35,7 +36,8 @@ def read_quality(folder: Path) -> list[Quality]:
 def tables(results: Sequence[Quality]) -> list[Table]:
     """One row per variant: bytes, perplexity of each text, mean accuracy and its loss; then tasks.
 
-    The first table has a title for both.
+    Where models are quantised, it has megabytes of a token too, and what perplexities lose, which
+    is exact to fractions of a percent. The first table has a title for both.
     """
     perplexity = {(r.variant, r.text): r for r in results if isinstance(r, Perplexity)}
     accuracy = {
@@ -46,18 +48,33 @@ def tables(results: Sequence[Quality]) -> list[Table]:
     tasks = [t for t in dict.fromkeys(task for _, task in accuracy) if t != MEAN]
     # a single task has no mean
     has_mean = any(task == MEAN for _, task in accuracy)
+    quantised = any(r.quantised is not None for r in results)
     rows = []
     for variant in variants:
         records = [perplexity.get((variant, text)) for text in texts]
         share = next((r.mlp_share for r in records if r is not None), None)
-        values = ["" if r is None else f"{r.value:.2f}" for r in records]
-        row = [variant, cell(share, ".1%"), *values]
+        row = [variant, cell(share, ".1%")]
+        if quantised:
+            size = next((r.token_bytes / 1e6 for r in records if r is not None), None)
+            row.append(cell(size, ",.1f"))
+        for r in records:
+            row.append("" if r is None else f"{r.value:.2f}")
+            if quantised:
+                row.append("" if r is None else _loss(r))
         if has_mean:
             mean = accuracy.get((variant, MEAN))
             row += ["", ""] if mean is None else [f"{mean.value:.2%}", _difference(mean)]
         rows.append(row)
-    columns = ["variant", "MLP bytes read", *(f"perplexity of {_short(text)}" for text in texts)]
-    columns += [f"mean of {len(tasks)} tasks", "difference"] if has_mean else []
+    if quantised:
+        # lines of a terminal begin after each comma: what is wider than 80 characters is cut off
+        columns = ["variant", "MLP, read", "MB, per token"]
+        columns += [name for text in texts for name in (f"perplexity, {_short(text)}", "change")]
+        mean_name = f"{len(tasks)} tasks, mean"
+    else:
+        columns = ["variant", "MLP bytes read"]
+        columns += [f"perplexity of {_short(text)}" for text in texts]
+        mean_name = f"mean of {len(tasks)} tasks"
+    columns += [mean_name, "difference"] if has_mean else []
     out = [Table(title=_title(results[0]), columns=columns, rows=rows)]
     if tasks:
         rows = []
@@ -72,11 +89,24 @@ def tables(results: Sequence[Quality]) -> list[Table]:
 
 def _title(r: Quality) -> str:
     begin = ", every block begun with a beginning-of-sequence token" if r.bos else ""
+    calibrated = ""
+    if r.calibration_samples is not None:
+        calibrated = (
+            f"; calibrated on {r.calibration_samples} blocks of {r.calibration_length} tokens of "
+            f"{r.calibration_text}, seed {r.calibration_seed}"
+        )
     return (
-        f"{r.model}, {r.dtype}, on {r.device}; calibrated on {r.calibration_samples} blocks of "
-        f"{r.calibration_length} tokens of {r.calibration_text}, seed {r.calibration_seed}{begin}; "
-        "differences to dense are paired, ± one standard error"
+        f"{r.model}, {r.dtype}, on {r.device}{calibrated}{begin}; differences to dense are paired, "
+        "± one standard error"
     )
+
+
+def _loss(r: Perplexity) -> str:
+    """By how much a perplexity is above that of the dense model; empty for that model."""
+    if r.variant == "dense" or r.loss_difference is None:
+        return ""
+    change = f"{math.expm1(r.loss_difference):+.2%}"
+    return plus_minus(change, r.loss_difference_stderr, ".2f")
 
 
 def _short(text: str) -> str:
@@ -124,7 +154,7 @@ def over(
         if r.method == "dense":
             axis.axhline(r.value, color=plots.INK, linestyle="--", linewidth=1, label="dense")
         elif position is not None:
-            lines[r.method].append((position, r.value, r.low, r.high))
+            lines[r.family].append((position, r.value, r.low, r.high))
     # a method has the same colour in every figure
     names = list(dict.fromkeys([*COMPARED[1:], *lines]))
     for method, line in lines.items():

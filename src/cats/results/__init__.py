@@ -3,7 +3,7 @@
 from cats.results.environment import environment
 from cats.results.files import append_results, join_results, read_results, run_of
 from cats.results.profile import LayerRecord, ProfileRecord
-from cats.results.quality import COMPARED, MEAN, DemoTime, Perplexity, TaskScore
+from cats.results.quality import COMPARED, MEAN, QUANTISED, DemoTime, Perplexity, TaskScore
 from cats.results.records import (
     DENSE_MLPS,
     EVENTS,
@@ -33,6 +33,7 @@ __all__ = [
     "LAUNCHES",
     "MEAN",
     "PAPER_MLP",
+    "QUANTISED",
     "DecodeBandwidth",
     "DecodeResult",
     "DecodeVariantResult",

@@ -10,6 +10,8 @@ from cats.results.result import FOUND, Found, MayBeFound, ModelResult, Result
 MEAN = "mean"
 # Methods whose quality is compared, in the order of tables.
 COMPARED = ("dense", "cats", "relu", "input", "teal")
+# The method of a quantised model without thresholds.
+QUANTISED = "quantised"
 
 
 class _OfAModel(Result):
@@ -20,9 +22,14 @@ class _OfAModel(Result):
 
     Attributes:
         variant: Its label, such as ``"cats-50"``.
-        method: One of ``COMPARED``, or another one of :mod:`cats.methods`.
+        method: One of ``COMPARED``, ``QUANTISED``, or another one of :mod:`cats.methods`.
         target_sparsity: None for the dense model and for ReLU.
         weights: Hash of the dense weights by :mod:`cats.fingerprint`, which makes all hashes here.
+            That of the 16-bit model, also where the variant is a quantised one.
+        quantised: Name of the quantised model, such as ``"int4"``; None for the 16-bit one.
+        bits: Of the codes of most weights; None for the 16-bit model.
+        group_size: Columns that share a scale; None for a scale per row.
+        codes: Hash of the quantised model.
     """
 
     limit: int | None = None
@@ -42,15 +49,25 @@ class _OfAModel(Result):
     calibration_tokens: int | None = None
     calibration_hash: str | None = None
     thresholds: str | None = None
+    quantised: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    codes: str | None = None
     harness: str | None = None
     data: str | None = None
     variant: str
 
     @property
-    def order(self) -> tuple[int, str, float]:
-        """What tables are sorted by: the method, then its target."""
-        rank = COMPARED.index(self.method) if self.method in COMPARED else len(COMPARED)
-        return rank, self.method, self.target_sparsity or 0.0
+    def order(self) -> tuple[str, int, str, float]:
+        """What tables are sorted by: the weights, 16 bits first, then the method and its target."""
+        ranks = {QUANTISED: 0} | {method: rank for rank, method in enumerate(COMPARED)}
+        rank = ranks.get(self.method, len(COMPARED))
+        return self.quantised or "", rank, self.method, self.target_sparsity or 0.0
+
+    @property
+    def family(self) -> str:
+        """The method, and which weights it runs on: variants of one line in a plot."""
+        return self.method if self.quantised is None else f"{self.quantised}, {self.method}"
 
     @property
     def hashes(self) -> tuple[str, ...]:
@@ -67,6 +84,9 @@ class Perplexity(_OfAModel):
         realized_sparsity: Mean share of dropped neurons; None where no neurons are dropped.
         mlp_share: Share of the MLPs' weights that a token reads.
         token_bytes: Bytes of all weights that a token reads.
+        loss_difference: Difference from the dense model of the mean negative log-likelihood of a
+            token; None where no dense model was measured beside it.
+        loss_difference_stderr: Standard error of the paired differences, block by block.
     """
 
     benchmark: Literal["perplexity"] = "perplexity"
@@ -79,6 +99,8 @@ class Perplexity(_OfAModel):
     realized_sparsity: MayBeFound = None
     mlp_share: Found
     token_bytes: Annotated[int, FOUND]
+    loss_difference: MayBeFound = None
+    loss_difference_stderr: MayBeFound = None
 
 
 class TaskScore(_OfAModel):
