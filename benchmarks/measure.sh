@@ -2,10 +2,11 @@
 # Everything that benchmarks/results/<device>/ holds, by groups that may be run one at a time:
 #
 #   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches timeline      needs a GPU
-#   sh benchmarks/measure.sh OUT quality finetune DATA                                 also SmolLM2 and data (README.md says which)
+#   sh benchmarks/measure.sh OUT quality quantised finetune DATA                       also SmolLM2 and data (README.md says which)
 #
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
 # PYTHON names the interpreter, PYTEST more options for the tests, CATS_COMMIT the commit where the sources are no checkout.
+# GEMMA names the GGUF file of Gemma 3 270M (docs/reproduce.md): then "quantised" measures it too. LIMIT and TOKENS make it smaller.
 set -u
 usage() { sed -n '4,5s/^# *//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
@@ -18,7 +19,7 @@ step() { # NAME SECONDS COMMAND...: the command writes $work, or prints what bel
     [ -e "$out/$name" ] && return
     echo "$(date +%T) $name"
     work=$out/$name.work
-    rm -f "$work"
+    rm -f "$work" "$out/$name.failed"
     if timeout "$seconds" "$@" > "$out/$name.log" 2>&1; then
         [ -e "$work" ] && mv "$work" "$out/$name" || mv "$out/$name.log" "$out/$name"
     else
@@ -93,6 +94,80 @@ quality() {
     step reproduce.log 300 $python -m cats $recipe --eval-text "$data/text/wikitext2_raw_test.txt.gz"
 }
 
+# SmolLM2 and Gemma in 16, 8 and 4 bits, dense and sparse; the checkpoints are deleted where all went well.
+quantised() {
+    data=$1 checkpoints=$out/quantised/checkpoints
+    mkdir -p "$checkpoints"
+    # unpacked once, before several processes look for it
+    step quantised/smollm2.log 120 $python -c "from cats import smollm2; print(smollm2.checkpoint())"
+    names=smollm2
+    if [ -n "${GEMMA:-}" ]; then
+        names="smollm2 gemma"
+        step quantised/gemma.log 120 $python -c "
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+path, folder = map(Path, sys.argv[1:])
+given = dict(gguf_file=path.name)
+tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+dense = GgufConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained(path.parent, quantization_config=dense, **given)
+model.save_pretrained(folder)
+tokenizer.save_pretrained(folder)" "$GEMMA" "$checkpoints/gemma"
+    fi
+    for name in $names; do
+        for kind in 8-rtn--1 8-gptq--1 8-rtn-64 4-rtn-64 4-rtn-32 4-gptq-64 4-gptq-32; do quantise $name $kind & done
+        calibrate $name "$(model_of $name)" &
+    done
+    wait
+    for name in $names; do
+        for kind in int4-gptq-64 int8-gptq; do calibrate $name-$kind "$checkpoints/$name-$kind" & done
+    done
+    wait
+    for name in $names; do perplexities $name & done
+    for tasks in hellaswag boolq arc_easy,openbookqa piqa,winogrande sciq,arc_challenge; do answers $tasks & done
+    wait
+    answers openbookqa,arc_easy,winogrande,hellaswag,arc_challenge,piqa,boolq,sciq
+    ls "$out/quantised/"*.failed > /dev/null 2>&1 || rm -r "$checkpoints"
+}
+
+model_of() { [ "$1" = smollm2 ] && echo smollm2 || echo "$checkpoints/$1"; }
+
+quantise() { # NAME BITS-METHOD-GROUP
+    bits=${2%%-*} rest=${2#*-}
+    method=${rest%%-*} group=${rest#*-}
+    kind=int$bits-$method; [ "$group" = -1 ] || kind=$kind-$group
+    step "quantised/quantize-$1-$kind.log" 200 $python -m cats quantize "$(model_of "$1")" --bits "$bits" \
+        --method "$method" --group "$group" --text "$data/text/c4_en.txt.gz" --dtype bfloat16 \
+        --tokens "${TOKENS:-65536}" -o "$checkpoints/$1-$kind"
+}
+
+calibrate() { # NAME MODEL
+    step "quantised/calibrate-$1.log" 150 $python -m cats calibrate "$2" --text "$data/text/c4_en.txt.gz" \
+        --tokens "${TOKENS:-112640}" --dtype bfloat16 -o "$checkpoints/$1.safetensors"
+}
+
+perplexities() { # NAME
+    set -- "$1" "$checkpoints/$1"
+    step "quantised/perplexity-$1.log" 250 $python -m cats evaluate "$(model_of "$1")" \
+        --thresholds "$2.safetensors" --text "$data/text/wikitext2_raw_test.txt.gz" --dtype bfloat16 \
+        ${TOKENS:+--tokens $TOKENS} -o "$out/quantised/$1" \
+        --quantised int8-rtn="$2-int8-rtn" --quantised int8-gptq="$2-int8-gptq" \
+        --quantised int8-rtn-64="$2-int8-rtn-64" --quantised int4-rtn-64="$2-int4-rtn-64" \
+        --quantised int4-rtn-32="$2-int4-rtn-32" --quantised int4-gptq-64="$2-int4-gptq-64" \
+        --quantised int4-gptq-32="$2-int4-gptq-32" \
+        --quantised-thresholds int4-gptq-64="$2-int4-gptq-64.safetensors" \
+        --quantised-thresholds int8-gptq="$2-int8-gptq.safetensors"
+}
+
+answers() { # TASKS
+    set -- "$1" "$checkpoints/smollm2"
+    step "quantised/answers-$1.log" 300 $python -m cats evaluate smollm2 --thresholds "$2.safetensors" --tasks "$1" \
+        --data-dir "$data" --limit "${LIMIT:-2000}" --dtype bfloat16 --batch-size 64 -o "$out/quantised/smollm2" \
+        --quantised int4-gptq-64="$2-int4-gptq-64" \
+        --quantised-thresholds int4-gptq-64="$2-int4-gptq-64.safetensors"
+}
+
 finetune() {
     data=$1
     c4=$data/text/c4_en.txt.gz
@@ -125,7 +200,7 @@ join() {
 
 while [ $# -gt 0 ]; do
     case $1 in
-        quality|finetune) needs="${needs:-} $1" ;;
+        quality|quantised|finetune) needs="${needs:-} $1" ;;
         tests|sanitize|mlp|model|decode|contexts|batches|timeline) $1 ;;
         *)
             [ -n "${needs:-}" ] && [ -d "$1/text" ] || usage
