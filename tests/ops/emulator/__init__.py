@@ -37,6 +37,7 @@ _LAUNCHING = [
     "embedding.cuda",
     "linear.cuda",
     "linear.quantised",
+    "linear.rows",
     "mlp.cuda.launch",
     "mlp.cuda.quantised",
     "mlp.cuda.residual",
