@@ -41,6 +41,7 @@ _LAUNCHING = [
     "mlp.cuda.launch",
     "mlp.cuda.quantised",
     "mlp.cuda.residual",
+    "mlp.cuda.rows",
 ]
 _SHARED = "extern __shared__ __align__(128) char memory[];"
 _ENTRY = """
