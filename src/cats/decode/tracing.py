@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cats.decode.marks import DEEPEST, OF_EVERY_MODULE, AttributeKey, inside, is_recorder
 from cats.decode.rotary import is_adaptive
-from cats.fusion import FusedGatedMLP
+from cats.fusion import FusedMLP
 from cats.model import CatsActivation
 
 # Largest relative difference between the logits of a step and those of the model's own step: in
@@ -168,7 +168,7 @@ def stored_names(changed: dict[AttributeKey, str], model: nn.Module) -> list[str
     handled = {
         index
         for index, module in enumerate(model.modules())
-        if is_adaptive(module) or isinstance(module, FusedGatedMLP | CatsActivation)
+        if is_adaptive(module) or isinstance(module, FusedMLP | CatsActivation)
     }
     return [name for (index, _), name in changed.items() if index not in handled]
 

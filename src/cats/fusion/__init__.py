@@ -1,10 +1,14 @@
-"""Fused MLPs: the operator ``cats::gated_mlp`` runs instead of a model's sparse MLPs."""
+"""Fused MLPs: one operator, over ordinary or quantised weights, runs instead of a sparse MLP."""
 
+from cats.fusion.base import FusedMLP
 from cats.fusion.mlp import FusedGatedMLP
 from cats.fusion.model import fuse_, fused_mlps, restore_layout_, take_out_, unfuse_
+from cats.fusion.packed import FusedPackedMLP
 
 __all__ = [
     "FusedGatedMLP",
+    "FusedMLP",
+    "FusedPackedMLP",
     "fuse_",
     "fused_mlps",
     "restore_layout_",

@@ -8,9 +8,11 @@ from typing import TypeVar
 from torch import nn
 
 from cats.errors import BackendError, UnsupportedModelError
+from cats.fusion.base import FusedMLP
 from cats.fusion.mlp import FusedGatedMLP
+from cats.fusion.packed import FusedPackedMLP, packed_unless_error
 from cats.model import CatsActivation, find_gated_mlps, share_hooks
-from cats.model.fusable import check_fusable, check_memory
+from cats.model.fusable import check_fusable, check_memory, is_quantised_mlp
 from cats.ops import BACKENDS
 from cats.undo import lay_out_, unchanged_on_error
 
@@ -21,7 +23,8 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
     """Run the sparse MLPs of a model as one operator each, in place, for fast decoding.
 
     An MLP is taken if a probe shows that it computes ``down(act(gate(x)) * up(x))``. The weight of
-    ``down`` is laid out column by column, in place: same shape, same name, no second copy.
+    ``down`` is laid out column by column, in place: same shape, same name, no second copy. Codes of
+    quantised layers are packed, in place; they are saved and loaded as before.
 
     Args:
         model: A sparse model; see :func:`cats.sparsify_`. Already fused MLPs stay.
@@ -31,9 +34,9 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
         The same model.
 
     Raises:
-        UnsupportedModelError: If the model is dense, or an MLP computes another formula, has layers
-            other than ``nn.Linear`` with ordinary weights, or hooks on its layers. Hooks on the MLP
-            itself go along.
+        UnsupportedModelError: If the model is dense, or an MLP computes another formula, has hooks
+            on its layers, or layers other than ``nn.Linear`` with ordinary weights or quantised
+            ones that kernels read. Hooks on the MLP itself go along.
         BackendError: If there is no such backend.
 
     A call that fails leaves the model as it was.
@@ -60,16 +63,23 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
     mlps = find_gated_mlps(model, names=sparse - fused.keys())
     for mlp in mlps:
         check_fusable(mlp)
-    replacements = [FusedGatedMLP(mlp, backend) for mlp in mlps]
-    strides = {id(module.down_weight): module.down_stride for module in fused.values()}
-    check_memory(model, [replacement.down_weight for replacement in replacements])
-    with unchanged_on_error(model):
-        for replacement in replacements:
-            weight = replacement.down_weight
+    packed = [FusedPackedMLP(mlp, backend) for mlp in mlps if is_quantised_mlp(mlp)]
+    dense = [FusedGatedMLP(mlp, backend) for mlp in mlps if not is_quantised_mlp(mlp)]
+    strides = {
+        id(module.down_weight): module.down_stride
+        for module in fused.values()
+        if isinstance(module, FusedGatedMLP)
+    }
+    check_memory(model, [module.down_weight for module in dense])
+    replacements: list[FusedMLP] = [*dense, *packed]
+    with packed_unless_error(packed), unchanged_on_error(model):
+        for module in dense:
+            weight = module.down_weight
             # a weight that two MLPs share is laid out already
-            replacement.down_stride = strides.setdefault(id(weight), replacement.down_stride)
+            module.down_stride = strides.setdefault(id(weight), module.down_stride)
             # each neuron's column becomes contiguous; the parameter stays the same object
             lay_out_(weight, (1, len(weight)))
+        for replacement in replacements:
             # kernels read one threshold per neuron
             replacement.widen_thresholds_()
         _replace(model, {replacement.original: replacement for replacement in replacements})
@@ -90,7 +100,7 @@ def unfuse_(model: M) -> M:
     return model
 
 
-def take_out_(model: nn.Module) -> list[FusedGatedMLP]:
+def take_out_(model: nn.Module) -> list[FusedMLP]:
     """Put the original MLPs back, and return the fused ones; no weight is moved."""
     fused = [module for _, module in fused_mlps(model)]
     for module in fused:
@@ -101,23 +111,27 @@ def take_out_(model: nn.Module) -> list[FusedGatedMLP]:
     return fused
 
 
-def restore_layout_(fused: Iterable[FusedGatedMLP]) -> None:
+def restore_layout_(fused: Iterable[FusedMLP]) -> None:
     """Give the weights of MLPs that were taken out the memory layout that they had before."""
     for module in fused:
-        down = module._modules[module.layout.down]
-        weight = getattr(down, "weight", None)
-        # not a weight that was replaced since, by quantisation or another size
-        if type(weight) is nn.Parameter and weight.shape == module.down_shape:
-            lay_out_(weight, module.down_stride)
+        if isinstance(module, FusedPackedMLP):
+            for layer in module.quantised_layers:
+                layer.unpack_()
+        elif isinstance(module, FusedGatedMLP):
+            down = module._modules[module.layout.down]
+            weight = getattr(down, "weight", None)
+            # not a weight that was replaced since, by quantisation or another size
+            if type(weight) is nn.Parameter and weight.shape == module.down_shape:
+                lay_out_(weight, module.down_stride)
         act = module._modules[module.activation_name]
         if isinstance(act, CatsActivation):
             act.narrow_()
 
 
-def fused_mlps(model: nn.Module) -> Iterator[tuple[str, FusedGatedMLP]]:
+def fused_mlps(model: nn.Module) -> Iterator[tuple[str, FusedMLP]]:
     """Name and module of each fused MLP, in the order of the model."""
     for name, module in model.named_modules():
-        if isinstance(module, FusedGatedMLP):
+        if isinstance(module, FusedMLP):
             yield name, module
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from cats.errors import UnsupportedModelError
 from cats.model.mlp import GatedMLP, GatedOperands
 from cats.model.modules import evaluating, is_hooked
+from cats.model.packable import check_packable
 from cats.ops import GatedMLPArguments
 from cats.ops.mlp import dense
-from cats.weights import Dense, Foreign, weight_of
+from cats.weights import Dense, Foreign, Packed, Quantised, weight_of
 from cats.weights.placement import has_weights, is_offloaded
 
 # Largest relative error of the probe: both sides run the same GEMMs, so that only rounding differs.
@@ -28,11 +29,18 @@ def check_fusable(mlp: GatedMLP) -> None:
     """
     if reason := _unfusable(mlp):
         raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
+    if mlp.layout is not None and (reason := _unpackable(mlp)):
+        raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
     if mlp.layout is None or not _computes(mlp):
         raise UnsupportedModelError(
             f"{mlp.name} cannot be fused: it does not compute down(act(gate(x)) * up(x)); "
             "the sparse model runs as it is, without fuse_"
         )
+
+
+def is_quantised_mlp(mlp: GatedMLP) -> bool:
+    """Whether its layers hold codes."""
+    return any(isinstance(matrix, Quantised | Packed) for matrix in mlp.matrices.values())
 
 
 def check_memory(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
@@ -76,6 +84,8 @@ def _unfusable(mlp: GatedMLP) -> str | None:
             bias = child._parameters.get("bias")
             if bias is None or (type(bias) is nn.Parameter and bias.is_floating_point()):
                 continue
+        elif isinstance(weight, Quantised | Packed):
+            continue
         elif weight is not None and not isinstance(weight, Foreign):
             return f"{name} is a {weight!r}, which no kernel takes"
         if type(child) is nn.Linear and "weight" not in child._parameters:
@@ -91,13 +101,22 @@ def _unfusable(mlp: GatedMLP) -> str | None:
     return None
 
 
+def _unpackable(mlp: GatedMLP) -> str | None:
+    """Why no kernel reads the codes of an MLP; None where one does, or where it is dense."""
+    try:
+        check_packable(mlp.operands(), "it")
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
 def _arguments(x: Tensor, operands: GatedOperands) -> GatedMLPArguments:
     gate, up, down = operands.gate, operands.up, operands.down
     return GatedMLPArguments(
         x,
-        gate.weight,
-        up.weight,
-        down.weight,
+        gate.matrix.dequantised(),
+        up.matrix.dequantised(),
+        down.matrix.dequantised(),
         operands.thresholds,
         operands.activation,
         operands.router,

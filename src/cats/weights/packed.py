@@ -183,12 +183,15 @@ class Packed(Weight):
         return f"<int{self.layout.bits} weight [{rows}, {columns}], {scaling}, packed {self.order}>"
 
 
-def row_layout(weight: Quantised, name: str = "the matrix") -> RowLayout:
+def row_layout(weight: Quantised | Packed, name: str = "the matrix") -> RowLayout:
     """How kernels read the rows of a matrix.
 
     Raises:
         UnsupportedModelError: If none reads them; the message says why, with the name.
     """
+    if isinstance(weight, Packed):
+        layout = weight.layout
+        return layout if isinstance(layout, RowLayout) else row_layout(weight.unpacked(), name)
     _check(weight, name)
     size = 0 if weight.groups == 1 else weight.group_size
     if size and size not in _GROUP_SIZES:
@@ -209,8 +212,13 @@ def row_layout(weight: Quantised, name: str = "the matrix") -> RowLayout:
     )
 
 
-def column_layout(weight: Quantised, name: str = "the matrix") -> ColumnLayout:
+def column_layout(weight: Quantised | Packed, name: str = "the matrix") -> ColumnLayout:
     """How kernels read the columns of a matrix; errors as for :func:`row_layout`."""
+    if isinstance(weight, Packed):
+        layout = weight.layout
+        return (
+            layout if isinstance(layout, ColumnLayout) else column_layout(weight.unpacked(), name)
+        )
     _check(weight, name)
     rows = weight.shape[0]
     if rows % 4:

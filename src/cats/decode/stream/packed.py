@@ -7,11 +7,11 @@ from dataclasses import replace
 from weakref import ref
 
 from cats.decode.stream.spec import LayerSpec, ModelSpec
-from cats.errors import UnsupportedModelError
 from cats.model import GatedOperands, Linear
+from cats.model.packable import check_packable
 from cats.ops.quantised import PackedColumns, PackedRows, RowLayout
 from cats.weights import Packed, Quantised, QuantisedLinear
-from cats.weights.packed import column_layout, row_layout
+from cats.weights.packed import row_layout
 
 _PROJECTIONS = ("q", "k", "v", "o")
 
@@ -89,30 +89,12 @@ def _layout_of(linear: Linear) -> RowLayout | None:
 def _check(layer: LayerSpec, index: int) -> None:
     for name in _PROJECTIONS:
         _check_rows(getattr(layer, name), f"{name} of layer {index}")
-    mlp = layer.mlp
-    parts = mlp.gate, mlp.up, mlp.down
-    quantised = [isinstance(part.matrix, Quantised | Packed) for part in parts]
-    if any(quantised) and not all(quantised):
-        raise UnsupportedModelError(
-            f"gate, up and down of layer {index} are {mlp.gate.matrix!r}, {mlp.up.matrix!r} and "
-            f"{mlp.down.matrix!r}, expected all of them quantised, or none"
-        )
-    if not all(quantised):
-        return
-    gate = _check_rows(mlp.gate, f"gate of layer {index}")
-    up = _check_rows(mlp.up, f"up of layer {index}")
-    if gate != up:
-        raise UnsupportedModelError(
-            f"gate and up of layer {index} are stored in two ways: "
-            f"{mlp.gate.matrix!r} and {mlp.up.matrix!r}"
-        )
-    if isinstance(mlp.down.matrix, Quantised):
-        column_layout(mlp.down.matrix, f"down of layer {index}")
+    check_packable(layer.mlp, f"layer {index}")
 
 
-def _check_rows(linear: Linear, name: str) -> RowLayout | None:
-    matrix = linear.matrix
-    return row_layout(matrix, name) if isinstance(matrix, Quantised) else _layout_of(linear)
+def _check_rows(linear: Linear, name: str) -> None:
+    if isinstance(linear.matrix, Quantised):
+        row_layout(linear.matrix, name)
 
 
 def _packed_layer(layer: LayerSpec, packed: list[ref[QuantisedLinear]]) -> LayerSpec:
