@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What the library changes in a model's configuration.
+_SETTINGS = ("cats", "tie_word_embeddings")
+
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, restore the model: modules, attributes, tensors, ``config.cats``.
+    """If the block fails, restore the model: modules, attributes, tensors, and the configuration.
 
-    The layouts of weights are restored too. Values written *into* a tensor or a list are not.
+    Of the configuration, these are ``cats`` and ``tie_word_embeddings``. The layouts of weights are
+    restored too. Values written *into* a tensor or a list are not.
     """
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table))
@@ -25,15 +29,16 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     strides = [(p, p.stride()) for p in model.parameters() if type(p) is nn.Parameter]
     settings = getattr(getattr(model, "config", None), "__dict__", {})
-    block = [settings["cats"]] if "cats" in settings else []
+    before = {name: settings[name] for name in _SETTINGS if name in settings}
     try:
         yield
     except BaseException:
         for table, content in tables:
             table.clear()
             table.update(content)
-        settings.pop("cats", None)
-        settings.update(zip(["cats"], block, strict=False))
+        for name in _SETTINGS:
+            settings.pop(name, None)
+        settings.update(before)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for parameter, stride in strides:

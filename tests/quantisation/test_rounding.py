@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 import cats
+from cats.checkpoint import load_dense
+from cats.formats import store_packed_
 from cats.quantisation import quantise_, rounded
+from cats.undo import unchanged_on_error
 from cats.weights import QuantisedLinear
 from cats.weights.quantised import unpacked
 from tests import models
@@ -56,17 +58,46 @@ def test_a_group_of_zeros_stays_zero():
     assert torch.equal(weight.dequantised(), torch.zeros(2, 8))
 
 
-def test_the_head_is_rounded_to_eight_bits_where_it_is_asked_for_and_no_embedding():
+def test_the_head_is_rounded_to_eight_bits_where_it_is_asked_for():
     model = quantise_(models.make_model(**SIZES), bits=4, group_size=32, head=True)
     assert model.lm_head.matrix.kind == "int8"
     assert model.lm_head.matrix.groups == 1
     kinds = {m.matrix.kind for m in model.model.modules() if type(m) is QuantisedLinear}
     assert kinds == {"int4"}
-    tied = quantise_(
-        models.make_model(LlamaConfig, **SIZES, tie_word_embeddings=True), bits=8, head=True
-    )
-    assert type(tied.lm_head) is nn.Linear
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma3TextConfig])
+def test_a_head_that_is_the_embedding_becomes_a_matrix_of_its_own(kind, tmp_path):
+    model = models.make_model(kind, **SIZES, tie_word_embeddings=True)
+    table = model.model.embed_tokens.weight.clone()
+    quantise_(model, bits=4, group_size=32, head=True)
+    assert torch.equal(model.lm_head.matrix.dequantised(), rounded(table, bits=8).dequantised())
+    assert torch.equal(model.model.embed_tokens.weight, table)
+    ids = models.make_ids()
+    expected = models.logits(model, ids)
+    model.tie_weights()
+    assert torch.equal(models.logits(model, ids), expected)
+    store_packed_(model).save_pretrained(tmp_path)
+    loaded = load_dense(tmp_path)
+    assert not loaded.config.tie_word_embeddings
+    assert torch.equal(models.logits(loaded, ids), expected)
+    pytest.importorskip("compressed_tensors", reason="transformers needs it")
+    assert torch.equal(models.logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), expected)
+
+
+def test_a_failure_after_the_head_leaves_it_tied():
+    model = models.make_model(LlamaConfig, **SIZES, tie_word_embeddings=True)
+
+    def stopped():
+        with unchanged_on_error(model):
+            quantise_(model, bits=4, group_size=32, head=True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert [*model.all_tied_weights_keys] == ["lm_head.weight"]
 
 
 def test_eight_bits_lose_less_than_four():

@@ -105,6 +105,13 @@ def test_other_modules_are_refused():
         select(models.Body(models.MLP()), bits=4)
 
 
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = models.make_model(**SIZES)
+    model.set_output_embeddings(nn.Conv1d(64, 300, 1))
+    with pytest.raises(UnsupportedModelError, match=r"is a Conv1d, expected an nn\.Linear"):
+        select(model, bits=4, head=True)
+
+
 def test_vision_tower_is_left_alone():
     from transformers import AutoModelForCausalLM
 

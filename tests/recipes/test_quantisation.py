@@ -57,13 +57,16 @@ def test_without_text_numbers_are_rounded_and_nothing_is_measured(model):
     )
 
 
-def test_tied_head_is_said_to_stay(progress):
+def test_tied_head_costs_memory_and_spares_bytes_of_a_token(progress):
     model = models.make_model(**SIZES, tie_word_embeddings=True)
-    result = quantise(model, bits=8, head=True, progress=progress)
-    assert len(result.steps) == 2
-    assert progress.lines == [
-        "the output head is the embedding, or no linear layer: it stays as it is"
-    ]
+    result = quantise(model, None, HELD_OUT, bits=8, head=True, progress=progress)
+    (line,) = progress.lines
+    assert line.startswith("the output head is the embedding: it becomes a matrix in 8 bits")
+    _, layers, head = result.steps
+    rows, columns = model.lm_head.matrix.shape
+    assert head.bytes - layers.bytes == rows * (columns + 4)
+    assert layers.token_bytes - head.token_bytes == rows * (4 * columns - columns - 4)
+    assert head.perplexity != layers.perplexity
 
 
 @pytest.mark.parametrize(

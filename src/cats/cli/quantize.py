@@ -39,7 +39,7 @@ def quantize(
     ] = "gptq",
     head: Annotated[
         bool,
-        typer.Option("--head", help="Round the output head to 8 bits, if it is not the embedding."),
+        typer.Option("--head", help="Round the output head to 8 bits too."),
     ] = False,
     exclude: Annotated[
         list[str] | None,

@@ -90,10 +90,10 @@ def quantisation_table(title: str, quantisation: Quantisation) -> Table:
             "layers": f"{step.layers} layers ({quantisation.method})",
             "head": "and the head (rtn)",
         }[step.name]
-        rows.append([name, step.kind, f"{step.bytes / 1e6:,.1f} MB", value, change])
-    return Table(
-        title=title, columns=("model", "weights", "size", "perplexity", "change"), rows=rows
-    )
+        sizes = [f"{size / 1e6:,.1f}" for size in (step.bytes, step.token_bytes)]
+        rows.append([name, step.kind, *sizes, value, change])
+    columns = ("model", "weights", "MB", "MB, per token", "perplexity", "change")
+    return Table(title=title, columns=columns, rows=rows)
 
 
 def task_table(title: str, scores: Sequence[TaskScore]) -> Table:

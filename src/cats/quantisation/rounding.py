@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,9 @@ def quantise_(
         bits: 4 or 8.
         group_size: Columns that share a scale; -1 for a scale per row. None: 128 in 4 bits, a row
             in 8.
-        head: Whether the output head is rounded to 8 bits, with a scale per row; a head that is
-            the embedding never is.
+        head: Whether the output head is rounded to 8 bits, with a scale per row. Where it is the
+            embedding, the table of the embedding stays as it is, and the head is a matrix of its
+            own from then on.
         exclude: Patterns of layers that stay.
 
     Raises:
@@ -53,10 +54,20 @@ def quantise_(
 
 def round_head_(model: nn.Module, name: str | None) -> None:
     """Round the output head to 8 bits; nothing where ``name`` is None."""
-    if name is not None:
-        head = model.get_submodule(name)
-        assert isinstance(head, nn.Linear)
-        replace_(model, name, head, rounded(head.weight, bits=HEAD_BITS))
+    if name is None:
+        return
+    # Any: attributes of transformers' models
+    causal_model: Any = model
+    head = model.get_submodule(name)
+    assert isinstance(head, nn.Linear)
+    replace_(model, name, head, rounded(head.weight, bits=HEAD_BITS))
+    if getattr(causal_model.config, "tie_word_embeddings", False):
+        # else transformers would look for the head in the embedding when it saves and loads
+        causal_model.config.tie_word_embeddings = False
+        tied = causal_model.all_tied_weights_keys
+        causal_model.all_tied_weights_keys = {
+            target: source for target, source in tied.items() if target != f"{name}.weight"
+        }
 
 
 def replace_(model: nn.Module, name: str, layer: nn.Linear, weight: Quantised) -> None:

@@ -76,12 +76,14 @@ def select(
         model: A Hugging Face causal model with ordinary weights.
         bits: 4 or 8.
         group_size: As for :func:`check_bits`.
-        head: Whether the output head is quantised too; a head that is the embedding never is.
+        head: Whether the output head is quantised too. Where it is the embedding, the two become
+            two matrices.
         exclude: Patterns of layers that stay, such as ``"model.layers.0.*"``.
 
     Raises:
         ConfigError: If bits or group size are not possible, or a pattern matches no layer.
-        UnsupportedModelError: If the model is quantised, sparse or fused, or has other layers.
+        UnsupportedModelError: If the model is quantised, sparse or fused, or has other layers or
+            another head.
     """
     size = check_bits(bits, group_size)
     _check_model(model)
@@ -115,7 +117,7 @@ def select(
         layers[name] = layer
     return Selection(
         layers=layers,
-        head=_own_head(model) if head else None,
+        head=_head(model) if head else None,
         bits=bits,
         group_size=None if size is None else _fitting_group(layers, size),
     )
@@ -176,14 +178,15 @@ def _linear_layers(decoder: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
             yield f"{prefix}.{name}", module
 
 
-def _own_head(model: nn.Module) -> str | None:
-    """Name of the output head; None where it is the embedding, or no ordinary layer."""
-    causal_model = cast(CausalModel, model)
-    head, embedding = causal_model.get_output_embeddings(), causal_model.get_input_embeddings()
-    if head is None or not isinstance(weight_of(head), Dense):
-        return None
-    if head.weight is getattr(embedding, "weight", None):
-        return None
+def _head(model: nn.Module) -> str:
+    """Name of the output head."""
+    head = cast(CausalModel, model).get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(weight_of(head), Dense):
+        kind = "none" if head is None else f"a {type(head).__name__}"
+        raise UnsupportedModelError(
+            f"the output head of {type(model).__name__} is {kind}, expected an nn.Linear with "
+            "ordinary weights: leave it as it is"
+        )
     name: str = next(name for name, module in model.named_modules() if module is head)
     return name
 

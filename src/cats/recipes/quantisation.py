@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from cats.errors import ConfigError
 from cats.formats import store_packed_
 from cats.metrics import perplexity
-from cats.model.traffic import weight_bytes
+from cats.model.traffic import token_bytes, weight_bytes
+from cats.protocols import CausalModel
 from cats.quantisation import check_bits, decoder_layers, gptq_, quantise_, select
 from cats.quantisation.rounding import round_head_
 from cats.quantisation.selection import HEAD_BITS
@@ -29,6 +31,7 @@ class Step:
         layers: Number of layers that this step quantises.
         kind: How, such as ``"int4, groups of 128"``; before, the dtype.
         bytes: Of all weights of the model after it.
+        token_bytes: Of the weights that a token reads.
         perplexity: On the held-out blocks; None without such.
     """
 
@@ -36,6 +39,7 @@ class Step:
     layers: int
     kind: str
     bytes: int
+    token_bytes: int
     perplexity: float | None
 
 
@@ -90,7 +94,8 @@ def quantise(
             in 8. Where a width is no multiple, 64 or 32 are taken instead, and this is said.
         method: ``"rtn"`` rounds to the nearest code, ``"gptq"`` lets the columns that are left
             make up for it. None: GPTQ where there are blocks.
-        head: Whether the output head is rounded to 8 bits, where it is not the embedding.
+        head: Whether the output head is rounded to 8 bits; one that is the embedding becomes a
+            matrix of its own.
         exclude: Patterns of linear layers that stay, such as ``"model.layers.0.*"``.
         batch_size: Blocks per forward pass of the perplexities.
         progress: Shows layers and passes.
@@ -106,8 +111,11 @@ def quantise(
     size = selection.group_size
     if size != asked:
         progress.say(f"groups of {size} columns, because a width is no multiple of {asked}")
-    if head and selection.head is None:
-        progress.say("the output head is the embedding, or no linear layer: it stays as it is")
+    if selection.head is not None and _is_tied(model):
+        progress.say(
+            "the output head is the embedding: it becomes a matrix in 8 bits of its own, and the "
+            "embedding stays as it is"
+        )
 
     def step(name: str, layers: int, kind: str) -> Step:
         measured = None
@@ -115,7 +123,12 @@ def quantise(
             text = {"before": "perplexity before", "layers": "perplexity after"}.get(name, name)
             measured = perplexity(model, progress.track(held_out.split(batch_size), text))
         return Step(
-            name=name, layers=layers, kind=kind, bytes=weight_bytes(model), perplexity=measured
+            name=name,
+            layers=layers,
+            kind=kind,
+            bytes=weight_bytes(model),
+            token_bytes=round(token_bytes(model)),
+            perplexity=measured,
         )
 
     dtype = str(next(iter(selection.layers.values())).weight.dtype).removeprefix("torch.")
@@ -144,6 +157,12 @@ def quantise(
         held_out_tokens=0 if held_out is None else held_out.numel(),
         steps=tuple(steps),
     )
+
+
+def _is_tied(model: nn.Module) -> bool:
+    causal_model = cast(CausalModel, model)
+    head, embedding = causal_model.get_output_embeddings(), causal_model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
 def check_method(method: str | None, *, has_blocks: bool) -> str:
