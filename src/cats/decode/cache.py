@@ -116,6 +116,7 @@ class SlotCache(Cache):
         newest: The slot of each row's next token, ``[B]``, or ``[1]`` where rows share it. None
             where several tokens are written from ``start`` on, which is a number then.
         window: Attention reads the first ``window`` slots, the new tokens among them.
+        kinds: The kind of each layer, such as ``"sliding_attention"``.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
@@ -134,6 +135,7 @@ class SlotCache(Cache):
                 f"{', '.join(others)}: use model.generate"
             )
         self.capacity = capacity
+        self.kinds: list[str] = list(kinds)
         self.start: int | Tensor = 0
         self.newest: Tensor | None = None
         self.window = 0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from transformers.cache_utils import Cache
 
-from cats.decode.cache import SlotCache
 from cats.decode.state import State
 from cats.errors import UnsupportedModelError
 from cats.protocols import CausalModel
@@ -60,7 +60,7 @@ def prefill(
             "give prompts of one length"
         )
     with cache.expecting(ids.shape[1], type(model).__name__):
-        logits = _logits(model, ids, positions, valid, cache, extras or {})
+        logits = last_logits(model, ids, positions, valid, cache, extras or {})
     return logits.to(state.device)
 
 
@@ -94,7 +94,7 @@ def trace_window(model: nn.Module, state: State, window: int) -> fx.GraphModule:
     ) -> Tensor:
         cache.start, cache.newest, cache.window = slot, slot, window
         with cache.working_on(stored):
-            return _logits(model, tokens, positions, valid[:, :window], cache)
+            return last_logits(model, tokens, positions, valid[:, :window], cache)
 
     return _trace(step, step_inputs(state))
 
@@ -116,7 +116,7 @@ def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
     ) -> Tensor:
         cache.start, cache.newest, cache.window = _TRACED_SLOTS - 1, slot, _TRACED_SLOTS
         with cache.working_on(stored):
-            return _logits(model, tokens, positions, None, cache)
+            return last_logits(model, tokens, positions, None, cache)
 
     graph = _trace(step, step_inputs(state, _TRACED_SLOTS))
     return None if _mentions(graph, {_TRACED_SLOTS - 1, _TRACED_SLOTS}) else graph
@@ -151,18 +151,29 @@ def _mentions(graph: fx.GraphModule, numbers: set[int]) -> bool:
     )
 
 
-def _logits(
+def last_logits(
     model: nn.Module,
     ids: Tensor,
     positions: Tensor,
-    valid: Tensor | None,
-    cache: SlotCache,
+    mask: Tensor | dict[str, Tensor] | None,
+    cache: Cache,
     extras: Mapping[str, Any] | None = None,
 ) -> Tensor:
+    """Run tokens over a cache; returns the logits of the last one, ``[B, V]``.
+
+    Args:
+        model: A Hugging Face causal model.
+        ids: Token ids ``[B, T]``.
+        positions: Of these tokens, ``[B, T]``.
+        mask: What the model takes as ``attention_mask``: which slots hold no padding, or a mask of
+            four dimensions, or one for each kind of layer.
+        cache: Knows where the tokens go.
+        extras: As in :func:`prefill`.
+    """
     names = arguments_of(model)
     arguments: dict[str, Any] = {
         "input_ids": ids,
-        "attention_mask": valid,
+        "attention_mask": mask,
         "position_ids": positions,
         "use_cache": True,
         # only the logits of the last token are computed

@@ -110,7 +110,7 @@ class Runner:
         with exclusion.tracing(), torch.inference_mode():
             copied = copy_to_probe(model)
             difference = _checked_difference(copied, self._config, ids, mask, extras)
-        if not difference <= _tolerance(model):
+        if not difference <= largest_difference(model):
             raise UnsupportedModelError(
                 f"decoding {type(model).__name__} with {', '.join(sorted(names))} differs from one "
                 f"pass over the same tokens by {difference:.1%}: use model.generate"
@@ -193,7 +193,7 @@ def check_cache(model: nn.Module, config: ModelConfig) -> None:
         mask = torch.ones_like(ids, dtype=torch.bool)
         differences.append(_checked_difference(model, config, ids, mask, {}))
         # in 16 bits a rounding can choose other neurons or experts for one text, but not for all
-        if differences[-1] <= _tolerance(model):
+        if differences[-1] <= largest_difference(model):
             return
     reads_ahead = getattr(config, "is_decoder", None) is False
     advice = "; with is_decoder=False it reads ahead: load it with is_decoder=True, or"
@@ -255,7 +255,8 @@ def _without_cache(
     return output.logits[:, -2:].to(state.device)
 
 
-def _tolerance(model: nn.Module) -> float:
+def largest_difference(model: nn.Module) -> float:
+    """The largest relative difference between logits of a model that rounding explains."""
     return _TOLERANCE.get(next(model.parameters()).dtype, _TOLERANCE_OF_16_BITS)
 
 
