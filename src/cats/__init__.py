@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cats.calibration import Statistics, calibrate, collect
     from cats.checkpoint import from_pretrained
     from cats.config import CatsConfig
-    from cats.decode import Decoder, generate, release
+    from cats.decode import Decoder, Sessions, generate, release
     from cats.errors import CatsError
     from cats.fusion import fuse_, unfuse_
 
@@ -19,6 +19,7 @@ __all__ = [
     "CatsConfig",
     "CatsError",
     "Decoder",
+    "Sessions",
     "Statistics",
     "__version__",
     "calibrate",
@@ -48,6 +49,7 @@ __getattr__, __dir__ = exports(
         "CatsConfig": "cats.config",
         "CatsError": "cats.errors",
         "Decoder": "cats.decode",
+        "Sessions": "cats.decode",
         "Statistics": "cats.calibration",
         "calibrate": "cats.calibration",
         "checkpoint": "cats.checkpoint",

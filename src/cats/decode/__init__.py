@@ -2,6 +2,7 @@
 
 from cats.decode.decoder import Decoder, generate
 from cats.decode.engines import ENGINES
+from cats.decode.rows import OpenSession, Sessions
 from cats.decode.runner import release
 
-__all__ = ["ENGINES", "Decoder", "generate", "release"]
+__all__ = ["ENGINES", "Decoder", "OpenSession", "Sessions", "generate", "release"]

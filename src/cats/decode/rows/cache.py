@@ -1,0 +1,116 @@
+"""Keys and values of many sessions: one line of slots for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_ALIGNED = 8
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, ``[lines, heads, slots, head_dim]``."""
+
+    is_sliding = False
+
+    def __init__(self, owner: RowCache, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        # in a cycle, the buffers would stay until the garbage collector runs
+        self._owner = ref(owner)
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    @property
+    def owner(self) -> RowCache:
+        owner = self._owner()
+        assert owner is not None, "a layer lives in its cache"
+        return owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The buffers are there from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write one token per row, and give the slots that attention reads."""
+        owner = self.owner
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = self.keys, self.values
+        keys[owner.lines, :, owner.slots] = key_states[:, :, 0].to(keys.dtype)
+        values[owner.lines, :, owner.slots] = value_states[:, :, 0].to(values.dtype)
+        return owner.read(keys), owner.read(values)
+
+    def get_seq_length(self) -> int:
+        return self.owner.window - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.window, 0
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+
+class RowCache(Cache):
+    """A cache in which each row of a batch has a line and a slot of its own.
+
+    Attributes:
+        capacity: Slots of a line. One more is there, which nothing reads: rows that only fill up
+            a step write to it.
+        lines: The line of each row, ``[R]``.
+        slots: The slot of each row's newest token, ``[R]``.
+        window: Attention reads the first ``window`` slots.
+        first: The first of the lines where they are consecutive, so that they are read without a
+            copy; else None.
+    """
+
+    def __init__(self, samples: Sequence[Tensor], lines: int, capacity: int) -> None:
+        """
+        Args:
+            samples: Keys and values of each layer in turn, ``[1, heads, any, head_dim]``.
+            lines: How many lines.
+            capacity: Slots of each.
+        """
+        self.capacity, self.window = capacity, 0
+        self.first: int | None = None
+        self.lines = self.slots = torch.zeros(0, dtype=torch.int64)
+        slots = -(-(capacity + 1) // _ALIGNED) * _ALIGNED
+        # zeros, since attention multiplies the values of slots that it does not see by 0
+        buffers = [t.new_zeros(lines, t.shape[1], slots, t.shape[3]) for t in samples]
+        pairs = zip(buffers[::2], buffers[1::2], strict=True)
+        self.row_layers = [RowLayer(self, keys, values) for keys, values in pairs]
+        super().__init__(layers=list(self.row_layers))
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """The slots that attention reads, ``[R, heads, window, head_dim]``."""
+        if self.first is not None:
+            return buffer[self.first : self.first + len(self.lines), :, : self.window]
+        return buffer[:, :, : self.window].index_select(0, self.lines)
+
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of each layer in turn."""
+        return [t for layer in self.row_layers for t in (layer.keys, layer.values) if t is not None]
+
+    def use(self, buffers: Sequence[Tensor]) -> None:
+        """Use other buffers, such as those of a tracer."""
+        for layer, keys, values in zip(self.row_layers, buffers[::2], buffers[1::2], strict=True):
+            layer.keys, layer.values = keys, values
+
+    def line(self, index: int) -> list[Tensor]:
+        """Views of one line, ``[1, heads, slots, head_dim]``."""
+        return [t[index : index + 1] for t in self.buffers()]
+
+    def copy(self, source: int, target: int, slots: slice) -> None:
+        """Copy what some slots of a line hold to another line."""
+        for buffer in self.buffers():
+            buffer[target, :, slots] = buffer[source, :, slots]
+
+    def clear(self, line: int, slots: slice) -> None:
+        """Zero some slots of a line: NaN in them would reach rows that do not even see them."""
+        for buffer in self.buffers():
+            buffer[line, :, slots] = 0

@@ -1,0 +1,129 @@
+"""Rows of any lengths by the model's own modules, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cats.decode.forward import arguments_of, last_logits, prefill
+from cats.decode.rotary import LengthRule
+from cats.decode.rows.cache import RowCache
+from cats.decode.rows.choice import choose_tokens
+from cats.decode.rows.masks import Masks
+from cats.decode.rows.row import Row
+from cats.decode.state import State, device_of
+from cats.errors import UnsupportedModelError
+from cats.protocols import CausalModel
+from cats.weights.placement import is_dispatched
+
+
+class ModuleRows:
+    """Calls the model with a mask, positions and slots for each row; see :class:`RowEngine`.
+
+    A piece of a prompt runs as in :class:`cats.Decoder`: one row, for which the model makes its
+    own masks.
+
+    Attributes:
+        model: The model.
+        cache: Its keys and values.
+        vocabulary: Size of its vocabulary.
+    """
+
+    def __init__(self, model: nn.Module, lines: int, capacity: int) -> None:
+        """
+        Args:
+            model: A Hugging Face causal model that can be decoded from keys and values.
+            lines: Lines of the cache.
+            capacity: Slots of each.
+
+        Raises:
+            UnsupportedModelError: If rows of different lengths cannot run together.
+        """
+        self.model = model
+        self._config = cast(CausalModel, model).config.get_text_config(decoder=True)
+        self.vocabulary = self._config.vocab_size
+        self.lines, self.capacity = lines, capacity
+        self.device = device_of(model)
+        self.lag = 1 if self.device.type == "cuda" else 0
+        self._check_form()
+        self._single = State(model, self._config, 1, capacity)
+        self._masks = Masks(self._single.cache.kinds, self._config, next(model.parameters()).dtype)
+        # shows what each layer stores
+        prefill(model, self._single, self._single.tokens, 0)
+        self.cache = RowCache(self._single.cache.buffers(), lines, capacity)
+        # the newest token of each line
+        self._tokens = torch.zeros(lines, dtype=torch.int64, device=self.device)
+
+    def prefill(self, row: Row, count: int) -> Tensor | None:
+        stop = row.done + count
+        logits = self.single(row.line.index, row.ids[row.done : stop], row.done)
+        if stop < len(row.ids):
+            return None
+        token = choose_tokens(logits, [row.choice])
+        self._tokens[row.line.index] = token[0].clamp(min=0)
+        return token
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        lines = torch.tensor([row.line.index for row in rows], device=self.device)
+        positions = torch.tensor([[row.position] for row in rows], device=self.device)
+        longest = max(row.position for row in rows) + 1
+        logits = self.logits(lines, positions, self._tokens[lines][:, None], longest)
+        tokens = choose_tokens(logits, [row.choice for row in rows])
+        self._tokens[lines] = tokens.clamp(min=0)
+        return tokens
+
+    @property
+    def span(self) -> int | None:
+        """How far sliding layers see; None without any."""
+        return self._masks.span
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        self.cache.copy(source, target, slice(start, stop))
+
+    def clear(self, line: int, start: int, stop: int) -> None:
+        self.cache.clear(line, slice(start, stop))
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def single(self, line: int, ids: Tensor, start: int) -> Tensor:
+        """Logits ``[1, V]`` of the last of some tokens ``[T]`` of one line, from slot ``start``."""
+        state = self._single
+        with state.cache.working_on(self.cache.line(line)):
+            return prefill(self.model, state, ids[None], start)
+
+    def logits(self, lines: Tensor, positions: Tensor, tokens: Tensor, window: int) -> Tensor:
+        """Logits ``[R, V]`` of one token per row.
+
+        Args:
+            lines: The line of each row, ``[R]``.
+            positions: Position and slot of its newest token, ``[R, 1]``.
+            tokens: That token, ``[R, 1]``.
+            window: How many slots attention reads.
+        """
+        cache = self.cache
+        cache.lines, cache.slots, cache.window = lines, positions[:, 0], window
+        numbers = lines.tolist()
+        consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        cache.first = numbers[0] if consecutive else None
+        mask = self._masks.of(positions, window)
+        return last_logits(self.model, tokens, positions, mask, cache).to(self.device)
+
+    def _check_form(self) -> None:
+        """
+        Raises:
+            UnsupportedModelError: If something other than its layers forbids rows.
+        """
+        reason = None
+        if LengthRule.of(self._config) is not None:
+            reason = "its rotary frequencies depend on the length of the text"
+        elif missing := {"attention_mask", "position_ids"} - arguments_of(self.model):
+            reason = f"its forward pass takes no {' and no '.join(sorted(missing))}"
+        elif is_dispatched(self.model):
+            reason = "accelerate moves its inputs or weights between devices (device_map)"
+        if reason is not None:
+            raise UnsupportedModelError(reason)

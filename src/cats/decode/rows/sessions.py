@@ -1,0 +1,260 @@
+"""Many sessions on one model, decoded together."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+from weakref import finalize, ref
+
+import torch
+from torch import nn
+
+from cats.decode.inputs import Prompts
+from cats.decode.marks import Marks
+from cats.decode.request import Request
+from cats.decode.rows.alone import OneByOne
+from cats.decode.rows.check import checked_rows
+from cats.decode.rows.inbox import Inbox
+from cats.decode.rows.open_session import OpenSession
+from cats.decode.rows.progress import Progress
+from cats.decode.rows.row import Ticket
+from cats.decode.rows.scheduler import Scheduler
+from cats.decode.runner import Runner, runner_of
+from cats.decode.state import device_of
+from cats.decode.tracing import casts
+from cats.decode.values import integer, number
+from cats.errors import ConfigError, DataError, UnsupportedModelError
+from cats.protocols import ModelConfig, Tokenizer
+
+_DEFAULT_CONTEXT = 2048
+# The engine whose marks say when a model has changed.
+_ENGINE = "eager"
+
+
+class Sessions:
+    """Decodes all sessions that are open at a time together, each with its own options.
+
+    Any thread may open, read and cancel sessions. They are admitted in the order in which they
+    came. One that fails harms no other. What a session gives does not depend on the others, except
+    for the rounding of sums: a step of several rows may add up in another order than a single one.
+
+    Example:
+        >>> with cats.Sessions(model, tokenizer=tokenizer) as sessions:
+        ...     cat = sessions.open("A cat is", max_new_tokens=20)
+        ...     dog = sessions.open("A dog is", max_new_tokens=20, do_sample=True, seed=1)
+        ...     print(cat.result().text, dog.result().text)
+
+    Attributes:
+        rows: How many sessions decode together at most; the others wait.
+        context: How many tokens a session may have, its new ones included.
+        cache_tokens: How many tokens the cache holds: ``context`` for each of its lines. All of its
+            memory is taken when this object is made.
+        refusal: Why the sessions of this model run one after the other; None where they do not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Tokenizer | None = None,
+        rows: int = 16,
+        context: int | None = None,
+        cache_tokens: int | None = None,
+        longest_wait: float = 0.05,
+    ) -> None:
+        """
+        Args:
+            model: A Hugging Face causal model, sparse or dense. A change of it is seen when the
+                next session is admitted.
+            tokenizer: Makes ids of texts, and texts of ids.
+            rows: How many sessions decode together at most.
+            context: Tokens of the longest session. None takes the model's context, but at most
+                2,048.
+            cache_tokens: Tokens of the cache, for sessions and for what ended ones have left. None
+                takes as many as ``rows`` sessions can need.
+            longest_wait: Seconds for which pieces of new prompts may delay the next tokens of the
+                sessions that decode. A piece has at least 8 tokens, however long they take.
+
+        Raises:
+            ConfigError: If a number is out of range, or ``cache_tokens`` is less than ``context``.
+            UnsupportedModelError: If the model does not cache plain keys and values.
+        """
+        model = getattr(model, "_orig_mod", model)
+        config: ModelConfig | None = getattr(model, "config", None)
+        if config is None or not hasattr(config, "get_text_config"):
+            raise UnsupportedModelError(
+                f"expected a Hugging Face causal model, got {type(model).__name__}"
+            )
+        self._config = config.get_text_config(decoder=True)
+        self.rows = _positive("rows", rows)
+        self.context = self._checked_context(context)
+        limit = self.rows * self.context
+        wanted = limit if cache_tokens is None else _positive("cache_tokens", cache_tokens)
+        lines = wanted // self.context
+        if lines == 0:
+            raise ConfigError(
+                f"cache_tokens={wanted} holds no session of context={self.context} tokens: raise "
+                "cache_tokens, or give a smaller context"
+            )
+        self.cache_tokens = lines * self.context
+        self.rows = min(self.rows, lines)
+        wait = number("longest_wait", longest_wait)
+        if not wait > 0:
+            raise ConfigError(f"expected a positive longest_wait, got {wait}")
+        if casts(device_of(model)):
+            raise ConfigError("sessions do not follow torch.autocast: convert the model")
+        self._model, self._tokenizer = model, tokenizer
+        self._inbox = Inbox()
+        self.refusal: str | None = None
+        worker = self._make_worker(lines, wait)
+        self._thread = threading.Thread(target=worker.run, name="cats sessions", daemon=True)
+        # the thread knows the worker, not this object, which ends it when nobody refers to it
+        self._stop = finalize(self, _stop, self._inbox, self._thread)
+        self._thread.start()
+
+    def open(
+        self,
+        prompt: Prompts,
+        *,
+        callback: Callable[[int], object] | None = None,
+        skip_special_tokens: bool = True,
+        **options: Any,
+    ) -> OpenSession:
+        """Begin a session; it runs from now on, whether it is read or not.
+
+        Args:
+            prompt: One prompt, as in :func:`cats.generate`.
+            callback: Called with each token, in a thread of its own. What it raises ends the
+                session, and is raised again where the session is read.
+            skip_special_tokens: Whether the session's text leaves out special tokens.
+            **options: As in :func:`cats.generate`; each session has its own.
+
+        Raises:
+            ConfigError: If an option is unknown or out of range, the session can never fit, or
+                these sessions are closed.
+            DataError: If the prompt is none of the model's, or there is more than one.
+        """
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"callback: expected a function, got {type(callback).__name__}")
+        request = self._request(prompt, options)
+        progress = Progress()
+        self._inbox.put(Ticket(request, progress))
+        return OpenSession(
+            tuple(request.ids[0].tolist()),
+            progress,
+            self,
+            tokenizer=self._tokenizer,
+            skip_special_tokens=skip_special_tokens,
+            callback=callback,
+        )
+
+    def close(self) -> None:
+        """Cancel all sessions, wait until the running step has ended, and free the cache."""
+        self._stop()
+
+    def __enter__(self) -> Sessions:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompts, options: Mapping[str, Any]) -> Request:
+        request = Request.of(self._model, self._config, prompt, None, options, self._tokenizer)
+        if len(request.ids) > 1:
+            raise DataError(
+                f"a session continues one prompt once, got {len(request.ids)} rows: open one "
+                "session for each"
+            )
+        if request.extras:
+            raise DataError(
+                f"sessions take ids only, got {', '.join(sorted(request.extras))} as well: use "
+                "cats.Decoder"
+            )
+        # what the mask leaves out, no token sees, and it counts in no position
+        ids = request.ids[request.mask][None]
+        new = request.options.max_new_tokens
+        if ids.shape[1] + new > self.context:
+            raise ConfigError(
+                f"the prompt has {ids.shape[1]} tokens and {new} new ones were asked for, but a "
+                f"session may have {self.context} in all: shorten one of them, or make Sessions "
+                "with a larger context"
+            )
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return replace(request, ids=ids, mask=mask)
+
+    def _checked_context(self, context: int | None) -> int:
+        of_model = getattr(self._config, "max_position_embeddings", None)
+        # some models say -1 for any length
+        limit = of_model if of_model is not None and of_model > 0 else None
+        if context is None:
+            return min(_DEFAULT_CONTEXT, limit or _DEFAULT_CONTEXT)
+        context = _positive("context", context)
+        if limit is not None and context > limit:
+            raise ConfigError(f"expected a context up to the model's, {limit}; got {context}")
+        return context
+
+    def _make_worker(self, lines: int, longest_wait: float) -> Scheduler | OneByOne:
+        runner_of(self._model, _ENGINE)  # refuses models without plain keys and values
+        try:
+            engine = checked_rows(self._model, lines, self.context)
+        except UnsupportedModelError as error:
+            self.refusal = str(error)
+            warnings.warn(
+                f"sessions of {type(self._model).__name__} run one after the other: {error}",
+                stacklevel=3,
+            )
+            return OneByOne(self._model, self._inbox)
+        return Scheduler(
+            engine,
+            self._inbox,
+            rows=self.rows,
+            vocabulary=self._config.vocab_size,
+            longest_wait=longest_wait,
+            has_changed=_Watch(self._model).has_changed,
+        )
+
+
+class _Watch:
+    """Sees changes of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._runner: ref[Runner] | None = None
+        self._marks: Marks | None = None
+        self.has_changed()
+
+    def has_changed(self) -> bool:
+        """Whether modules, hooks, settings or weights have changed since the last call.
+
+        Raises:
+            UnsupportedModelError: If the model can no longer be decoded.
+        """
+        runner, marks = runner_of(self._model, _ENGINE)
+        old_runner, old_marks = self._runner, self._marks
+        self._runner, self._marks = ref(runner), marks
+        if old_runner is None or old_marks is None:
+            return True
+        return old_runner() is not runner or old_marks.content != marks.content
+
+
+def _stop(inbox: Inbox, thread: threading.Thread) -> None:
+    inbox.close()
+    # the thread itself may drop the last reference
+    if thread.ident is not None and thread is not threading.current_thread():
+        thread.join()
+
+
+def _positive(name: str, value: object) -> int:
+    count = integer(name, value)
+    if count < 1:
+        raise ConfigError(f"expected a positive {name}, got {count}")
+    return count
