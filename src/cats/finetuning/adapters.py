@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 # Layers that compute queries and values, alone or stacked with keys.
 _ATTENTION_LAYERS = ("q_proj", "v_proj", "qkv_proj")
 _THRESHOLDS = "thresholds.safetensors"
+NOT_MERGED = (
+    "adapters are not merged into quantised weights, which would round them: keep them beside the "
+    "model, or merge them into its 16-bit weights and quantise again"
+)
 
 
 def target_layers(model: nn.Module) -> list[str]:
@@ -238,10 +242,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = [layer for _, layer in _adapted_layers(model)]
     if any(isinstance(layer.get_base_layer(), QuantisedLinear) for layer in layers):
-        raise UnsupportedModelError(
-            "adapters are not merged into quantised weights, which would round them: keep them "
-            "beside the model, or merge them into its 16-bit weights and quantise again"
-        )
+        raise UnsupportedModelError(NOT_MERGED)
     weights = {
         parameter: parameter.detach().to("cpu", copy=True)
         for layer in layers

@@ -14,6 +14,7 @@ from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.processes import is_under_fsdp, world_size
 from cats.model import is_sparse
 from cats.protocols import CausalModel
+from cats.weights import is_quantised
 
 
 def check_run(
@@ -57,6 +58,13 @@ def _check_model(model: nn.Module, options: FinetuneOptions, merge: bool) -> Non
     adapters.refuse_fused(model)
     if merge and options.full:
         raise ConfigError("full fine-tuning has no adapters to merge: it writes model/")
+    if is_quantised(model):
+        if options.full:
+            raise UnsupportedModelError(
+                "quantised weights have no gradient: train adapters on them, or the 16-bit model"
+            )
+        if merge:
+            raise UnsupportedModelError(f"--merge: {adapters.NOT_MERGED}")
     if not options.full:
         adapters.import_peft()
     if hasattr(model, "peft_config"):
