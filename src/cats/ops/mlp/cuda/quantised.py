@@ -65,12 +65,13 @@ def launch(
     counter: Tensor | None,
     multiprocessors: int,
     early: bool = True,
+    plain: bool = False,
     traced: bool = False,
 ) -> Launch:
     """Add the output of the MLP of one token to ``sums``.
 
     Args:
-        x: The input, the norm of a residual stream of ``D`` numbers.
+        x: The input, the norm of a residual stream of ``D`` numbers; its base where it is plain.
         gate: ``F`` packed rows of ``D`` columns.
         up: The same, in the same layout.
         down: ``F`` packed columns of ``D`` outputs.
@@ -84,6 +85,7 @@ def launch(
             neurons. None: neurons are dealt out by index.
         multiprocessors: How many the GPU has.
         early: Whether weights may be requested before the kernel before this one has ended.
+        plain: Whether ``x.base`` is the input itself, without a norm.
         traced: Whether warps write times.
 
     Raises:
@@ -101,7 +103,7 @@ def launch(
         )
     device = gate.rows.get_device()
     function, rows, capacity = _function(
-        device, gate.layout, down.layout, dtype, activation, neurons, multiprocessors, traced
+        device, gate.layout, down.layout, dtype, activation, neurons, multiprocessors, traced, plain
     )
     runs = -(-neurons // rows)
     blocks = min(multiprocessors, runs)
@@ -134,6 +136,7 @@ def _function(
     neurons: int,
     multiprocessors: int,
     traced: bool,
+    plain: bool,
 ) -> tuple[Function, int, int]:
     """The kernel, the rows of its runs, and how many neurons a block can keep."""
     defines = macros(
@@ -145,6 +148,7 @@ def _function(
         multiprocessors=multiprocessors,
         shared_limit=shared_memory(device),
         traced=traced,
+        plain=plain,
     )
     function = Function(
         device,
@@ -166,6 +170,7 @@ def macros(
     multiprocessors: int,
     shared_limit: int,
     traced: bool = False,
+    plain: bool = False,
 ) -> dict[str, int]:
     """The macros of the source.
 
@@ -178,6 +183,7 @@ def macros(
         multiprocessors: How many the GPU has.
         shared_limit: Shared memory that a block may have, in bytes.
         traced: Whether warps write times.
+        plain: Whether the input is the base of its residual stream.
 
     Raises:
         UnsupportedModelError: If a row does not fit.
@@ -215,6 +221,7 @@ def macros(
         LIST=capacity,
         SHARED_BYTES=fixed + chunks * each,
         TRACE=int(traced),
+        PLAIN_INPUT=int(plain),
         DOWN_BITS=columns.bits,
         DOWN_GROUP=columns.group_size,
         DOWN_SCALE=SCALE_CODES[columns.scale_dtype],
