@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from cats.errors import ShapeError
@@ -79,6 +80,7 @@ class FusedPackedMLP(FusedMLP):
         """The backend's function without torch's dispatcher; equal calls are checked once."""
         # x itself is new in each call
         key = (
+            torch.are_deterministic_algorithms_enabled(),
             (arguments.x.shape, arguments.x.dtype, arguments.x.data_ptr() % 16),
             *(
                 (part.data_ptr(), part.shape, part.dtype) if isinstance(part, Tensor) else part
