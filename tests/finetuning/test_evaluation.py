@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -75,6 +78,34 @@ def test_right_answers_are_counted(make, tokenizer, accelerator):
         model, tokenizer, pairs, batch_size=2, max_new_tokens=3, accelerator=accelerator
     )
     assert share == pytest.approx(2 / 3)
+
+
+def test_batches_of_answers_are_the_same_in_any_number_of_processes(make, tokenizer, monkeypatch):
+    model = make()
+    pairs = Pairs.of_texts(tokenizer, [("a" * (7 * n % 11 + 1), "x") for n in range(9)])
+
+    def batches(processes):
+        found = []
+
+        def generate(model, tokenizer, prompts, *_):
+            found.append(prompts)
+            return [""] * len(prompts)
+
+        monkeypatch.setattr("cats.finetuning.evaluation._generate", generate)
+        for rank in range(processes):
+            accelerator = SimpleNamespace(
+                process_index=rank,
+                num_processes=processes,
+                device="cpu",
+                autocast=nullcontext,
+                reduce=lambda total, _: total,
+            )
+            evaluate_answers(
+                model, tokenizer, pairs, batch_size=2, max_new_tokens=1, accelerator=accelerator
+            )
+        return sorted(found)
+
+    assert batches(2) == batches(1)
 
 
 def test_answers_end_where_a_served_model_stops(make, tokenizer, accelerator):
