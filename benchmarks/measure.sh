@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that benchmarks/results/<device>/ holds, by groups that may be run one at a time:
 #
-#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches timeline      needs a GPU
+#   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches timeline codes      needs a GPU
 #   sh benchmarks/measure.sh OUT quality quantised finetune DATA                       also SmolLM2 and data (README.md says which)
 #
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
@@ -73,6 +73,13 @@ batches() {
         bench decode-llama-3.2-1b-batch-$batch.jsonl 150 \
             "decode llama-3.2-1b --dtype bfloat16 --engine auto --no-generate --sparsity 0,0.5 --rounds 3 --batch $batch"
     done
+}
+
+# The MLP over codes, each number of bits as a file of its own.
+codes() {
+    shapes="--shape 4096x14336 --shape 4096x11008 --shape 2048x8192"
+    bench quantised-mlp-int4.jsonl 200 "mlp $shapes --bits 4 --sparsity 0,0.5,0.7 --batch 1,8"
+    bench quantised-mlp-int8.jsonl 200 "mlp $shapes --bits 8 --sparsity 0,0.5,0.7 --batch 1,8"
 }
 
 timeline() {
@@ -201,7 +208,7 @@ join() {
 while [ $# -gt 0 ]; do
     case $1 in
         quality|quantised|finetune) needs="${needs:-} $1" ;;
-        tests|sanitize|mlp|model|decode|contexts|batches|timeline) $1 ;;
+        tests|sanitize|mlp|model|decode|contexts|batches|timeline|codes) $1 ;;
         *)
             [ -n "${needs:-}" ] && [ -d "$1/text" ] || usage
             for group in $needs; do $group "$1"; done

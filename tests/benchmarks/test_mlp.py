@@ -1,12 +1,15 @@
+import dataclasses
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from cats import ops
-from cats.benchmarks import mlp, mlp_variants, timing
+from cats.benchmarks import mlp, mlp_codes, mlp_variants, timing
 from cats.benchmarks.mlp import Case, Weights, check, measure
 from cats.cli import bench
 from cats.errors import BackendError, ConfigError
+from cats.report.mlp import panels
 from cats.results import read_results
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +56,48 @@ def test_the_limit_counts_the_kept_neurons(results):
     assert ratio == pytest.approx((1 + 2 * half) / 3)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, None)])
+def test_codes_are_timed_beside_dense_numbers_with_limits_of_their_own(bits, group_size):
+    case = tiny_case(bits=bits, group_size=group_size, backends=("reference", "dense"))
+    bandwidth, *times = measure(case)
+    assert {(r.bits, r.group_size) for r in (bandwidth, *times)} == {(bits, group_size)}
+    limits = {(r.variant, r.sparsity): r.limit_us for r in times if r.neighbour == "none"}
+    dense = {(name, 0.0) for name in ("dense_eager", "dense_merged")}
+    over_codes = {(name, s) for name in ("reference", "dense") for s in (0.0, 0.5)}
+    assert limits.keys() == dense | over_codes
+    # codes and float32 scales, of three matrices
+    groups = {None: (64 + 64 + 32), 32: 64 + 64 + 2 * 32}[group_size]
+    bytes_of_codes = 3 * 32 * 64 * bits / 8 + 4 * groups
+    ratio = limits["dense", 0.0] / limits["dense_eager", 0.0]
+    assert ratio == pytest.approx(bytes_of_codes / (3 * 32 * 64 * 4))
+    assert limits["dense", 0.5] < limits["dense", 0.0]
+    (panel,) = (p for p in panels(times) if p.neighbour == "none")
+    assert f"int{bits}" in panel.title
+    assert panel.sparse_variants == ["reference", "dense"]
+    assert not {*panel.dense} - {"dense_eager", "dense_merged", "reference at 0", "dense at 0"}
+
+
+def test_a_wrong_kernel_over_codes_is_not_timed(monkeypatch):
+    right = mlp_codes.packed_gated_mlp
+    monkeypatch.setattr(mlp_codes, "packed_gated_mlp", lambda *a: right(*a) * 1.001)
+    with pytest.raises(BackendError, match=r"dense is wrong .* it is not timed"):
+        list(measure(tiny_case(bits=8, backends=("dense",))))
+
+
+def test_torch_int4_says_why_it_does_not_run():
+    shape = dict(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16, device="cuda")
+    case = Case(**shape, bits=4, group_size=32)
+    assert mlp_codes.torch_int4_refusal(case) is None
+    for changes, word in (
+        (dict(bits=8), "4 bits"),
+        (dict(dtype=torch.float16), "bfloat16"),
+        (dict(device="cpu"), "GPU"),
+        (dict(hidden_size=192), "multiples of 128"),
+        (dict(group_size=None), "groups"),
+    ):
+        assert word in mlp_codes.torch_int4_refusal(dataclasses.replace(case, **changes))
+
+
 @pytest.mark.parametrize(("cache", "copies"), [(10 * 3 * 32 * 64 * 4, 40), (1, 2)])
 def test_weights_are_rotated_beyond_the_cache(monkeypatch, cache, copies):
     monkeypatch.setattr(mlp, "cache_size", lambda device: cache)
@@ -95,20 +140,22 @@ def test_default_backends_are_those_that_take_the_case(monkeypatch):
         list(measure(tiny_case(backends=())))
 
 
-def test_command_appends_a_sweep_to_the_file(tmp_path):
+@pytest.mark.parametrize("options", ["", "--bits 4 --group 32"])
+def test_command_appends_a_sweep_to_the_file(tmp_path, options):
     file = tmp_path / "results.jsonl"
     command = (
-        "mlp --shape 16x24 --shape 8x8 --batch 1,2 --sparsity 0.5 --dtype float32 --rounds 2 "
-        "--backend reference --read-mib 1 --no-compiled --device"
+        f"mlp --shape 32x64 --shape 64x32 --batch 1,2 --sparsity 0.5 --dtype float32 --rounds 2 "
+        f"--backend reference --read-mib 1 --no-compiled {options} --device"
     )
     arguments = [*command.split(), DEVICE, "-o", str(file)]
     outcome = CliRunner().invoke(bench.app, arguments)
     assert outcome.exit_code == 0, outcome.output
     measured = {(r.settings["hidden_size"], r.settings["batch"]) for r in read_results(file)}
-    assert measured == {(16, 1), (16, 2), (8, 1), (8, 2)}
+    assert measured == {(32, 1), (32, 2), (64, 1), (64, 2)}
     shown = CliRunner().invoke(bench.app, ["results", "show", str(file)])
     assert shown.exit_code == 0
-    assert "16x24" in shown.output
+    assert "32x64" in shown.output
+    assert ("int4 in groups of 32" in " ".join(shown.output.split())) == bool(options)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +166,9 @@ def test_command_appends_a_sweep_to_the_file(tmp_path):
         "--shape 16x24 --sparsity half",
         "--shape 16x24 --sparsity 1",
         "--shape 16x24 --batch 0",
+        "--shape 16x24 --bits 3",
+        "--shape 16x24 --bits 4",
+        "--shape 16x24 --group 8",
     ],
 )
 def test_options_that_cannot_be_right_are_refused(arguments):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
+from cats.benchmarks import mlp_codes
 from cats.benchmarks.mlp_case import Case, Weights
+from cats.benchmarks.mlp_codes import CodedWeights
 from cats.benchmarks.mlp_variants import (
     Mlp,
     check,
@@ -20,7 +22,7 @@ from cats.benchmarks.mlp_variants import (
 from cats.benchmarks.timing import MIN_CALLS, Timing, cache_size, read_bandwidth, time_passes
 from cats.results import DENSE_MLPS as DENSE
 from cats.results import PAPER_MLP as PAPER
-from cats.results import MLPBandwidth, MLPTime, Value, environment
+from cats.results import TORCH_INT4, MLPBandwidth, MLPTime, Value, environment
 
 __all__ = ["PAPER", "Case", "Weights", "check", "measure"]
 
@@ -53,13 +55,17 @@ def measure(case: Case, *, commit: str | None = None) -> Iterator[MLPBandwidth |
         "batch": case.batch,
         "environment": environment(case.device, commit=commit),
     }
+    if case.bits is not None:
+        fields |= {"bits": case.bits, "group_size": case.group_size}
     read = read_bandwidth(device, size=case.size, rounds=max(case.rounds // 2, 2))
     rate = read.as_rate(case.size / 1e9)
     yield MLPBandwidth(**fields, **rate.quartiles, bytes=case.size)
 
     x = torch.randn(case.batch, case.hidden_size, device=device, dtype=case.dtype)
-    copies = max(2, -(-4 * cache_size(device) // case.weight_bytes))
-    runs = _checked_runs(case, x, [Weights.random(case) for _ in range(copies)])
+    make = Weights.random if case.bits is None else CodedWeights.random
+    first = make(case)
+    copies = max(2, -(-4 * cache_size(device) // round(first.bytes_read("", 1.0))))
+    runs = _checked_runs(case, x, [first, *(make(case) for _ in range(copies - 1))])
     # a CUDA graph of few calls would show the cost of its launch
     repeats = max(1, -(-MIN_CALLS // copies)) if device.type == "cuda" else 1
     neighbours: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None}
@@ -69,7 +75,7 @@ def measure(case: Case, *, commit: str | None = None) -> Iterator[MLPBandwidth |
         timings = _time(case, runs, x, repeats, norm)
         for (name, sparsity), timing in timings.items():
             share = runs[name, sparsity].kept_share
-            bytes_read = (1 + 2 * share) / 3 * case.weight_bytes
+            bytes_read = first.bytes_read(name, share)
             yield MLPTime(
                 **fields,
                 **timing.scaled(1e6).quartiles,
@@ -91,6 +97,8 @@ class _CaseFields(TypedDict):
     dtype: str
     batch: int
     environment: dict[str, Value]
+    bits: NotRequired[int]
+    group_size: NotRequired[int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +117,25 @@ class _Run:
 
 def _checked_runs(case: Case, x: Tensor, copies: list[Weights]) -> dict[_Key, _Run]:
     """Every variant at every sparsity; dense baselines at sparsity 0 only."""
-    backends = case.backends or default_backends(x, copies[0])
+    first = copies[0]
+    in_codes = isinstance(first, CodedWeights)
+    if isinstance(first, CodedWeights):
+        backends = case.backends or mlp_codes.default_backends(x, first)
+    else:
+        backends = case.backends or default_backends(x, first)
     runs: dict[_Key, _Run] = {}
     for sparsity in sorted({0.0, *case.sparsities}):
         rotation = [weights.at(x, sparsity) for weights in copies]
         share = sum(weights.kept_share(x) for weights in rotation) / len(rotation)
-        variants = sparse_variants(case, backends)
+        variants = (
+            mlp_codes.sparse_variants(backends) if in_codes else sparse_variants(case, backends)
+        )
         if sparsity == 0:
-            variants |= dense_variants(case)
+            variants |= dense_variants(case) | (mlp_codes.dense_variants(case) if in_codes else {})
         for name, mlp in variants.items():
             check(name, mlp, x, rotation[0])
-            runs[name, sparsity] = _Run(mlp, rotation, 1.0 if name in DENSE else share)
+            is_dense = name in (*DENSE, TORCH_INT4)
+            runs[name, sparsity] = _Run(mlp, rotation, 1.0 if is_dense else share)
     return runs
 
 

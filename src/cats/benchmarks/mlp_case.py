@@ -22,6 +22,8 @@ class Case:
         rounds: Number of timed passes.
         size: Bytes of the read that gives the memory limit.
         compiled: Whether torch.compile's dense MLP is timed, which is slow to build.
+        bits: Of weights in codes, rounded to nearest: 4 or 8; None for weights in the dtype.
+        group_size: Columns that share a scale; None for a scale per row.
     """
 
     hidden_size: int
@@ -34,6 +36,8 @@ class Case:
     rounds: int = 50
     size: int = 4 * 2**30
     compiled: bool = True
+    bits: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.hidden_size, self.intermediate_size, self.batch) < 1:
@@ -42,11 +46,14 @@ class Case:
             raise ConfigError(f"sparsities must lie in [0, 1), got {list(self.sparsities)}")
         if self.rounds < 2:
             raise ConfigError(f"rounds must be at least 2, got {self.rounds}")
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the three matrices."""
-        return 3 * self.hidden_size * self.intermediate_size * self.dtype.itemsize
+        if self.bits not in (None, 4, 8):
+            raise ConfigError(f"bits must be 4 or 8, got {self.bits}")
+        widths = (self.hidden_size, self.intermediate_size)
+        if self.group_size is not None and any(width % self.group_size for width in widths):
+            raise ConfigError(
+                f"{widths[0]}x{widths[1]} has no whole groups of {self.group_size} columns: choose "
+                "another --group, or -1 for a scale per row"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,15 @@ class Weights:
 
     def arguments(self, x: Tensor) -> ops.GatedMLPArguments:
         return ops.GatedMLPArguments(x, self.gate, self.up, self.down, self.thresholds, "silu")
+
+    def bytes_read(self, name: str, share: float) -> float:
+        """Bytes that a variant must read.
+
+        Args:
+            name: Of the variant.
+            share: Share of the neurons whose rows of up and columns of down are read.
+        """
+        return (1 + 2 * share) * self.gate.nbytes
 
     def kept_share(self, x: Tensor) -> float:
         """Share of neurons that at least one token keeps."""

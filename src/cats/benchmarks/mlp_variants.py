@@ -15,6 +15,7 @@ from cats.ops.mlp import reference
 from cats.ops.mlp.backends import why_refused
 from cats.results import DENSE_MLPS as DENSE
 from cats.results import PAPER_MLP as PAPER
+from cats.results import TORCH_INT4
 
 # Largest accepted norm of the error over the norm of the output, against float64.
 ERROR_LIMIT = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -33,7 +34,8 @@ def check(name: str, mlp: Mlp, x: Tensor, weights: Weights) -> None:
         )
     )
     error = ((mlp(x, weights).double() - exact).norm() / exact.norm()).item()
-    limit = (DENSE_ERROR_LIMIT if name in (*DENSE, "dense") else ERROR_LIMIT)[x.dtype]
+    rounds_more = name in (*DENSE, TORCH_INT4, "dense")
+    limit = (DENSE_ERROR_LIMIT if rounds_more else ERROR_LIMIT)[x.dtype]
     # written so that NaN fails
     if not error <= limit:
         raise BackendError(

@@ -47,20 +47,40 @@ def mlp(
         int, options.number(min=1, help="MiB to read when the memory limit is measured.")
     ] = 4096,
     compiled: Annotated[bool, typer.Option(help="Time the dense MLP of torch.compile too.")] = True,
+    bits: Annotated[
+        int | None,
+        other_option(metavar="N", help="Time the MLP over codes of 4 or 8 bits."),
+    ] = None,
+    group: Annotated[
+        int | None,
+        other_option(
+            metavar="N",
+            help="With --bits, columns that share a scale; -1 for a scale per row.",
+            show_default="128 in 4 bits, a row in 8",
+        ),
+    ] = None,
     commit: options.Commit = None,
 ) -> None:
     """Time one call of the gated MLP, of each dense MLP, and the memory limit.
 
     Example: [b]cats bench mlp --shape 4096x14336 --shape 4096x11008 -o results.jsonl[/b]
 
+    With --bits, dense MLPs in the dtype and, where it runs, torch's own int4 operator are timed
+    beside the operator over codes. Fractions of the limit are of the bytes that each of them reads.
+
     Each combination of the lists is timed. A kernel whose result is wrong is not timed.
     """
     from cats.benchmarks.mlp import Case, measure
     from cats.cli.running import stage
+    from cats.errors import ConfigError
+    from cats.quantisation import check_bits
     from cats.report.mlp import panels, table
     from cats.results import append_results
 
     options.check_output(output)
+    if bits is None and group is not None:
+        raise ConfigError("--group goes with --bits")
+    group_size = None if bits is None else check_bits(bits, group)
     device = str(options.torch_device(device))
     cases = [
         Case(
@@ -74,6 +94,8 @@ def mlp(
             backends=tuple(backend or ()),
             size=read_mib * 2**20,
             compiled=compiled,
+            bits=bits,
+            group_size=group_size,
         )
         for sizes, name, tokens in product(
             map(bench_options.shape_of, shape), dtype.split(","), batch.split(",")

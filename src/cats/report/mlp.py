@@ -10,18 +10,20 @@ from cats.errors import DataError
 from cats.report import plots
 from cats.report.material import Time
 from cats.report.tables import Table, cell
-from cats.results import DENSE_MLPS, PAPER_MLP, MLPTime, Result, run_of
+from cats.results import DENSE_MLPS, PAPER_MLP, TORCH_INT4, MLPTime, Result, in_codes, run_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# device, hidden size, intermediate size, dtype, batch, neighbour
-_Key = tuple[str, int, int, str, int, str]
+# device, hidden size, intermediate size, dtype, batch, neighbour, how weights are quantised
+_Key = tuple[str, int, int, str, int, str, str]
+# What reads all rows, whatever the thresholds.
+_DENSE = (*DENSE_MLPS, TORCH_INT4)
 
 
 class Panel:
-    """The results of one shape, dtype, batch and neighbour on one device, of one run.
+    """The results of one shape, storage, batch and neighbour on one device, of one run.
 
     Attributes:
         times: Variant and sparsity to its time.
@@ -30,7 +32,7 @@ class Panel:
 
     def __init__(self, key: _Key) -> None:
         self.device, self.hidden_size, self.intermediate_size = key[:3]
-        self.dtype, self.batch, self.neighbour = key[3:]
+        self.dtype, self.batch, self.neighbour, self.codes = key[3:]
         self.times: dict[tuple[str, float], MLPTime] = {}
         self.run_label = ""
 
@@ -39,19 +41,20 @@ class Panel:
         neighbour = "" if self.neighbour == "none" else f", between {self.neighbour}"
         shape = f"{self.hidden_size}x{self.intermediate_size}"
         return (
-            f"{self.device}, {shape}, {self.dtype}, batch {self.batch}{neighbour}{self.run_label}"
+            f"{self.device}, {shape}, {self.dtype}{self.codes}, batch {self.batch}{neighbour}"
+            f"{self.run_label}"
         )
 
     @property
     def sparse_variants(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self.times if name not in DENSE_MLPS))
+        return list(dict.fromkeys(name for name, _ in self.times if name not in _DENSE))
 
     @property
     def dense(self) -> dict[str, MLPTime]:
         """The dense baselines and the fastest of our own kernels at threshold 0."""
         at_zero = {name: time for (name, sparsity), time in self.times.items() if sparsity == 0}
-        dense = {name: at_zero[name] for name in DENSE_MLPS if name in at_zero}
-        own = [name for name in at_zero if name not in (*DENSE_MLPS, PAPER_MLP)]
+        dense = {name: at_zero[name] for name in _DENSE if name in at_zero}
+        own = [name for name in at_zero if name not in (*_DENSE, PAPER_MLP)]
         if own:
             fastest = min(own, key=lambda name: at_zero[name].value)
             dense[f"{fastest} at 0"] = at_zero[fastest]
@@ -78,7 +81,9 @@ def panels(results: Iterable[Result]) -> list[Panel]:
     groups: dict[_Key, dict[str, Panel]] = {}
     for r in results:
         if isinstance(r, MLPTime):
-            key = r.device, r.hidden_size, r.intermediate_size, r.dtype, r.batch, r.neighbour
+            shape = r.hidden_size, r.intermediate_size
+            codes = in_codes(r.bits, r.group_size)
+            key = r.device, *shape, r.dtype, r.batch, r.neighbour, codes
             panel = groups.setdefault(key, {}).setdefault(run_of(r), Panel(key))
             panel.times[r.variant, r.sparsity] = r
     if not groups:
@@ -103,7 +108,7 @@ def table(panel: Panel) -> Table:
     """Times in microseconds, fractions of the run's memory limit, and speed over the best dense."""
     rows = []
     for (name, sparsity), time in sorted(panel.times.items(), key=lambda item: item[0][1]):
-        target = "dense" if name in DENSE_MLPS else f"{sparsity:.0%}"
+        target = "dense" if name in _DENSE else f"{sparsity:.0%}"
         quartiles = f"{time.low:.1f}-{time.high:.1f}"
         limit = [f"{time.limit_us:.1f}", f"{time.limit_us / time.value:.2f}"]
         speedup = cell(panel.over_dense(time), ".2f")
@@ -128,7 +133,8 @@ def summary(shapes: Sequence[Panel]) -> Table:
     rows = []
     for panel in chained:
         tokens = f", {panel.batch} tokens" if panel.batch > 1 else ""
-        shape = f"{panel.hidden_size}x{panel.intermediate_size}{tokens}{panel.run_label}"
+        shape = f"{panel.hidden_size}x{panel.intermediate_size}"
+        shape += f"{panel.codes}{tokens}{panel.run_label}"
         dense = ", ".join(f"{name} {time.value:.1f}" for name, time in panel.dense.items())
         about = f"best dense of: {dense}" if dense else "no dense in this run"
         first = cell(panel.best_dense, ".1f")
@@ -177,7 +183,9 @@ def draw(axis: Axes, times: Sequence[Time], *, title: str = "") -> None:
         else:
             points = [(time.sparsity, time.value, time.low, time.high) for time in line]
             plots.line(axis, points, label=variant, colour=colour)
-    plots.limit(axis, {t.sparsity: t.limit for t in times if t.limit is not None})
+    # dense MLPs in the dtype may read other bytes
+    own = [t for t in times if t.variant not in _DENSE] or times
+    plots.limit(axis, {t.sparsity: t.limit for t in own if t.limit is not None})
     plots.label(axis, x="sparsity", y=f"{times[0].unit} per call", title=title)
     axis.set_ylim(bottom=0)
     plots.legend(axis)

@@ -9,6 +9,7 @@ from cats.results.records import (
     EVENTS,
     LAUNCHES,
     PAPER_MLP,
+    TORCH_INT4,
     DecodeBandwidth,
     DecodeResult,
     DecodeVariantResult,
@@ -23,6 +24,7 @@ from cats.results.records import (
     SeveralGPUs,
     StartUpTime,
     TokenTime,
+    in_codes,
 )
 from cats.results.result import Result, Value
 
@@ -34,6 +36,7 @@ __all__ = [
     "MEAN",
     "PAPER_MLP",
     "QUANTISED",
+    "TORCH_INT4",
     "DecodeBandwidth",
     "DecodeResult",
     "DecodeVariantResult",
@@ -57,6 +60,7 @@ __all__ = [
     "Value",
     "append_results",
     "environment",
+    "in_codes",
     "join_results",
     "read_results",
     "run_of",

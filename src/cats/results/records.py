@@ -20,19 +20,35 @@ from cats.results.result import (
 # Variants of an MLP that are not ours: dense baselines, and the design of the paper's kernels.
 DENSE_MLPS = ("dense_eager", "dense_merged", "dense_compiled")
 PAPER_MLP = "paper"
+# The dense baseline over int4 codes: torch's own operator.
+TORCH_INT4 = "dense_torch_int4"
 # The launches of a layer in their order, and the events of a warp in the order of trace.cuh.
 LAUNCHES = ("q, k, v", "attention", "output projection", "MLP")
 EVENTS = ("start", "input", "last", "end")
 
 
+def in_codes(bits: int | None, group_size: int | None) -> str:
+    """How weights are quantised, in words that follow a name; empty where they are not."""
+    if bits is None:
+        return ""
+    return f", int{bits}" + (f" in groups of {group_size}" if group_size else "")
+
+
 class _MLP(Result):
-    """Of ``cats bench mlp``, one shape."""
+    """Of ``cats bench mlp``, one shape.
+
+    Attributes:
+        bits: Of the quantised weights; None where they have the dtype.
+        group_size: Columns that share a scale; None for a scale per row.
+    """
 
     benchmark: Literal["mlp"] = "mlp"
     hidden_size: int
     intermediate_size: int
     dtype: str
     batch: int
+    bits: int | None = None
+    group_size: int | None = None
 
 
 class MLPBandwidth(_MLP):
@@ -47,7 +63,8 @@ class MLPTime(_MLP):
     """One call of an MLP.
 
     Attributes:
-        variant: A backend, or one of ``DENSE_MLPS``.
+        variant: A backend, one of ``DENSE_MLPS`` (which read weights in the dtype, also where the
+            others read codes), or ``TORCH_INT4``.
         neighbour: What runs between two calls: ``"none"`` or ``"rmsnorm"``.
         sparsity: The target.
         kept_share: Share of the neurons that are kept, in [0, 1].
@@ -91,10 +108,7 @@ class DecodeResult(Result):
     @property
     def model_and_bits(self) -> str:
         """The model, and how its weights are quantised."""
-        if self.bits is None:
-            return self.model
-        groups = f" in groups of {self.group_size}" if self.group_size else ""
-        return f"{self.model}, int{self.bits}{groups}"
+        return self.model + in_codes(self.bits, self.group_size)
 
 
 class DecodeBandwidth(DecodeResult):
