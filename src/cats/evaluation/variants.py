@@ -25,7 +25,7 @@ from cats.functional import keep_mask
 from cats.metrics import perplexity, perplexity_and_sparsity
 from cats.model import find_gated_mlps
 from cats.results import QUANTISED
-from cats.weights import Quantised
+from cats.weights import QuantisedLinear
 
 PreHook: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -128,7 +128,8 @@ class InCodes(Variant):
         self._model, self._way = model, way
         sizes: Counter[tuple[str, int, int | None]] = Counter()
         for module in model.modules():
-            if (weight := Quantised.of(module)) is not None:
+            if isinstance(module, QuantisedLinear):
+                weight = module.matrix
                 group = None if weight.groups == 1 else weight.group_size
                 sizes[weight.kind, weight.bits, group] += weight.shape[0] * weight.columns
         if not sizes:
