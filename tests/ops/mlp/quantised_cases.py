@@ -123,7 +123,7 @@ def make_mlp(
     )
 
 
-def run(mlp, case, *, multiprocessors=2, counter=None, stream=0, **changes):
+def run(mlp, case, *, multiprocessors=2, stream=0, **changes):
     """What the kernel adds to zeros, float64."""
     sums = torch.zeros_like(case.base)
     residual = Residual(
@@ -139,7 +139,6 @@ def run(mlp, case, *, multiprocessors=2, counter=None, stream=0, **changes):
         up_bias=case.biases[1],
         dtype=case.dtype,
         sums=sums,
-        counter=counter,
         multiprocessors=multiprocessors,
     )
     launch.function.launch(launch.arguments, blocks=launch.blocks, stream=stream, dependent=True)

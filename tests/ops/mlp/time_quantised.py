@@ -53,14 +53,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 8])
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of them")
-    parser.add_argument("--by-index", type=float, help="share of the neurons, instead of its own")
-    parser.add_argument("--halves", action="store_true", help="deal the last runs out in halves")
     parser.add_argument("--ring-bytes", type=int, help="of the ring, instead of its own")
     options = parser.parse_args()
-    # private: only this script tries other sizes
-    if options.by_index is not None:
-        quantised._BY_INDEX, quantised._HALVES = options.by_index, options.halves
     if options.ring_bytes is not None:
+        # private: only this script tries other sizes
         quantised._RING_BYTES = options.ring_bytes
     device = torch.device("cuda")
     read = READ_BYTES / read_bandwidth(device, size=READ_BYTES, rounds=10).median
@@ -73,21 +69,16 @@ def main() -> None:
             x = torch.randn(hidden, device=device)
             norm = torch.ones(hidden, dtype=torch.bfloat16, device=device)
             sums = torch.zeros(hidden, device=device)
-            counters = torch.zeros(count, 32, dtype=torch.int32, device=device)
             residual = Residual(base=address(x), weight=address(norm), epsilon=1e-5)
             thresholds = {
                 sparsity: torch.full((neurons,), value, device=device)
-                for sparsity, value in thresholds_of(mlps[0], residual, counters, sums).items()
+                for sparsity, value in thresholds_of(mlps[0]).items()
             }
             passes = {}
             for sparsity, threshold in thresholds.items():
-                launches = [
-                    launch(mlp, residual, threshold, sums, counters[i])
-                    for i, mlp in enumerate(mlps)
-                ]
+                launches = [launch(mlp, residual, threshold, sums) for mlp in mlps]
 
-                def run(launches=launches, counters=counters) -> None:
-                    counters.zero_()
+                def run(launches=launches) -> None:
                     stream = torch.cuda.current_stream().cuda_stream
                     for i, item in enumerate(launches):
                         item.function.launch(
@@ -115,7 +106,7 @@ def main() -> None:
                     file.write(json.dumps(line) + "\n")
 
 
-def launch(mlp, residual, thresholds, sums, counter):
+def launch(mlp, residual, thresholds, sums):
     gate, up, down = mlp
     return quantised.launch(
         x=residual,
@@ -128,12 +119,11 @@ def launch(mlp, residual, thresholds, sums, counter):
         up_bias=None,
         dtype=torch.bfloat16,
         sums=sums,
-        counter=counter[:1],
         multiprocessors=multiprocessors(0),
     )
 
 
-def thresholds_of(mlp, residual, counters, sums) -> dict[float, float]:
+def thresholds_of(mlp) -> dict[float, float]:
     """Thresholds for a share of neurons: codes are uniform, so the gate is nearly normal."""
     half = 2.0 ** (mlp[0].layout.bits - 1)
     deviation = 0.5 / 3**0.5 * (1 - 1 / (4 * half * half)) ** 0.5

@@ -161,7 +161,7 @@ class Launches:
         )
 
     def mlp(self, layer: LayerSpec, x: Residual, *, sums: Tensor, tickets: Tensor) -> Launch:
-        """``sums += MLP(x)``; the launch takes its tickets from the start of ``tickets``."""
+        """``sums += MLP(x)``; dense launches take tickets from the start of ``tickets``."""
         mlp = layer.mlp
         if matrices := packed_matrices(mlp):
             gate, up, down = matrices
@@ -176,7 +176,6 @@ class Launches:
                 up_bias=mlp.up.bias,
                 dtype=self.spec.dtype,
                 sums=sums,
-                counter=tickets[:1],
                 multiprocessors=self.multiprocessors,
                 traced=self.traced,
             )

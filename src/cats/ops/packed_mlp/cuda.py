@@ -16,9 +16,6 @@ from cats.ops.quantised import PackedRows
 
 __all__ = ["packed_gated_mlp", "refuses", "unavailable"]
 
-# Zeros after the sums, of which the first is the counter of the launch.
-_COUNTERS = 4
-
 
 def refuses(arguments: PackedMLPArguments) -> str | None:
     """Why the backend leaves this call to another one, or None where it takes it."""
@@ -71,8 +68,7 @@ def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
             return packed_gated_mlp(arguments)
     hidden, neurons = a.rows.columns, len(a.gate)
     x = a.x[0].float()
-    memory = torch.zeros(hidden + _COUNTERS, device=a.x.device)
-    sums, counters = memory[:hidden], memory[hidden:].view(torch.int32)
+    sums = torch.zeros(hidden, device=a.x.device)
     made = launch(
         x=Residual(base=address(x)),
         gate=PackedRows(a.gate, a.rows, neurons),
@@ -84,7 +80,6 @@ def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
         up_bias=a.up_bias,
         dtype=a.x.dtype,
         sums=sums,
-        counter=counters[:1],
         multiprocessors=multiprocessors(a.x.device.index),
         early=False,
         plain=True,

@@ -11,7 +11,6 @@ from cats.ops.cuda.arguments import Arguments, Pointer, address
 from cats.ops.cuda.device import DTYPES, VECTOR_BYTES, shared_memory
 from cats.ops.cuda.function import Function, Launch
 from cats.ops.cuda.residual import Residual
-from cats.ops.cuda.runs import Deal
 from cats.ops.mlp.cuda.variant import ACTIVATION_CODES
 from cats.ops.quantised import SCALE_CODES, ColumnLayout, PackedColumns, PackedRows, RowLayout
 
@@ -22,11 +21,6 @@ _MIN_CHUNKS, _MAX_CHUNKS = 3, 8
 _RING_BYTES = 108 * 1024
 # What is on its way to a multiprocessor while the kernel before this one still runs.
 _EARLY_BYTES = 32 * 1024
-# Runs that a block may take beyond its even share, at least: faster blocks take more.
-_SPARE_RUNS = 8
-# The share of the runs that are dealt out by index. Runs that a block asks for are of other groups
-# of down, so there are few of them, and no halves.
-_BY_INDEX, _HALVES = 0.85, False
 
 
 class QuantisedMLPArguments(Arguments):
@@ -44,8 +38,8 @@ class QuantisedMLPArguments(Arguments):
         ("gate_bias", Pointer),
         ("up_bias", Pointer),
         ("sums", Pointer),
-        ("deal", Deal),
         ("neurons", ctypes.c_int),
+        ("neurons_of_block", ctypes.c_int),
         ("request_early", ctypes.c_int),
     )
 
@@ -62,7 +56,6 @@ def launch(
     up_bias: Tensor | None,
     dtype: torch.dtype,
     sums: Tensor,
-    counter: Tensor | None,
     multiprocessors: int,
     early: bool = True,
     plain: bool = False,
@@ -81,8 +74,6 @@ def launch(
         up_bias: ``[F]`` in ``dtype`` or None.
         dtype: Of the model: float32, bfloat16 or float16.
         sums: ``[D]``, float32.
-        counter: One int32 that is zero when the launch starts: blocks that are faster take more
-            neurons. None: neurons are dealt out by index.
         multiprocessors: How many the GPU has.
         early: Whether weights may be requested before the kernel before this one has ended.
         plain: Whether ``x.base`` is the input itself, without a norm.
@@ -102,11 +93,9 @@ def launch(
             f"{sizes[1]} columns of {sizes[2]} outputs"
         )
     device = gate.rows.get_device()
-    function, rows, capacity = _function(
+    function, of_block = _function(
         device, gate.layout, down.layout, dtype, activation, neurons, multiprocessors, traced, plain
     )
-    runs = -(-neurons // rows)
-    blocks = min(multiprocessors, runs)
     arguments = QuantisedMLPArguments(
         residual=x,
         gate=address(gate.rows),
@@ -118,12 +107,11 @@ def launch(
         gate_bias=address(gate_bias, 1),
         up_bias=address(up_bias, 1),
         sums=address(sums),
-        deal=Deal.of(runs, blocks, counter, by_index=_BY_INDEX, halves=_HALVES),
         neurons=neurons,
+        neurons_of_block=of_block,
         request_early=early,
     )
-    assert (arguments.deal.fixed + 4) * rows <= capacity
-    return Launch(function, arguments, blocks)
+    return Launch(function, arguments, -(-neurons // of_block))
 
 
 @cache
@@ -137,8 +125,8 @@ def _function(
     multiprocessors: int,
     traced: bool,
     plain: bool,
-) -> tuple[Function, int, int]:
-    """The kernel, the rows of its runs, and how many neurons a block can keep."""
+) -> tuple[Function, int]:
+    """The kernel, and how many neurons a block takes."""
     defines = macros(
         rows,
         columns,
@@ -157,7 +145,7 @@ def _function(
         threads=32 * (rows.warps + 2),  # workers, the copier and the evaluator
         shared_bytes=defines["SHARED_BYTES"],
     )
-    return function, defines["ROWS_OF_CHUNK"], defines["LIST"]
+    return function, defines["LIST"]
 
 
 def macros(
@@ -195,15 +183,14 @@ def macros(
             f"got {hidden} elements"
         )
     rows_of_chunk = 16 if rows.bits == 4 else 8
-    runs = -(-neurons // rows_of_chunk)
-    blocks = min(multiprocessors, runs)
-    capacity = (-(-runs // blocks) + _SPARE_RUNS) * rows_of_chunk
+    # neighbours, which share scales of down, and whole chunks
+    of_block = -(-neurons // (rows_of_chunk * multiprocessors)) * rows_of_chunk
     chunk_rows = rows_of_chunk * rows.pitch
     chunk_columns = (16 if columns.bits == 4 else 8) * columns.pitch
     chunk = -(-max(chunk_rows, chunk_columns) // 128) * 128
     # the sums of each warp, three barriers and four numbers
     each = chunk + 4 * rows.warps * rows_of_chunk + 3 * 8 + 4 * 4
-    fixed = 4 * rows.width + 8 * capacity + 4 * rows.warps + 512
+    fixed = 4 * rows.width + 8 * of_block + 4 * rows.warps + 512
     most = min(_MAX_CHUNKS, max(_MIN_CHUNKS, _RING_BYTES // each))
     chunks = min(most, (shared_limit - fixed) // each)
     if chunks < _MIN_CHUNKS:
@@ -218,7 +205,7 @@ def macros(
         ACTIVATION=ACTIVATION_CODES[activation],
         CHUNKS=chunks,
         EARLY_CHUNKS=max(1, _EARLY_BYTES // chunk),
-        LIST=capacity,
+        LIST=of_block,
         SHARED_BYTES=fixed + chunks * each,
         TRACE=int(traced),
         PLAIN_INPUT=int(plain),

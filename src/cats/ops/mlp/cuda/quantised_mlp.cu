@@ -1,19 +1,18 @@
 // The gated MLP of one token as one launch, with weights of 4 or 8 bits: sums += down @ (keep(act(gate @ x)) * (up @ x)), where
 // x is the norm of the residual stream. gated_mlp.cu is the same for weights of 16 or 32 bits.
 //
-// A block takes a share of the neurons. It reads through one ring of CHUNKS chunks: first all gate rows of its neurons, then
-// the up rows of the neurons that it keeps, then their down columns. So only the first up rows wait for a result, and only the
-// last chunk of each kind may be partly empty.
+// A block takes neighbouring neurons, whose number follows from its index. It reads through one ring of CHUNKS chunks: first
+// all gate rows of its neurons, then the up rows of the neurons that it keeps, then their down columns. So only the first up
+// rows wait for a result, and only the last chunk of each kind may be partly empty. Neighbours share scales of down.
 //
 //   copier     requests rows in that order (neighbouring gate rows are one copy)
 //   worker     owns columns of gate and up (integer_dot.cuh), and outputs of down (quantised_down.cuh)
 //   evaluator  adds up the workers' sums of a chunk. Gate: activation, threshold, list of kept neurons. Up: products
 //
-// The loader defines DTYPE (of the norm's weights and of biases), INPUTS (D), ACTIVATION, CHUNKS, EARLY_CHUNKS, LIST (how many
-// neurons a block can keep), SHARED_BYTES, the macros of integer_dot.cuh for gate and up, and for down DOWN_BITS, DOWN_GROUP
+// The loader defines DTYPE (of the norm's weights and of biases), INPUTS (D), ACTIVATION, CHUNKS, EARLY_CHUNKS, LIST (neurons
+// of a block), SHARED_BYTES, the macros of integer_dot.cuh for gate and up, and for down DOWN_BITS, DOWN_GROUP
 // (neurons that share scales; 0: all), DOWN_SCALE, DOWN_ZERO_MODE and DOWN_CONSTANT_ZERO.
 #include "normed_input.cuh"
-#include "runs.cuh"
 #include "trace.cuh"
 #include "activation.cuh"
 
@@ -30,8 +29,8 @@ struct Arguments : Traced {
     const char* gate_bias;    // [F] or null
     const char* up_bias;      // [F] or null
     float* sums;              // [D], added to
-    Deal deal;                // of gate rows, in runs of ROWS
     int neurons;              // F
+    int neurons_of_block;     // a multiple of ROWS
     int request_early;        // the kernel before this one writes no weights
 };
 
@@ -59,11 +58,10 @@ static_assert(sizeof(Shared) <= SHARED_BYTES);
 struct Copier {
     const Arguments& a;
     Shared& shared;
-    Runs runs;
     const int lane = threadIdx.x % 32;
     int chunk = 0, slot = 0, parity = 1;
 
-    __device__ Copier(const Arguments& a, Shared& shared) : a(a), shared(shared), runs(a.deal) {}
+    __device__ Copier(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
 
     // Waits until the next place of the ring is free, and describes its chunk.
     __device__ void begin(Kind kind, int count, int at, int group = 0) {
@@ -79,14 +77,10 @@ struct Copier {
         if (++slot == CHUNKS) slot = 0, parity ^= 1;
     }
 
-    // Requests the run of gate rows that was taken; false where there is none.
-    __device__ bool request_gates(bool more) {
-        if (!more) return false;
-        const int row = runs.first * (ROWS / 2), count = max(0, min(runs.halves * (ROWS / 2), a.neurons - row));
+    __device__ void request_gates(int row, int count) {
         begin(GATE, count, row);
         copy_run(shared.rows[slot], a.gate + (size_t)row * PITCH, count, &shared.full[slot]);
         end();
-        return true;
     }
 
     template <int BYTES>
@@ -112,21 +106,14 @@ struct Copier {
 
     __device__ void run() {
         if (!a.request_early) wait_for_previous_kernel();
-        bool more = true;
-        // neighbouring runs, so that a block's neurons share scales of down
-        auto take_fixed = [&] { return runs.set(2 * (blockIdx.x * a.deal.fixed + runs.taken), 2); };
-        for (int i = 0; i < min(a.deal.fixed, CHUNKS) && more; ++i) {
-            if (a.request_early && i >= EARLY_CHUNKS) wait_for_chunk(i - EARLY_CHUNKS);
-            more = request_gates(take_fixed());
+        const int first = blockIdx.x * a.neurons_of_block, end = min(first + a.neurons_of_block, a.neurons);
+        int row = first;
+        for (; row < end && chunk < CHUNKS; row += ROWS) {
+            if (a.request_early && chunk >= EARLY_CHUNKS) wait_for_chunk(chunk - EARLY_CHUNKS);
+            request_gates(row, min(ROWS, end - row));
         }
         wait_for_previous_kernel();
-        runs.ask();
-        while (more && runs.taken < a.deal.fixed) more = request_gates(take_fixed());
-        more = a.deal.counter;
-        while (more)
-#pragma unroll
-            for (int i = 0; i < TICKETS_AHEAD && more; ++i)
-                more = request_gates(runs.take(i, (runs.taken + TICKETS_AHEAD + 1) * ROWS <= LIST));
+        for (; row < end; row += ROWS) request_gates(row, min(ROWS, end - row));
         const int gate_chunks = chunk;
         int at = 0, kept;
         for (;;) {
