@@ -179,10 +179,14 @@ def test_times_of_several_tokens(linear, monkeypatch):
     bench = time_rows.Bench(
         torch.device("cpu"), rounds=2, chain=2, rotated_bytes=10_000, read_bytes=1000
     )
-    lines = list(bench.measure(time_rows.Shape("tiny", (20, 5, 5), 64), (1, 4)))
+    settings = [time_rows.SETTINGS[0], time_rows.SETTINGS[6]]
+    lines = list(bench.measure(time_rows.Shape("tiny", (20, 5, 5), 64), (1, 4), settings))
+    first, second = (setting.name for setting in settings)
     assert [(line["kernel"], line["tokens"]) for line in lines] == [
-        ("linear_rows", 1),
-        ("linear_rows", 4),
+        (first, 1),
+        (first, 4),
+        (second, 1),
+        (second, 4),
         ("linear", 1),
     ]
     assert all(line["us"] > 0 and line["share"] > 0 for line in lines)

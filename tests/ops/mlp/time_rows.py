@@ -1,18 +1,18 @@
 """Times of gated MLPs of several tokens: ``python -m tests.ops.mlp.time_rows --output PATH``.
 
 A chain of launches in a CUDA graph, each of which may start while the one before drains, over
-weights that no cache holds. Tokens are random, so their masks are about independent. Each result is
-a line of JSON: microseconds per launch, the share of the neurons that some token keeps, and the
-share of the best read of this run at which the gate rows and what these neurons need came. Outputs
-are checked before anything is timed. The line of ``gated_mlp`` is the kernel of one token within
-the stream engine.
+weights that no cache holds. Tokens are random, so their masks are about independent. For each shape
+and sparsity a table of microseconds per launch, and of the share of the best read of this run at
+which the gate rows and what the neurons need that some token keeps came: one line for each way to
+cut and request rows (``SETTINGS``), one column for each number of tokens. Each result is a line of
+JSON in the file. Outputs are checked before anything is timed. The line of ``gated_mlp`` is the
+kernel of one token within the stream engine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from cats.benchmarks.timing import read_bandwidth, time_passes
 from cats.ops.cuda.arguments import address
-from cats.ops.cuda.device import multiprocessors
+from cats.ops.cuda.device import multiprocessors, shared_memory
 from cats.ops.cuda.function import Launch
 from cats.ops.cuda.residual import Residual
-from cats.ops.cuda.rows_input import TOKENS
+from cats.ops.cuda.rows_input import TOKENS, tokens_at_once
 from cats.ops.mlp.cuda import residual, rows
-from tests.ops.linear.time_rows import try_sizes
+from tests.ops.linear.time_rows import SETTINGS, Setting, compile_all, report
 
 _CHAIN = 8
 _READ_BYTES = 4 * 2**30
@@ -51,26 +51,31 @@ class Bench:
     def measure(
         self,
         shape: tuple[int, int],
-        tokens: tuple[int, ...],
-        sparsities: tuple[float, ...] = SPARSITIES,
+        tokens: Sequence[int],
+        sparsity: float,
+        settings: Sequence[Setting],
     ) -> Iterator[dict[str, object]]:
-        """Times with each number of tokens and each share of neurons that a token drops."""
+        """Times in each setting with each number of tokens, of which each drops a share."""
         hidden, neurons = shape
         mlps = [self._mlp(hidden, neurons) for _ in range(self._chain)]
         counters = torch.zeros(self._chain, 1024, dtype=torch.int32, device=self._device)
         sums = torch.zeros(max(tokens), hidden, device=self._device)
         inputs = torch.randn(max(tokens), hidden, device=self._device, dtype=torch.bfloat16)
-        passes: dict[tuple[str, int, float], Callable[[], object]] = {}
-        shares: dict[tuple[str, int, float], float] = {}
-        kept = []  # launches hold only addresses
-        for sparsity in sparsities:
-            threshold = self._threshold(mlps[0][0], inputs[:1], sparsity)
-            thresholds = torch.full((neurons,), threshold, device=self._device)
-            kept.append(thresholds)
+        passes: dict[tuple[str, int], Callable[[], object]] = {}
+        shares: dict[int, float] = {}
+        threshold = self._threshold(mlps[0][0], inputs[:1], sparsity)
+        thresholds = torch.full((neurons,), threshold, device=self._device)
+        for setting in settings:
             for number in tokens:
-                launches = self._launches(mlps, inputs[:number], thresholds, sums, counters)
-                key = "mlp_rows", number, sparsity
-                shares[key] = self._check(
+                with setting.of(rows):
+                    launches = self._launches(
+                        mlps,
+                        inputs[:number],
+                        thresholds,
+                        sums,
+                        counters if setting.tickets else None,
+                    )
+                shares[number] = self._check(
                     mlps[0],
                     inputs[:number],
                     threshold,
@@ -78,31 +83,29 @@ class Bench:
                     sums,
                     counters,
                 )
-                passes[key] = self._pass(launches, counters)
-            key = "gated_mlp", 1, sparsity
-            x = inputs[0].float()
-            norm = torch.ones(hidden, device=self._device, dtype=torch.bfloat16)
-            kept += [x, norm]
-            stream = Residual(base=address(x), weight=address(norm), epsilon=1e-5)
-            launches = [
-                residual.launch(
-                    x=stream,
-                    **matrices_of(mlp),
-                    thresholds=thresholds,
-                    activation="silu",
-                    gate_bias=None,
-                    up_bias=None,
-                    sums=sums[0],
-                    counters=counter,
-                    multiprocessors=self._multiprocessors,
-                )
-                for mlp, counter in zip(mlps, counters, strict=True)
-            ]
-            passes[key] = self._pass(launches, counters)
-            shares[key] = self._share_of(mlps[0], inputs[:1], threshold)
+                passes[setting.name, number] = self._pass(launches, counters)
+        x = inputs[0].float()
+        norm = torch.ones(hidden, device=self._device, dtype=torch.bfloat16)
+        stream = Residual(base=address(x), weight=address(norm), epsilon=1e-5)
+        launches = [
+            residual.launch(
+                x=stream,
+                **matrices_of(mlp),
+                thresholds=thresholds,
+                activation="silu",
+                gate_bias=None,
+                up_bias=None,
+                sums=sums[0],
+                counters=counter,
+                multiprocessors=self._multiprocessors,
+            )
+            for mlp, counter in zip(mlps, counters, strict=True)
+        ]
+        passes["gated_mlp", 1] = self._pass(launches, counters)
+        shares[1] = self._share_of(mlps[0], inputs[:1], threshold)
         timings = time_passes(passes, self._chain, device=self._device, rounds=self._rounds)
-        for (kernel, number, sparsity), timing in timings.items():
-            union = shares[kernel, number, sparsity]
+        for (kernel, number), timing in timings.items():
+            union = shares[number]
             needed = 2.0 * neurons * hidden * (1 + 2 * union)
             yield {
                 "kernel": kernel,
@@ -130,11 +133,13 @@ class Bench:
         x: Tensor,
         thresholds: Tensor,
         sums: Tensor,
-        counters: Tensor,
+        counters: Tensor | None,
     ) -> list[Launch]:
         return [
             launch
-            for mlp, counter in zip(mlps, counters, strict=True)
+            for mlp, counter in zip(
+                mlps, [None] * len(mlps) if counters is None else counters, strict=True
+            )
             for launch in rows.launches(
                 x=x,
                 **matrices_of(mlp),
@@ -210,34 +215,35 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--sparsities", nargs="*", type=float, default=list(SPARSITIES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--rows", type=int, help="of a chunk, 8 or 16, instead of the own choice")
-    parser.add_argument("--part-bytes", type=int, help="of a row, at most")
-    parser.add_argument("--ring-bytes", type=int, help="of the ring")
-    parser.add_argument("--early-bytes", type=int, help="on their way before the input is there")
-    parser.add_argument("--by-index", type=float, help="share of the neurons dealt out by index")
-    parser.add_argument("--pass-outputs", type=int, help="outputs of a pass over the columns")
+    parser.add_argument("--settings", nargs="*", type=int, help="lines of SETTINGS, 0 the first")
     options = parser.parse_args()
-    tried = try_sizes(rows, options)
-    # private: only this script tries other sizes
-    for name in ("by_index", "pass_outputs"):
-        value = getattr(options, name)
-        if value is not None:
-            tried[name] = value
-            setattr(rows, f"_{name.upper()}", value)
+    settings = SETTINGS if options.settings is None else [SETTINGS[i] for i in options.settings]
     torch.backends.cuda.matmul.allow_tf32 = False
+    compile_all("mlp/cuda/mlp_rows.cu", _macros(options.shapes, options.tokens, settings))
     bench = Bench(torch.device("cuda"), rounds=options.rounds)
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tried": tried}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a") as file:
-        for name in options.shapes:
-            tokens, sparsities = tuple(options.tokens), tuple(options.sparsities)
-            for line in bench.measure(SHAPES[name], tokens, sparsities):
-                print(json.dumps(line | about), file=file, flush=True)
-                values = (line[key] for key in _SHOWN)
-                print(name, *(f"{v:.4}" if isinstance(v, float) else v for v in values), flush=True)
+    for name in options.shapes:
+        for sparsity in options.sparsities:
+            lines = bench.measure(SHAPES[name], options.tokens, sparsity, settings)
+            title = f"{name}, sparsity {sparsity}"
+            report(options.output, title, lines, column="tokens", row="kernel")
 
 
-_SHOWN = "kernel", "tokens", "sparsity", "union", "us", "share"
+def _macros(
+    shapes: Sequence[str], tokens: Sequence[int], settings: Sequence[Setting]
+) -> Iterator[dict[str, int]]:
+    for setting in settings:
+        with setting.of(rows):
+            for hidden, neurons in (SHAPES[name] for name in shapes):
+                for number in tokens:
+                    yield rows.macros(
+                        hidden,
+                        torch.bfloat16,
+                        tokens_at_once(hidden, torch.bfloat16, number),
+                        activation="silu",
+                        neurons=neurons,
+                        multiprocessors=multiprocessors(0),
+                        shared_limit=shared_memory(0),
+                    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 // Weights depend on nothing, so the copier fills the ring before the kernel before this one has ended. Until then, only
 // EARLY_CHUNKS are on their way at once: reads and sums of that kernel would wait for more of them.
 //
-// The loader defines CHUNKS, EARLY_CHUNKS, BLOCKS (that should fit on a multiprocessor), SHARED_BYTES and the macros of
-// rows_input.cuh.
+// The loader defines CHUNKS, EARLY_CHUNKS, NEXT_EARLY (whether the next kernel may start before the input is there), BLOCKS (that
+// should fit on a multiprocessor), SHARED_BYTES and the macros of rows_input.cuh.
 #include "rows_input.cuh"
 #include "runs.cuh"
 #include "trace.cuh"
@@ -98,6 +98,7 @@ struct Copier {
         bool more = true;
         while (more && runs.taken < a.deal.fixed && chunk < CHUNKS) more = request(runs.take_fixed());
         wait_for_previous_kernel();
+        if (NEXT_EARLY) allow_next_kernel();
         runs.ask();
         while (more && runs.taken < a.deal.fixed) more = request(runs.take_fixed());
         // in the order in which they were taken: after the first ticket without a run, no ticket has one
@@ -119,7 +120,7 @@ struct Worker {
         wait_for_previous_kernel();
         input.load(a.x);
         // after our own wait, so that the next kernel knows that all kernels before this one are complete
-        allow_next_kernel();
+        if (!NEXT_EARLY) allow_next_kernel();
         __syncwarp();
         warp_arrive(&shared.input_there);
         a.stamp(INPUT);

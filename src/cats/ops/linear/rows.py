@@ -31,6 +31,8 @@ _EARLY_BYTES = 32 * 1024
 _RING_BYTES = 100 * 1024
 # Where its registers leave no room for another block.
 _RING_BYTES_ALONE = 180 * 1024
+# Whether the next launch may start as soon as this one may read what earlier ones wrote.
+_NEXT_EARLY = False
 
 
 class LinearRowsArguments(Arguments):
@@ -167,6 +169,7 @@ def macros(
         **common,
         CHUNKS=chunks,
         EARLY_CHUNKS=max(1, _EARLY_BYTES // chunk),
+        NEXT_EARLY=int(_NEXT_EARLY),
         BLOCKS=2 if beside else 1,
         SHARED_BYTES=size(chunks),
         TRACE=int(traced),

@@ -11,8 +11,9 @@
 //   worker     owns columns of gate and up (rows_input.cuh), and outputs of down (rows_down.cuh)
 //   evaluator  adds up the workers' sums of a run (rows_evaluator.cuh)
 //
-// The loader defines ACTIVATION, PASSES, CHUNKS, EARLY_CHUNKS, LIST (how many neurons a block can keep), BLOCKS (that should fit
-// on a multiprocessor), SHARED_BYTES and the macros of rows_input.cuh.
+// The loader defines ACTIVATION, PASSES, CHUNKS, EARLY_CHUNKS, NEXT_EARLY (whether the next kernel may start before all weights
+// are requested), LIST (how many neurons a block can keep), BLOCKS (that should fit on a multiprocessor), SHARED_BYTES and the
+// macros of rows_input.cuh.
 #include "rows_input.cuh"
 #include "rows_down.cuh"
 #include "runs.cuh"
@@ -112,6 +113,7 @@ struct Copier {
         bool more = true;
         while (more && runs.taken < a.deal.fixed && chunk < CHUNKS) more = request_gates(runs.take_fixed());
         wait_for_previous_kernel();
+        if (NEXT_EARLY) allow_next_kernel();
         runs.ask();
         while (more && runs.taken < a.deal.fixed) more = request_gates(runs.take_fixed());
         more = a.deal.counter;
@@ -141,7 +143,7 @@ struct Copier {
                 advance();
             }
         // after our own wait, so that the next kernel knows that all kernels before this one are complete
-        allow_next_kernel();
+        if (!NEXT_EARLY) allow_next_kernel();
         wait_for_own_copies();
     }
 };

@@ -35,6 +35,8 @@ _PASS_OUTPUTS = 1024
 _SPARE_RUNS = 8
 # The share of the runs that are dealt out by index.
 _BY_INDEX = 0.75
+# Whether the next launch may start as soon as this one may read what earlier ones wrote.
+_NEXT_EARLY = False
 
 
 class MLPRowsArguments(Arguments):
@@ -217,6 +219,7 @@ def macros(
         PASSES=passes,
         CHUNKS=chunks,
         EARLY_CHUNKS=max(1, _EARLY_BYTES // chunk),
+        NEXT_EARLY=int(_NEXT_EARLY),
         LIST=capacity,
         BLOCKS=2 if beside else 1,
         SHARED_BYTES=size(chunks),
