@@ -31,6 +31,8 @@ SOURCES = {
     "cpu/library.cpp": ([], []),
     "mlp/cpu/gated_mlp.cpp": ([], []),
     "linear/linear.cpp": ([], []),
+    "packed_linear/packed_linear.cpp": ([], []),
+    "packed_mlp/packed_mlp.cpp": ([], []),
     "rms_norm/rms_norm.cpp": ([], []),
     "rotary/rotary.cpp": ([], []),
     "cpu/generic.cpp": ([], []),

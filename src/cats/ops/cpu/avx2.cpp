@@ -3,6 +3,8 @@
 
 #include "mlp/cpu/gated_mlp_kernel.h"
 #include "linear/linear_kernel.h"
+#include "packed_linear/packed_linear_kernel.h"
+#include "packed_mlp/packed_mlp_kernel.h"
 
 namespace cats {
 namespace {
@@ -28,6 +30,38 @@ struct Avx2 {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  // as to_float of one
+  static Vector widen(const Float16* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fff)), 13);
+    const __m256i largest = _mm256_set1_epi32(0x7c00 << 13), rebias = _mm256_set1_epi32(112 << 23);
+    const __m256i exponent = _mm256_and_si256(magnitude, largest);
+    const __m256i is_largest = _mm256_cmpeq_epi32(exponent, largest);
+    const __m256i is_small = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    __m256i wide = _mm256_add_epi32(magnitude, rebias);
+    wide = _mm256_add_epi32(wide, _mm256_and_si256(is_largest, rebias));
+    wide = _mm256_add_epi32(wide, _mm256_and_si256(is_small, _mm256_set1_epi32(1 << 23)));
+    const __m256 one = _mm256_and_ps(_mm256_castsi256_ps(is_small), _mm256_set1_ps(6.103515625e-5f));
+    const __m256 value = _mm256_sub_ps(_mm256_castsi256_ps(wide), one);
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(bits, 15), 31);
+    return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+  }
+
+  using Codes = __m256i;
+  static Vector subtract_product(Vector c, Vector a, Vector b) { return _mm256_fnmadd_ps(a, b, c); }
+  static Codes load_codes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Vector whole(Codes codes) { return _mm256_cvtepi32_ps(codes); }
+  static Vector low(Codes codes) { return whole(_mm256_and_si256(codes, _mm256_set1_epi32(15))); }
+  static Vector high(Codes codes) { return whole(_mm256_srli_epi32(codes, 4)); }
+  static void deinterleave(Vector a, Vector b, Vector& even, Vector& odd) {
+    const auto in_order = [](__m256 v) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+    };
+    even = in_order(_mm256_shuffle_ps(a, b, 0x88));
+    odd = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+  }
 };
 
 }  // namespace
@@ -40,3 +74,9 @@ void cats::gated_mlp_avx2(const GatedMlpCall& call, const Threads& threads) {
 void cats::linear_avx2(const LinearCall& call, const Threads& threads) {
   run_dtype<Linear, WideningLanes<Avx2, float>, WideningLanes<Avx2, BFloat16>>(call, threads);
 }
+
+void cats::packed_linear_avx2(const PackedLinearCall& call, const Threads& threads) {
+  run_packed_linear<Avx2>(call, threads);
+}
+
+void cats::packed_mlp_avx2(const PackedMlpCall& call, const Threads& threads) { run_packed_mlp<Avx2>(call, threads); }

@@ -7,3 +7,9 @@ void cats::gated_mlp_avx512(const GatedMlpCall& call, const Threads& threads) {
 void cats::linear_avx512(const LinearCall& call, const Threads& threads) {
   run_dtype<Linear, WideningLanes<Avx512, float>, WideningLanes<Avx512, BFloat16>>(call, threads);
 }
+
+void cats::packed_linear_avx512(const PackedLinearCall& call, const Threads& threads) {
+  run_packed_linear<Avx512>(call, threads);
+}
+
+void cats::packed_mlp_avx512(const PackedMlpCall& call, const Threads& threads) { run_packed_mlp<Avx512>(call, threads); }

@@ -86,11 +86,11 @@ bool always() { return true; }
 
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(CATS_X86)
-    {"avx512_bf16", has_avx512_bf16, gated_mlp_avx512_bf16, linear_avx512_bf16},
-    {"avx512", has_avx512, gated_mlp_avx512, linear_avx512},
-    {"avx2", has_avx2, gated_mlp_avx2, linear_avx2},
+    {"avx512_bf16", has_avx512_bf16, gated_mlp_avx512_bf16, linear_avx512_bf16, packed_linear_avx512, packed_mlp_avx512},
+    {"avx512", has_avx512, gated_mlp_avx512, linear_avx512, packed_linear_avx512, packed_mlp_avx512},
+    {"avx2", has_avx2, gated_mlp_avx2, linear_avx2, packed_linear_avx2, packed_mlp_avx2},
 #endif
-    {"generic", always, gated_mlp_generic, linear_generic},
+    {"generic", always, gated_mlp_generic, linear_generic, packed_linear_generic, packed_mlp_generic},
 };
 
 std::atomic<const InstructionSet*> selected{nullptr};
@@ -119,6 +119,8 @@ CATS_EXPORT const char* cats_register(const char* torch_library) {
   const std::pair<const char*, BoxedKernel> operators[] = {
       {"gated_mlp", cats::gated_mlp},
       {"linear", cats::linear},
+      {"_packed_linear_cpu", cats::packed_linear},
+      {"_packed_gated_mlp_cpu", cats::packed_gated_mlp},
       {"rms_norm", cats::rms_norm},
       {"rotary", cats::rotary},
   };

@@ -7,6 +7,8 @@
 
 #include "mlp/cpu/gated_mlp.h"
 #include "linear/linear.h"
+#include "packed_linear/packed_linear.h"
+#include "packed_mlp/packed_mlp.h"
 #include "cpu/threads.h"
 #include "cpu/torch_abi.h"
 
@@ -25,6 +27,8 @@ struct InstructionSet {
   bool (*is_supported)();
   GatedMlpKernel gated_mlp;
   LinearKernel linear;
+  PackedLinearKernel packed_linear;
+  PackedMlpKernel packed_mlp;
 };
 
 // The instruction set in use.
@@ -33,6 +37,8 @@ const InstructionSet& instruction_set();
 // The operators as torch's dispatcher calls them.
 void gated_mlp(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void linear(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void packed_linear(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void packed_gated_mlp(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void rms_norm(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void rotary(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 

@@ -55,14 +55,54 @@ inline float to_float(BFloat16 value) {
   return wide;
 }
 
+inline float to_float(Float16 value) {
+  constexpr uint32_t kExponent = 0x7c00u << 13;
+  const uint32_t magnitude = (value.bits & 0x7fffu) << 13, exponent = magnitude & kExponent;
+  // the exponent is larger by 112; infinity and NaN have the largest, and numbers below 2**-14 have no leading 1
+  uint32_t bits = magnitude + (112u << 23);
+  if (exponent == kExponent) bits += 112u << 23;
+  float wide;
+  if (exponent == 0) {
+    bits += 1u << 23;
+    std::memcpy(&wide, &bits, sizeof wide);
+    wide -= 6.103515625e-5f;
+    std::memcpy(&bits, &wide, sizeof wide);
+  }
+  bits |= (value.bits & 0x8000u) << 16;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// All round to the nearest, ties to even.
 inline void round_to(float value, float& out) { out = value; }
 
-// to the nearest, ties to even
 inline void round_to(float value, BFloat16& out) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   const bool is_nan = value != value;
   out.bits = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void round_to(float value, Float16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    magnitude = 0x7e00;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    magnitude = 0x7c00;  // 65520 and more: infinity
+  } else if (magnitude < 0x38800000u) {
+    // below 2**-14: the last bit of a float16 is that of a sum with 0.5
+    float shifted;
+    std::memcpy(&shifted, &magnitude, sizeof shifted);
+    shifted += 0.5f;
+    std::memcpy(&magnitude, &shifted, sizeof shifted);
+    magnitude -= 0x3f000000u;
+  } else {
+    magnitude = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | magnitude);
 }
 
 // --- dot products with rows of weights

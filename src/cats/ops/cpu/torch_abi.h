@@ -26,7 +26,9 @@ using BoxedKernel = void (*)(StableIValue* stack, uint64_t inputs, uint64_t outp
 #define CATS_TORCH_FUNCTIONS(X)                                                                                         \
   X(int32_t, aoti_torch_device_type_cpu, ())                                                                            \
   X(int32_t, aoti_torch_dtype_bfloat16, ())                                                                             \
+  X(int32_t, aoti_torch_dtype_float16, ())                                                                              \
   X(int32_t, aoti_torch_dtype_float32, ())                                                                              \
+  X(int32_t, aoti_torch_dtype_uint8, ())                                                                                \
   X(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle, int32_t*))                                                 \
   X(AOTITorchError, aoti_torch_get_dim, (AtenTensorHandle, int64_t*))                                                   \
   X(AOTITorchError, aoti_torch_get_sizes, (AtenTensorHandle, int64_t**))                                                \
