@@ -95,15 +95,6 @@ struct IntegerInput {
                (UNITS * WARPS == ALL_UNITS || warp * UNITS + unit < ALL_UNITS);
     }
 
-    // Takes a vector [WIDTH] from shared memory. It is zero in the padding and aligned to 16 bytes.
-    __device__ void load(const float* vector) {
-        load_from([&](int i, float(&values)[4]) {
-            float4 four = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (owns(i)) four = *reinterpret_cast<const float4*>(vector + column_of(i));
-            values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-        });
-    }
-
     // Takes the vector from get(i, values), which gives the four values of word i. It is called twice for each word.
     template <class F>
     __device__ void load_from(F get) {

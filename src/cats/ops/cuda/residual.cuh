@@ -7,14 +7,6 @@
 #pragma once
 #include "primitives.cuh"
 
-// Whether an operator calls the kernel on its own: its input is the base, without a norm.
-#ifndef PLAIN_INPUT
-#define PLAIN_INPUT 0
-#endif
-#if PLAIN_INPUT && defined(DIRECT_INPUT) && DIRECT_INPUT
-#error "a plain input is read by load_normed alone"
-#endif
-
 struct Residual {
     const float* base;         // [D]
     const float* delta;        // [D] or null
@@ -100,11 +92,6 @@ __device__ __forceinline__ void load_normed(const Residual& r, const Columns<SIZ
                                             bool early, bool keeps_sum,
                                             float (&x)[Columns<SIZE, TEAM>::OWNED]) {
     constexpr int COUNT = Columns<SIZE, TEAM>::COUNT;
-    if (PLAIN_INPUT) {
-        wait_for_previous_kernel();
-        columns.load(r.base, x);
-        return;
-    }
     uint4 weights[COUNT];
     if (!early) wait_for_previous_kernel();
     columns.load(r.weight, weights);

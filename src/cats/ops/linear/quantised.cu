@@ -33,7 +33,6 @@ struct Arguments : Traced {
 
 struct __align__(128) Shared {
     char rows[CHUNKS][ROWS * PITCH];
-    float x[NORMED ? WIDTH : 4];
     float dots[CHUNKS][WARPS][ROWS];
     uint64 full[CHUNKS], done[CHUNKS], reduced[CHUNKS], input_there;
     int row[CHUNKS], count[CHUNKS];  // of the list of all rows; a count of -1 ends the list
@@ -111,7 +110,7 @@ struct Worker {
 
     __device__ void load_input() {
 #if NORMED
-        load_normed_input(input, a.residual, a.request_early, shared.x, shared.slots);
+        NormedInput{input, a.residual, shared.slots}.load(a.request_early);
 #else
         wait_for_previous_kernel();
         // each word is used twice; those of long rows do not fit into registers, and are read twice

@@ -24,6 +24,8 @@ _MIN_CHUNKS, _MAX_CHUNKS = 4, 8
 # and what a ring leaves to the block of attention beside it.
 _EARLY_BYTES = 32 * 1024
 _SPARE_BYTES = 24 * 1024
+# A barrier, slots of warps and what alignment may add.
+_FIXED_BYTES = 512
 # Enough to keep the memory busy, and small enough that a block of an MLP fits beside the ring.
 _RING_BYTES = 72 * 1024
 
@@ -181,9 +183,7 @@ def macros(
             f"the residual stream must be a multiple of {VECTOR_BYTES} bytes in {dtype}, "
             f"got {layout.columns} elements"
         )
-    # x, barriers and what alignment may add
-    fixed = (4 * layout.width if normed else 0) + 512
-    rows, chunks = _ring(layout, most_rows, shared_limit - fixed)
+    rows, chunks = _ring(layout, most_rows, shared_limit - _FIXED_BYTES)
     chunk = _chunk_bytes(layout, rows)
     return dict(
         **layout.macros,
@@ -193,7 +193,7 @@ def macros(
         NORMED=int(normed),
         CHUNKS=chunks,
         EARLY_CHUNKS=max(1, _EARLY_BYTES // chunk),
-        SHARED_BYTES=fixed + chunks * chunk,
+        SHARED_BYTES=_FIXED_BYTES + chunks * chunk,
         TRACE=int(traced),
     )
 

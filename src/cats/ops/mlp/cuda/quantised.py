@@ -190,7 +190,7 @@ def macros(
     chunk = -(-max(chunk_rows, chunk_columns) // 128) * 128
     # the sums of each warp, three barriers and four numbers
     each = chunk + 4 * rows.warps * rows_of_chunk + 3 * 8 + 4 * 4
-    fixed = 4 * rows.width + 8 * of_block + 4 * rows.warps + 512
+    fixed = 8 * of_block + 4 * rows.warps + 512
     most = min(_MAX_CHUNKS, max(_MIN_CHUNKS, _RING_BYTES // each))
     chunks = min(most, (shared_limit - fixed) // each)
     if chunks < _MIN_CHUNKS:

@@ -41,7 +41,6 @@ constexpr int CHUNK_BYTES = ROWS * PITCH > DOWN_ROWS * DOWN_PITCH ? ROWS * PITCH
 
 struct __align__(128) Shared {
     char rows[CHUNKS][(CHUNK_BYTES + 127) / 128 * 128];
-    float x[WIDTH];
     float dots[CHUNKS][WARPS][ROWS];
     // kept neurons in order, and the value of their gate; later the product
     int neuron[LIST];
@@ -213,7 +212,7 @@ struct Worker {
     __device__ Worker(const Arguments& a, Shared& shared) : a(a), shared(shared) {}
 
     __device__ void run() {
-        load_normed_input(input, a.residual, a.request_early, shared.x, shared.slots);
+        NormedInput{input, a.residual, shared.slots}.load(a.request_early);
         __syncwarp();
         warp_arrive(&shared.input_there);
         a.stamp(INPUT);
