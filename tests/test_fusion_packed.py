@@ -147,6 +147,19 @@ def test_codes_loaded_into_a_fused_model_are_used():
     close(after, logits(cats.unfuse_(model), ids))
 
 
+def test_codes_loaded_between_two_answers_are_used():
+    model, _ = make_sparse()
+    cats.fuse_(model)
+    decoder, ids = cats.Decoder(model, engine="eager"), models.make_ids(1, 8)
+    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    before = decoder.generate(ids, **options)
+    state = {n: t ^ 0x77 if n.endswith("codes") else t for n, t in model.state_dict().items()}
+    model.load_state_dict(state)
+    after = decoder.generate(ids, **options)
+    assert not torch.equal(before, after)
+    models.assert_same_tokens(model, after, cats.generate(cats.unfuse_(model), ids, **options))
+
+
 def _stored(model):
     torch.save(model, file := io.BytesIO())
     file.seek(0)

@@ -7,6 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, Phi3Config
 
+from cats.decode.marks import Marks
 from cats.decode.stream.packed import pack_, runs_of_layout
 from cats.decode.stream.spec import read_spec
 from cats.errors import UnsupportedModelError
@@ -146,3 +147,19 @@ def test_dense_matrices_stay_as_they_are():
     layer = spec.layers[0]
     mine = pack_(spec, []).layers[0]
     assert [mine.q, mine.k, mine.v, mine.o] == [layer.q, layer.k, layer.v, layer.o]
+
+
+def test_marks_see_that_a_layer_is_packed_and_what_is_loaded_into_it():
+    model = quantised_model("int4")
+    plain = Marks.of(model)
+    pack_(read_spec(model), [])
+    packed = Marks.of(model)
+    assert packed.structure != plain.structure
+    assert Marks.of(model).structure == packed.structure
+    assert Marks.of(model).content == packed.content
+    model.load_state_dict(model.state_dict())
+    loaded = Marks.of(model)
+    assert (loaded.structure, loaded.content) != (packed.structure, packed.content)
+    assert "model.layers.1.mlp.up_proj.packed" in packed.changed(loaded).values()
+    # the same memory: nothing that was captured must be made anew
+    assert loaded.structure == packed.structure

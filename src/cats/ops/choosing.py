@@ -8,7 +8,6 @@ A backend is a module of the operator's package with three functions:
 """
 
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -88,8 +87,7 @@ class Backends(Generic[A]):
         for name in order:
             reason = self.why_refused(name, arguments)
             if reason is None:
-                others = [other for other in order[:-1] if _exists(f"{self._package}.{other}")]
-                if name == "dense" and others and all(map(self.why_unavailable, others)):
+                if name == "dense" and all(map(self.why_unavailable, order[:-1])):
                     no_kernels = f"there are kernels for {', '.join(self.order)} only"
                     _warn_once(self._operator, device, "; ".join(refusals) or no_kernels)
                 return name
@@ -98,8 +96,6 @@ class Backends(Generic[A]):
 
     def why_unavailable(self, name: str) -> str | None:
         """Why a backend cannot run on this machine, or None."""
-        if not _exists(f"{self._package}.{name}"):
-            return "not written yet"
         return _why_unavailable(self._module(name))
 
     def why_refused(self, name: str, arguments: A) -> str | None:
@@ -117,10 +113,6 @@ class Backends(Generic[A]):
 
     def _module(self, name: str) -> ModuleType:
         return _module(f"{self._package}.{name}")
-
-
-def _exists(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
 
 
 @cache
