@@ -68,8 +68,15 @@ struct Down {
             group = their_group;
             load_scales();
         }
+        if (DOWN_ROWS == 16 && count <= 8) add_rows<2>(chunk, products, count);
+        else add_rows<DOWN_ROWS / 4>(chunk, products, count);
+    }
+
+    // EACH neurons of each lane t: half of a chunk is half of the work.
+    template <int EACH>
+    __device__ void add_rows(const char* chunk, const float* products, int count) {
         // neurons t and t + 4 (and t + 8, t + 12) are depths 2 t and 2 t + 1 (and 2 t + 8, 2 t + 9)
-        constexpr int EACH = DOWN_ROWS / 4, RIGHT = EACH / 2;
+        constexpr int RIGHT = EACH / 2;
         float z[EACH];
         uint32 right[RIGHT];
 #pragma unroll
