@@ -79,6 +79,8 @@ struct Copier {
             more = request(slot, runs.take_fixed());
         }
         wait_for_previous_kernel();
+        // after our own wait, so that the next kernel knows that all kernels before this one are complete
+        allow_next_kernel();
         runs.ask();
         auto free_slot = [&] {
             if (slot == CHUNKS) slot = 0, parity ^= 1;
@@ -146,8 +148,6 @@ struct Worker {
 
     __device__ void run() {
         load_input();
-        // after our own wait, so that the next kernel knows that all kernels before this one are complete
-        allow_next_kernel();
         __syncwarp();
         warp_arrive(&shared.input_there);
         a.stamp(INPUT);
@@ -212,7 +212,8 @@ struct Reducer {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) quantised(const __grid_constant__ Arguments a) {
+// Few enough registers that a block of attention fits beside this one; rows of more than 4,096 columns need more.
+extern "C" __global__ void __maxnreg__(IntegerInput::WORDS <= 8 ? 80 : 168) quantised(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     a.stamp(START);

@@ -127,6 +127,9 @@ struct Copier {
             request_listed<PITCH>(a.up, at, count);
             at += count;
         }
+        // After our own wait, so that the next kernel knows that all kernels before this one are complete. Earlier, its requests
+        // would get in the way of ours; later, it would not be there when a block ends.
+        allow_next_kernel();
         for (int from = 0, count; from < kept; from += count) {
             count = count_of_group(from, kept);
             const int group = DOWN_GROUP ? shared.neuron[from] / (DOWN_GROUP ? DOWN_GROUP : 1) : 0;
@@ -135,8 +138,6 @@ struct Copier {
         }
         begin(STOP, 0, 0);
         copy_run(shared.rows[slot], a.gate, 0, &shared.full[slot]);
-        // after our own wait, so that the next kernel knows that all kernels before this one are complete
-        allow_next_kernel();
         wait_for_own_copies();
     }
 
@@ -240,8 +241,9 @@ struct Worker {
     }
 };
 
-// Few enough registers that a block of the next kernel fits beside this one.
-extern "C" __global__ void __maxnreg__(120) quantised_mlp(const __grid_constant__ Arguments a) {
+// Few enough registers that a block of the next linear layer fits beside this one, where their rings do: not with rows of more
+// than 4,096 columns.
+extern "C" __global__ void __maxnreg__(IntegerInput::WORDS <= 8 ? 120 : 168) quantised_mlp(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     a.stamp(START);
