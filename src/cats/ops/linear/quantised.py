@@ -26,8 +26,9 @@ _EARLY_BYTES = 32 * 1024
 _SPARE_BYTES = 24 * 1024
 # A barrier, slots of warps and what alignment may add.
 _FIXED_BYTES = 512
-# Enough to keep the memory busy, and small enough that a block of an MLP fits beside the ring.
-_RING_BYTES = 72 * 1024
+# So much that no block of an MLP fits beside the ring: rows that arrive while the MLP still reads
+# its own would keep it waiting.
+_RING_BYTES = 140 * 1024
 
 
 class QuantisedLinearArguments(Arguments):
