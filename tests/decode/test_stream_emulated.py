@@ -73,7 +73,7 @@ def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_head
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "slots"),
-    [(1, 8, 2100), (1, 128, 200), (2, 64, 200), (3, 64, 200), (4, 128, 200)],
+    [(1, 8, 2100), (1, 128, 300), (2, 64, 300), (3, 64, 300), (4, 128, 300)],
 )
 def test_turns_of_a_block_give_the_layers_of_the_model(
     chain_module, monkeypatch, heads, head_dim, slots

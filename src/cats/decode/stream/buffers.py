@@ -26,7 +26,7 @@ class Buffers:
         attended: ``[heads * head size]``, in the dtype of the model.
         logits: ``[V]``.
         partials: ``[splits, heads, head size + 2]``, of attention.
-        counters: ``[columns]``, int32 zeros, of attention: one per column of its grid.
+        counters: ``[heads]``, int32 zeros, of attention: one per column of its grid, at most.
         tickets: ``[layers + 1, stride]``, int32, of the launches of each layer and of the head.
             The first launch sets them to zero.
         best: ``[2, blocks]``, of the choice.
@@ -47,8 +47,8 @@ class Buffers:
     arrived: Tensor
 
     @classmethod
-    def of(cls, spec: ModelSpec, device: torch.device, *, splits: int, columns: int) -> Buffers:
-        """Buffers for attention with a grid of at most ``[splits, columns]`` blocks."""
+    def of(cls, spec: ModelSpec, device: torch.device, *, splits: int) -> Buffers:
+        """Buffers for attention with at most ``splits``."""
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
@@ -66,7 +66,7 @@ class Buffers:
             attended=torch.zeros(query_size, dtype=spec.dtype, device=device),
             logits=floats(spec.head.matrix.shape[0]),
             partials=floats(splits, spec.heads, spec.head_size + 2),
-            counters=integers(columns),
+            counters=integers(spec.heads),
             tickets=integers(len(spec.layers) + 1, _TICKET_STRIDE),
             best=floats(2, choice.BLOCKS),
             arrived=integers(1),

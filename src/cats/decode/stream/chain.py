@@ -62,9 +62,8 @@ class Chain:
         # the state holds this chain: in a cycle, both would stay until the garbage collector runs
         self._spec, self._state, self._scale = spec, proxy(state), embedding_scale
         self._multiprocessors = multiprocessors(int(device.index or 0))
-        self._columns = attention.columns_of(spec.heads, spec.key_heads)
-        splits = attention.splits_of(state.capacity, self._columns, self._multiprocessors)
-        self.buffers = Buffers.of(spec, device, splits=splits, columns=self._columns)
+        grid = attention.grid_of(state.capacity, spec.heads, spec.key_heads, self._multiprocessors)
+        self.buffers = Buffers.of(spec, device, splits=grid.splits)
         self._rotary = RotaryTables(spec, state.capacity)
         self._launches = Launches(
             spec=spec,
@@ -87,7 +86,7 @@ class Chain:
         # the choice comes after them
         launches = len(self._token(1)) + 1
         at_once = attention.BLOCKS_ON_A_MULTIPROCESSOR * self._multiprocessors
-        blocks = max(at_once, self._columns, choice.BLOCKS)
+        blocks = max(at_once, self._spec.heads, choice.BLOCKS)
         shape = launches, blocks, _TRACED_WARPS, _EVENTS
         return torch.zeros(shape, dtype=torch.int64, device=self._state.device)
 

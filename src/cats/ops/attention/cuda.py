@@ -3,6 +3,7 @@
 import ctypes
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from cats.ops.cuda.function import Function, Launch
 __all__ = [
     "BLOCKS_ON_A_MULTIPROCESSOR",
     "AttentionArguments",
-    "columns_of",
+    "Grid",
+    "grid_of",
     "launch",
-    "splits_of",
 ]
 
 BLOCKS_ON_A_MULTIPROCESSOR = 2
@@ -59,18 +60,33 @@ class AttentionArguments(Arguments):
     )
 
 
-def columns_of(heads: int, key_heads: int) -> int:
-    """Second dimension of the grid: the groups of query heads, one per block."""
+class Grid(NamedTuple):
+    """How a launch is cut into blocks."""
+
+    splits: int
+    """Blocks that share the slots of a head."""
+    columns: int
+    """Groups of query heads, at most one for each head."""
+    heads: int
+    """Query heads of a group."""
+
+
+def grid_of(slots: int, heads: int, key_heads: int, multiprocessors: int) -> Grid:
+    """The grid for contexts of up to ``slots``; more slots never have fewer splits.
+
+    A block with fewer query heads is done sooner. Blocks with more read the same keys less often,
+    which counts where there are too few blocks for the slots.
+    """
     queries = heads // key_heads
-    return key_heads * math.ceil(queries / _queries_per_block(queries))
-
-
-def splits_of(slots: int, columns: int, multiprocessors: int) -> int:
-    """Blocks that share the slots of a head: enough to fill the GPU, each with enough to do."""
-    if slots <= _UNSPLIT_SLOTS:
-        return 1
     blocks = BLOCKS_ON_A_MULTIPROCESSOR * multiprocessors
-    return max(1, min(math.ceil(slots / _SLOTS_PER_SPLIT), blocks // columns, _MAX_SPLITS))
+    wanted = 1 if slots <= _UNSPLIT_SLOTS else math.ceil(slots / _SLOTS_PER_SPLIT)
+    for most in range(1, _MAX_QUERIES + 1):
+        parts = math.ceil(queries / most)
+        if wanted * key_heads * parts <= blocks:
+            break
+    columns = key_heads * parts
+    splits = max(1, min(wanted, blocks // columns, _MAX_SPLITS))
+    return Grid(splits, columns, math.ceil(queries / parts))
 
 
 def launch(
@@ -112,8 +128,8 @@ def launch(
         out: ``[heads * H]``, in the dtype of the cache.
         slot: One int64: where the new token goes.
         position: One int64: its position.
-        partials: ``[splits, heads, H + 2]``, float32, scratch memory.
-        counters: ``[columns_of(...)]``, int32 zeros, which are zero again afterwards.
+        partials: ``[splits, heads, H + 2]``, float32, scratch memory (:func:`grid_of`).
+        counters: ``[heads]``, int32 zeros, which are zero again afterwards.
         heads: How many query heads.
         window: Slots in sight, the new one included.
         slots: Upper bound of the slots that are filled.
@@ -128,8 +144,7 @@ def launch(
         UnsupportedModelError: If the kernel does not take the size of a head.
     """
     _, key_heads, capacity, head = keys.shape
-    columns = columns_of(heads, key_heads)
-    splits = splits_of(min(slots, window), columns, multiprocessors)
+    grid = grid_of(min(slots, window), heads, key_heads, multiprocessors)
     arguments = AttentionArguments(
         qkv=address(qkv),
         cosines=address(cosines),
@@ -157,11 +172,12 @@ def launch(
         head=head,
         rotary=cosines.shape[1],
         queries=heads // key_heads,
+        heads=grid.heads,
         head_norm=q_norm is not None,
         softcap=softcap > 0,
         traced=traced,
     )
-    return Launch(function, arguments, splits, columns)
+    return Launch(function, arguments, grid.splits, grid.columns)
 
 
 @cache
@@ -172,6 +188,7 @@ def _function(
     head: int,
     rotary: int,
     queries: int,
+    heads: int,
     head_norm: bool,
     softcap: bool,
     traced: bool,
@@ -185,7 +202,7 @@ def _function(
         DTYPE=DTYPES[dtype],
         HEAD=head,
         ROTARY=rotary,
-        HEADS=_queries_per_block(queries),
+        HEADS=heads,
         QUERIES=queries,
         UNSPLIT_SLOTS=_UNSPLIT_SLOTS,
         SPLIT_SLOTS=_SLOTS_PER_SPLIT,
@@ -195,8 +212,3 @@ def _function(
         TRACE=int(traced),
     )
     return Function(device, "attention/attention.cu", defines, threads=32 * _WARPS, shared_bytes=0)
-
-
-def _queries_per_block(queries: int) -> int:
-    """Query heads per block, about the same number in all blocks of a key head."""
-    return math.ceil(queries / math.ceil(queries / _MAX_QUERIES))
