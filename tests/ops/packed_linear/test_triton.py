@@ -83,10 +83,30 @@ def test_infinite_inputs_reach_the_outputs(device):
 
 def assert_product(case):
     arguments, expected = case
-    found = packed_linear(**arguments._asdict(), backend="triton")
+    arguments.check()
+    # not through the operator, which refuses bfloat16 in the interpreter
+    found = backend.packed_linear(arguments)
     dtype = arguments.x.dtype
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, equal_nan=True, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_the_operator_runs_it_by_name(batch, device):
+    arguments, expected = make_linear(batch, 5, 67, KINDS[3], dtype=torch.float16, device=device)
+    found = packed_linear(**arguments._asdict(), backend="triton")
+    torch.testing.assert_close(found.float(), expected, **TOLERANCE[torch.float16])
+
+
+def test_the_interpreter_is_refused_bfloat16():
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("a GPU computes with bfloat16")
+    options = dict(dtype=torch.float32, arithmetic=torch.bfloat16)
+    arguments, _ = make_linear(1, 5, 67, KINDS[3], **options)
+    assert "interpreter" in backend.refuses(arguments)
+    assert "interpreter" in backend.refuses(
+        arguments._replace(x=arguments.x.bfloat16(), arithmetic=torch.float32)
+    )
 
 
 def test_bytes_that_begin_anywhere_are_read(device):

@@ -34,7 +34,9 @@ INT4 = Kind(bits=4, group_size=32, scale_dtype=torch.bfloat16)
 
 def assert_output(case):
     arguments, expected = case
-    found = packed_gated_mlp(arguments, "triton")
+    arguments.check()
+    # not through the operator, which refuses bfloat16 in the interpreter
+    found = backend.packed_gated_mlp(arguments)
     dtype = arguments.x.dtype
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, equal_nan=True, **TOLERANCE[dtype])
@@ -141,6 +143,13 @@ def test_bad_scales_of_dropped_neurons_change_nothing(device):
     arguments.down_scales[2] = torch.nan
     moved = (a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
     assert_output((PackedMLPArguments(*moved), expected.to(device)))
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_the_operator_runs_it_by_name(batch, device):
+    case = make_mlp(36, 67, INT4, dtype=torch.float16, device=device, batch=batch)
+    found = packed_gated_mlp(case[0], "triton")
+    torch.testing.assert_close(found, case[1], **TOLERANCE[torch.float16])
 
 
 def test_two_calls_give_the_same_bits(device):

@@ -46,6 +46,8 @@ def refuses_rows(x: Tensor, rows: Tensor, arithmetic: torch.dtype) -> str | None
     for name, dtype in (("x", x.dtype), ("the arithmetic", arithmetic)):
         if dtype not in DTYPES:
             return f"{name} is {dtype}, expected one of {', '.join(map(str, DTYPES))}"
+        if dtype == torch.bfloat16 and _interpreted():
+            return f"Triton's interpreter does not compute with bfloat16 as a GPU does ({name})"
     return None
 
 
