@@ -194,15 +194,6 @@ def test_exactly_the_rows_and_columns_of_kept_neurons_are_read(
     options = dict(batch=batch, router=router, sparsity=0.8, product_sparsity=product_sparsity)
     arguments, _ = make_mlp(36, 141, INT4, dtype=torch.float32, **options)
     packed_gated_mlp(arguments, "triton")
-    addresses = np.unique(np.concatenate([part.ravel() for part in read_addresses]))
-
-    def rows_read(weight: torch.Tensor) -> torch.Tensor:
-        offsets = addresses.astype(np.int64) - weight.data_ptr()
-        inside = offsets[(offsets >= 0) & (offsets < weight.nbytes)]
-        read = torch.zeros(len(weight), dtype=torch.bool)
-        read[inside // weight.shape[1]] = True
-        return read
-
     routing, other = (arguments.gate, arguments.up)[:: 1 if router == "gate" else -1]
     routed, products = routed_and_product(arguments)
     kept = (routed.abs() >= arguments.thresholds).any(0)
@@ -211,9 +202,29 @@ def test_exactly_the_rows_and_columns_of_kept_neurons_are_read(
         columns = (products.abs() >= arguments.product_thresholds).any(0)
         assert columns.sum() < kept.sum()
     assert 0 < kept.sum() < len(kept)
-    assert rows_read(routing).all()
-    assert torch.equal(rows_read(other), kept)
-    assert torch.equal(rows_read(arguments.down), columns)
+    assert rows_read(routing, read_addresses).all()
+    assert torch.equal(rows_read(other, read_addresses), kept)
+    assert torch.equal(rows_read(arguments.down, read_addresses), columns)
+
+
+def test_what_belongs_to_an_exact_zero_is_not_read(read_addresses):
+    options = dict(dtype=torch.float32, activation="relu", sparsity=0)
+    arguments, _ = make_mlp(36, 141, INT4, **options)
+    packed_gated_mlp(arguments, "triton")
+    positive = routed_and_product(arguments)[0][0] > 0
+    assert 0 < positive.sum() < len(positive)
+    assert torch.equal(rows_read(arguments.up, read_addresses), positive)
+    assert torch.equal(rows_read(arguments.down, read_addresses), positive)
+
+
+def rows_read(weight: torch.Tensor, addresses: list[np.ndarray]) -> torch.Tensor:
+    """Which rows of a packed matrix the kernels read a byte of."""
+    offsets = np.concatenate([part.ravel() for part in addresses]).astype(np.int64)
+    offsets -= weight.data_ptr()
+    inside = offsets[(offsets >= 0) & (offsets < weight.nbytes)]
+    read = torch.zeros(len(weight), dtype=torch.bool)
+    read[inside // weight.shape[1]] = True
+    return read
 
 
 @pytest.mark.parametrize("processors", [1, 16, 132])
