@@ -26,20 +26,29 @@ struct RowFormat {
   int64_t zero;   // the constant zero point
   int64_t pitch;  // bytes from one row to the next
 
-  int64_t unit() const { return 8 * kUnitBytes / bits; }
-  int64_t units() const { return (columns + unit() - 1) / unit(); }
-  int64_t width() const { return units() * unit(); }
-  int64_t groups() const { return group ? (columns + group - 1) / group : 1; }
-  // of the padded row
-  int64_t padded_groups() const { return group ? (width() + group - 1) / group : 1; }
-  int64_t code_bytes() const { return units() * kUnitBytes; }
-  int64_t extras_offset() const { return code_bytes() + padded_groups() * size_of(scale); }
-  int64_t used_bytes() const {
+  // What follows from these, once per call: divisions take as long as many codes.
+  int64_t unit;                   // columns in a unit
+  int64_t units, width;           // of a row; its columns, padded to whole units
+  int64_t groups, padded_groups;  // of its columns, and of the padded row
+  int64_t group_shift;            // the group of a block is `block >> group_shift`
+  int64_t code_bytes, extras_offset, used_bytes;
+
+  RowFormat() = default;
+  RowFormat(int64_t code_bits, int64_t column_count, int64_t group_size, Number scale_type, ZeroMode zero_mode,
+            int64_t zero_point, int64_t row_pitch)
+      : bits(code_bits), columns(column_count), group(group_size), scale(scale_type), mode(zero_mode), zero(zero_point),
+        pitch(row_pitch) {
+    unit = 8 * kUnitBytes / bits;
+    units = (columns + unit - 1) / unit;
+    width = units * unit;
+    groups = group ? (columns + group - 1) / group : 1;
+    padded_groups = group ? (width + group - 1) / group : 1;
+    group_shift = group == 32 ? 0 : group == 64 ? 1 : group == 128 ? 2 : 62;
+    code_bytes = units * kUnitBytes;
+    extras_offset = code_bytes + padded_groups * size_of(scale);
     const int64_t extra = mode == ZeroMode::kConstant ? 0 : mode == ZeroMode::kZeros ? 1 : size_of(scale);
-    return extras_offset() + padded_groups() * extra;
+    used_bytes = extras_offset + padded_groups * extra;
   }
-  // The group of a block is `block >> group_shift()`.
-  int64_t group_shift() const { return group == 32 ? 0 : group == 64 ? 1 : group == 128 ? 2 : 62; }
 };
 
 }  // namespace cats

@@ -61,17 +61,12 @@ inline void expect_codes(const StableIValue* layout, const char* name) {
 // The layout of packed rows, with the pitch of a matrix that has it.
 inline RowFormat row_format(const StableIValue* layout, AtenTensorHandle rows) {
   expect_codes(layout, "packed rows");
-  RowFormat format;
-  format.bits = layout[0];
-  format.columns = layout[1];
-  format.group = layout[2];
-  format.scale = static_cast<Number>(layout[3]);
-  format.mode = static_cast<ZeroMode>(layout[4]);
-  format.zero = layout[5];
-  expect(format.group == 0 || format.group == 32 || format.group == 64 || format.group == 128, "packed rows");
+  const int64_t group = layout[2];
+  expect(group == 0 || group == 32 || group == 64 || group == 128, "packed rows");
   expect(dim_of(rows) == 2 && sizes_of(rows)[0] >= 1, "packed rows");
-  format.pitch = sizes_of(rows)[1];
-  expect(format.used_bytes() <= format.pitch, "packed rows");
+  const RowFormat format(layout[0], layout[1], group, static_cast<Number>(layout[3]), static_cast<ZeroMode>(layout[4]),
+                         layout[5], sizes_of(rows)[1]);
+  expect(format.used_bytes <= format.pitch, "packed rows");
   return format;
 }
 

@@ -4,188 +4,19 @@
 //
 // so a code costs a conversion and a multiplication. x is put in the order of the codes once per call, and its sums are kept
 // for each lane of a vector: the zero point is subtracted in each lane after a few codes, before rounding can matter.
-//
-// An instruction set (`Lanes`, see cpu/rows.h) also has
-//
-//   Codes, load_codes             kWidth bytes, each as an integer
-//   whole, low, high              floats: of the byte, of its low and of its high four bits
-//   halves(a, b)                  with kWidth 16: 8 lanes of each
 #pragma once
 
-#include <cmath>
-#include <limits>
+#include "packed_linear/packed_inputs.h"
 
-#include "cpu/rows.h"
-#include "packed_linear/formats.h"
+// For loops over arrays of vectors: these are in registers where such loops are unrolled, which GCC does not do for all at -O2.
+#if defined(__GNUC__) && !defined(__clang__)
+#define CATS_UNROLL _Pragma("GCC unroll 16")
+#else
+#define CATS_UNROLL
+#endif
 
 namespace cats {
 namespace {
-
-// --- numbers in memory
-
-// Calls body with a value of the type.
-template <class Body>
-void with_type(Number number, const Body& body) {
-  switch (number) {
-    case Number::kFloat16: return body(Float16{});
-    case Number::kBFloat16: return body(BFloat16{});
-    case Number::kFloat32: return body(float{});
-  }
-}
-
-template <class Lanes>
-typename Lanes::Vector widen_some(const uint8_t* p) {
-  return Lanes::whole(Lanes::load_codes(p));
-}
-template <class Lanes, class T>
-typename Lanes::Vector widen_some(const T* p) {
-  return Lanes::widen(p);
-}
-
-// `count` numbers in float32, then zeros up to a whole vector.
-template <class Lanes, class T>
-void widen_array(const T* numbers, int64_t count, float* out) {
-  constexpr int64_t W = Lanes::kWidth;
-  int64_t i = 0;
-  for (; i + W <= count; i += W) Lanes::store(out + i, widen_some<Lanes>(numbers + i));
-  if (i == count) return;
-  T rest[W] = {};
-  std::memcpy(rest, numbers + i, (count - i) * sizeof(T));
-  Lanes::store(out + i, widen_some<Lanes>(rest));
-}
-
-template <class Lanes>
-void widen_array(const void* numbers, Number type, int64_t count, float* out) {
-  with_type(type, [&](auto number) { widen_array<Lanes>(static_cast<const decltype(number)*>(numbers), count, out); });
-}
-
-inline float number_at(const void* numbers, Number type, int64_t i) {
-  float wide;
-  with_type(type, [&](auto number) {
-    std::memcpy(&number, static_cast<const uint8_t*>(numbers) + i * sizeof number, sizeof number);
-    wide = to_float(number);
-  });
-  return wide;
-}
-
-inline bool is_finite(float value) { return std::fabs(value) <= std::numeric_limits<float>::max(); }
-
-// --- the order of codes
-
-// Where a code is in its row: see rows.py. A unit is 64 bytes; column 32 * q + 16 * h + 4 * t + b of it is in byte
-// 16 * t + 4 * w + b. With 8 bits, w is 2 * q + h. With 4 bits, q is 2 * j + p and w is 2 * j + h, where p is the half of the
-// byte. So bit 3 of the byte's number (a half of 16 bytes, q or j) and p tell the block of 32 columns.
-inline int64_t code_at(const RowFormat& format, const uint8_t* row, int64_t column) {
-  const int64_t unit = column / format.unit(), c = column % format.unit();
-  const int64_t t = c / 4 % 4, b = c % 4;
-  const uint8_t* bytes = row + unit * kUnitBytes + 16 * t + b;
-  if (format.bits == 8) return bytes[4 * (c / 16)];
-  const int64_t byte = bytes[4 * (2 * (c / 64) + c / 16 % 2)];
-  return c / 32 % 2 ? byte >> 4 : byte & 15;
-}
-
-// x of a call: as the kernels read it, and its sums.
-struct PackedInputs {
-  int64_t tokens, width;
-  const float* plain;    // [tokens, width], in the order of columns; zeros after the last
-  const float* ordered;  // [tokens, units, planes, 64]: planes are the halves of a byte
-  const float* sums;     // [units, parts, tokens, kWidth]; see dot_packed
-  bool has_nan[kMaxBatch];
-};
-
-// Whether all of a unit has one scale.
-inline bool is_unit_in_group(const RowFormat& format) { return format.group == 0 || format.group >= format.unit(); }
-
-template <class Lanes>
-PackedInputs packed_inputs(const RowFormat& format, const void* x, Number dtype, int64_t tokens, std::vector<float>& memory) {
-  constexpr int64_t W = Lanes::kWidth, kSpan = std::max<int64_t>(W, 8);
-  const int64_t D = format.columns, width = format.width(), units = format.units(), planes = 8 / format.bits;
-  const int64_t parts = is_unit_in_group(format) ? 1 : 16 / kSpan * planes;
-  const int64_t size = tokens * width, sums_size = units * parts * tokens * W;
-  float* plain = at_least(memory, 2 * size + sums_size);
-  float *ordered = plain + size, *sums = ordered + size;
-  PackedInputs inputs{tokens, width, plain, ordered, sums, {}};
-  std::fill(sums, sums + sums_size, 0.0f);
-  for (int64_t b = 0; b < tokens; ++b) {
-    float* row = plain + b * width;
-    std::fill(row + D / W * W, row + width, 0.0f);
-    const auto* stored = static_cast<const uint8_t*>(x) + b * D * size_of(dtype);
-    widen_array<Lanes>(static_cast<const void*>(stored), dtype, D, row);
-    for (int64_t i = 0; i < D; ++i) inputs.has_nan[b] |= row[i] != row[i];
-    for (int64_t u = 0; u < units; ++u)
-      for (int64_t p = 0; p < planes; ++p) {
-        float* out = ordered + b * width + (u * planes + p) * kUnitBytes;
-        for (int64_t t = 0; t < 4; ++t)
-          for (int64_t w = 0; w < 4; ++w) {
-            const int64_t column = planes == 1 ? 16 * w : 64 * (w / 2) + 32 * p + 16 * (w % 2);
-            std::memcpy(out + 16 * t + 4 * w, row + u * format.unit() + column + 4 * t, 4 * sizeof(float));
-          }
-        for (int64_t i = 0; i < kUnitBytes; i += W) {
-          const int64_t part = parts == 1 ? 0 : i % 16 / kSpan * planes + p;
-          float* sum = sums + ((u * parts + part) * tokens + b) * W;
-          Lanes::store(sum, Lanes::add(Lanes::load(sum), Lanes::load(out + i)));
-        }
-      }
-  }
-  return inputs;
-}
-
-// --- scales and zero points of a row
-
-struct RowTables {
-  const float *scales, *zeros, *shifts;  // [padded groups]; shifts may be null
-};
-
-// Memory of a thread for the tables of some rows.
-template <class Lanes>
-class TableMemory {
- public:
-  TableMemory(const RowFormat& format, int64_t rows) : format_(format) {
-    size_ = format.padded_groups() + Lanes::kWidth;
-    static thread_local std::vector<float> memory;
-    data_ = at_least(memory, (2 * rows + 1) * size_);
-    // groups of padding have zeros, whatever the padding holds
-    std::fill(data_, data_ + 2 * rows * size_, 0.0f);
-    zero_ = data_ + 2 * rows * size_;
-    std::fill(zero_, zero_ + size_, static_cast<float>(format.zero));
-  }
-
-  RowTables read(const uint8_t* row, int64_t place) {
-    float *scales = data_ + 2 * place * size_, *extras = scales + size_;
-    const uint8_t* stored = row + format_.extras_offset();
-    const int64_t groups = format_.groups();
-    widen_array<Lanes>(static_cast<const void*>(row + format_.code_bytes()), format_.scale, groups, scales);
-    switch (format_.mode) {
-      case ZeroMode::kConstant: break;
-      case ZeroMode::kZeros: widen_array<Lanes>(stored, groups, extras); return {scales, extras, nullptr};
-      case ZeroMode::kShifts:
-        widen_array<Lanes>(static_cast<const void*>(stored), format_.scale, groups, extras);
-        return {scales, zero_, extras};
-    }
-    return {scales, zero_, nullptr};
-  }
-
- private:
-  const RowFormat& format_;
-  int64_t size_;
-  float *data_, *zero_;
-};
-
-// The dot product as the format defines it, number by number: where the result is not finite, infinities may not be factored.
-inline float plain_dot(const RowFormat& format, const uint8_t* row, const float* x) {
-  float total = 0;
-  for (int64_t i = 0; i < format.columns; ++i) {
-    const int64_t group = i / kBlock >> format.group_shift();
-    const uint8_t* extras = row + format.extras_offset();
-    const int64_t zero = format.mode == ZeroMode::kZeros ? extras[group] : format.zero;
-    float number = static_cast<float>(code_at(format, row, i) - zero) * number_at(row + format.code_bytes(), format.scale, group);
-    if (format.mode == ZeroMode::kShifts) number += number_at(extras, format.scale, group);
-    total += number * x[i];
-  }
-  return total;
-}
-
-// --- dot products
 
 // The value of a block's group; with kWidth 16, the upper lanes are those of the block in the other half of 16 bytes.
 template <class Lanes, int kPlanes>
@@ -196,98 +27,181 @@ typename Lanes::Vector of_block(const float* values, int64_t block, int64_t shif
     return Lanes::broadcast(values[block >> shift]);
 }
 
-// out[r][b] = the dot product of rows[r] and token first + b; prefetches next[r]. With kWhole, a unit has one scale; else each
-// half of 16 bytes and each half of a byte has its own.
+// Dot products of R rows and B tokens. With kWhole, a unit has one scale; else each half of 16 bytes and each half of a byte
+// has its own.
 template <class Lanes, int kBits, bool kWhole, int R, int B>
-void dot_packed(const RowFormat& format, const uint8_t* const (&rows)[R], const uint8_t* const (&next)[R],
-                const RowTables (&tables)[R], const PackedInputs& x, int64_t first, float (&out)[R][B]) {
+struct PackedDot {
   using Vector = typename Lanes::Vector;
-  constexpr int64_t W = Lanes::kWidth, kSpan = std::max<int64_t>(W, 8), kHalves = 16 / kSpan;
-  constexpr int kPlanes = 8 / kBits;
-  constexpr int64_t kParts = kWhole ? 1 : kHalves * kPlanes;
-  const int64_t units = format.units(), shift = format.group_shift();
-  const bool has_shifts = format.mode == ZeroMode::kShifts;
+  static constexpr int64_t W = Lanes::kWidth, kSpan = std::max<int64_t>(W, 8), kHalves = 16 / kSpan;
+  static constexpr int kPlanes = 8 / kBits;
+  // a chain of dependent additions must not be slower than the conversion of codes
+  static constexpr int kChains = R * B * kPlanes >= 8 ? 1 : 2;
 
-  Vector totals[R][B], sums[kPlanes][R][B];
-  for (auto& row : totals)
-    for (auto& total : row) total = Lanes::broadcast(0.0f);
+  using Sums = Vector[kPlanes][R][B];
 
-  for (int64_t u = 0; u < units; ++u) {
-    for (int r = 0; r < R; ++r) prefetch(next[r] + u * kUnitBytes);
-    const float* ordered = x.ordered + first * x.width + u * kPlanes * kUnitBytes;
-    const auto x_sum = [&](int64_t part, int b) {
-      return Lanes::load(x.sums + ((u * kParts + part) * x.tokens + first + b) * W);
-    };
-    const auto add_codes = [&](int64_t i) {
-      Vector codes[kPlanes][R];
+  static void clear(Sums& sums) {
+    CATS_UNROLL
+    for (int p = 0; p < kPlanes; ++p) {
+      CATS_UNROLL
       for (int r = 0; r < R; ++r) {
-        const auto bytes = Lanes::load_codes(rows[r] + u * kUnitBytes + i);
-        if constexpr (kBits == 8) {
-          codes[0][r] = Lanes::whole(bytes);
-        } else {
-          codes[0][r] = Lanes::low(bytes);
-          codes[1][r] = Lanes::high(bytes);
-        }
-      }
-      for (int p = 0; p < kPlanes; ++p)
-        for (int b = 0; b < B; ++b) {
-          const Vector inputs = Lanes::load(ordered + b * x.width + p * kUnitBytes + i);
-          for (int r = 0; r < R; ++r) sums[p][r][b] = Lanes::multiply_add(codes[p][r], inputs, sums[p][r][b]);
-        }
-    };
-    if constexpr (kWhole) {
-      const int64_t group = u * 2 * kPlanes >> shift;
-      for (int r = 0; r < R; ++r) {
-        const Vector zero = Lanes::broadcast(tables[r].zeros[group]);
-        for (int b = 0; b < B; ++b) {
-          sums[0][r][b] = Lanes::subtract_product(Lanes::broadcast(0.0f), zero, x_sum(0, b));
-          if constexpr (kPlanes == 2) sums[1][r][b] = Lanes::broadcast(0.0f);
-        }
-      }
-      for (int64_t i = 0; i < kUnitBytes; i += W) add_codes(i);
-      for (int r = 0; r < R; ++r) {
-        const Vector scale = Lanes::broadcast(tables[r].scales[group]);
-        for (int b = 0; b < B; ++b) {
-          Vector sum = sums[0][r][b];
-          if constexpr (kPlanes == 2) sum = Lanes::add(sum, sums[1][r][b]);
-          totals[r][b] = Lanes::multiply_add(sum, scale, totals[r][b]);
-          if (has_shifts)
-            totals[r][b] = Lanes::multiply_add(Lanes::broadcast(tables[r].shifts[group]), x_sum(0, b), totals[r][b]);
-        }
-      }
-    } else {
-      for (int64_t half = 0; half < kHalves; ++half) {
-        const int64_t block = u * 2 * kPlanes + half * kPlanes;
-        for (int p = 0; p < kPlanes; ++p)
-          for (int r = 0; r < R; ++r) {
-            const Vector zero = of_block<Lanes, kPlanes>(tables[r].zeros, block + p, shift);
-            for (int b = 0; b < B; ++b)
-              sums[p][r][b] = Lanes::subtract_product(Lanes::broadcast(0.0f), zero, x_sum(half * kPlanes + p, b));
-          }
-        for (int64_t t = 0; t < 4; ++t)
-          for (int64_t v = 0; v < kSpan; v += W) add_codes(16 * t + kSpan * half + v);
-        for (int p = 0; p < kPlanes; ++p)
-          for (int r = 0; r < R; ++r) {
-            const Vector scale = of_block<Lanes, kPlanes>(tables[r].scales, block + p, shift);
-            for (int b = 0; b < B; ++b) totals[r][b] = Lanes::multiply_add(sums[p][r][b], scale, totals[r][b]);
-            if (!has_shifts) continue;
-            const Vector add = of_block<Lanes, kPlanes>(tables[r].shifts, block + p, shift);
-            for (int b = 0; b < B; ++b)
-              totals[r][b] = Lanes::multiply_add(add, x_sum(half * kPlanes + p, b), totals[r][b]);
-          }
+        CATS_UNROLL
+        for (int b = 0; b < B; ++b) sums[p][r][b] = Lanes::broadcast(0.0f);
       }
     }
   }
-  for (int64_t i = format.code_bytes(); i < format.used_bytes(); i += kLineBytes)
-    for (int r = 0; r < R; ++r) prefetch(next[r] + i);
 
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < B; ++b) {
-      out[r][b] = Lanes::sum(totals[r][b]);
-      const int64_t token = first + b;
-      if (!is_finite(out[r][b]) && !x.has_nan[token]) out[r][b] = plain_dot(format, rows[r], x.plain + token * x.width);
+  // sums += the products of x and the codes in W bytes of each row, from byte i of a unit
+  static void add_codes(const uint8_t* const (&codes)[R], const float* const (&x)[B], int64_t i, Sums& sums) {
+    Vector numbers[kPlanes][R];
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const auto bytes = Lanes::load_codes(codes[r] + i);
+      if constexpr (kBits == 8) {
+        numbers[0][r] = Lanes::whole(bytes);
+      } else {
+        numbers[0][r] = Lanes::low(bytes);
+        numbers[1][r] = Lanes::high(bytes);
+      }
     }
-}
+    CATS_UNROLL
+    for (int p = 0; p < kPlanes; ++p) {
+      CATS_UNROLL
+      for (int b = 0; b < B; ++b) {
+        const Vector inputs = Lanes::load(x[b] + p * kUnitBytes + i);
+        CATS_UNROLL
+        for (int r = 0; r < R; ++r) sums[p][r][b] = Lanes::multiply_add(numbers[p][r], inputs, sums[p][r][b]);
+      }
+    }
+  }
+
+  // totals += factor * sums
+  static void add_scaled(Vector factor, const Vector (&sums)[B], Vector (&totals)[B]) {
+    CATS_UNROLL
+    for (int b = 0; b < B; ++b) totals[b] = Lanes::multiply_add(factor, sums[b], totals[b]);
+  }
+
+  // totals += the codes of a unit, all of one group. x_sums: of the unit, [tokens, W] from the first token.
+  static void add_unit(const uint8_t* const (&codes)[R], const float* const (&inputs)[B], const RowTables (&tables)[R],
+                       int64_t group, bool has_shifts, const float* x_sums, Vector (&totals)[R][B]) {
+    Sums sums[kChains];
+    CATS_UNROLL
+    for (int c = 0; c < kChains; ++c) clear(sums[c]);
+    Vector x_sum[B];
+    CATS_UNROLL
+    for (int b = 0; b < B; ++b) x_sum[b] = Lanes::load(x_sums + b * W);
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vector zero = Lanes::broadcast(tables[r].zeros[group]);
+      CATS_UNROLL
+      for (int b = 0; b < B; ++b) sums[0][0][r][b] = Lanes::subtract_product(sums[0][0][r][b], zero, x_sum[b]);
+    }
+    for (int64_t i = 0; i < kUnitBytes; i += kChains * W) {
+      CATS_UNROLL
+      for (int c = 0; c < kChains; ++c) add_codes(codes, inputs, i + c * W, sums[c]);
+    }
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      Vector total[B];
+      CATS_UNROLL
+      for (int b = 0; b < B; ++b) {
+        total[b] = sums[0][0][r][b];
+        if constexpr (kPlanes == 2) total[b] = Lanes::add(total[b], sums[0][kPlanes - 1][r][b]);
+        if constexpr (kChains == 2) total[b] = Lanes::add(total[b], sums[kChains - 1][0][r][b]);
+        if constexpr (kChains * kPlanes == 4) total[b] = Lanes::add(total[b], sums[kChains - 1][kPlanes - 1][r][b]);
+      }
+      add_scaled(Lanes::broadcast(tables[r].scales[group]), total, totals[r]);
+    }
+    if (!has_shifts) return;
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) add_scaled(Lanes::broadcast(tables[r].shifts[group]), x_sum, totals[r]);
+  }
+
+  // totals += one half of each 16 bytes of a unit, or all bytes with W 16; `block` is that of plane 0, the next one of plane 1.
+  // x_sums: of the half, from the first token; `plane_sums` numbers to the next plane.
+  static void add_half(const uint8_t* const (&codes)[R], const float* const (&inputs)[B], const RowTables (&tables)[R],
+                       int64_t half, int64_t block, int64_t shift, bool has_shifts, const float* x_sums, int64_t plane_sums,
+                       Vector (&totals)[R][B]) {
+    Vector x_sum[kPlanes][B];
+    Sums sums;
+    clear(sums);
+    CATS_UNROLL
+    for (int p = 0; p < kPlanes; ++p) {
+      CATS_UNROLL
+      for (int b = 0; b < B; ++b) x_sum[p][b] = Lanes::load(x_sums + p * plane_sums + b * W);
+      CATS_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const Vector zero = of_block<Lanes, kPlanes>(tables[r].zeros, block + p, shift);
+        CATS_UNROLL
+        for (int b = 0; b < B; ++b) sums[p][r][b] = Lanes::subtract_product(sums[p][r][b], zero, x_sum[p][b]);
+      }
+    }
+    CATS_UNROLL
+    for (int64_t t = 0; t < 4; ++t)
+      for (int64_t v = 0; v < kSpan; v += W) add_codes(codes, inputs, 16 * t + kSpan * half + v, sums);
+    CATS_UNROLL
+    for (int p = 0; p < kPlanes; ++p) {
+      CATS_UNROLL
+      for (int r = 0; r < R; ++r)
+        add_scaled(of_block<Lanes, kPlanes>(tables[r].scales, block + p, shift), sums[p][r], totals[r]);
+    }
+    if (!has_shifts) return;
+    CATS_UNROLL
+    for (int p = 0; p < kPlanes; ++p) {
+      CATS_UNROLL
+      for (int r = 0; r < R; ++r)
+        add_scaled(of_block<Lanes, kPlanes>(tables[r].shifts, block + p, shift), x_sum[p], totals[r]);
+    }
+  }
+
+  // out[r][b] = the dot product of rows[r] and token first + b; prefetches next[r].
+  static void run(const RowFormat& format, const uint8_t* const (&rows)[R], const uint8_t* const (&next)[R],
+                  const RowTables (&tables)[R], const PackedInputs& x, int64_t first, float (&out)[R][B]) {
+    const int64_t shift = format.group_shift, plane_sums = x.tokens * W;
+    const bool has_shifts = format.mode == ZeroMode::kShifts;
+    const uint8_t *codes[R], *ahead[R];
+    const float* inputs[B];
+    std::copy_n(rows, R, codes);
+    std::copy_n(next, R, ahead);
+    for (int b = 0; b < B; ++b) inputs[b] = x.ordered + (first + b) * x.width;
+    const float* x_sums = x.sums + first * W;
+
+    Vector totals[R][B];
+    CATS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      CATS_UNROLL
+      for (int b = 0; b < B; ++b) totals[r][b] = Lanes::broadcast(0.0f);
+    }
+    for (int64_t u = 0; u < format.units; ++u) {
+      for (int r = 0; r < R; ++r) prefetch(ahead[r]);
+      const int64_t block = u * 2 * kPlanes;
+      if constexpr (kWhole) {
+        add_unit(codes, inputs, tables, block >> shift, has_shifts, x_sums, totals);
+        x_sums += plane_sums;
+      } else {
+        CATS_UNROLL
+        for (int64_t half = 0; half < kHalves; ++half) {
+          add_half(codes, inputs, tables, half, block + half * kPlanes, shift, has_shifts, x_sums, plane_sums, totals);
+          x_sums += kPlanes * plane_sums;
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        codes[r] += kUnitBytes;
+        ahead[r] += kUnitBytes;
+      }
+      for (int b = 0; b < B; ++b) inputs[b] += kPlanes * kUnitBytes;
+    }
+    const int64_t tables_size = format.used_bytes - format.code_bytes;
+    for (int64_t i = 0; i < tables_size; i += kLineBytes)
+      for (int r = 0; r < R; ++r) prefetch(ahead[r] + i);
+
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) {
+        out[r][b] = Lanes::sum(totals[r][b]);
+        const int64_t token = first + b;
+        if (!is_finite(out[r][b]) && !x.has_nan[token]) out[r][b] = plain_dot(format, rows[r], x.plain + token * x.width);
+      }
+  }
+};
 
 template <class Lanes, int kBits, bool kWhole, int B, class Row>
 void dot_packed_rows(const RowFormat& format, const Row& row, int64_t count, const PackedInputs& x, int64_t first,
@@ -304,7 +218,7 @@ void dot_packed_rows(const RowFormat& format, const Row& row, int64_t count, con
       tables[r] = memory.read(rows[r], r);
     }
     float values[R][B];
-    dot_packed<Lanes, kBits, kWhole, R, B>(format, rows, next, tables, x, first, values);
+    PackedDot<Lanes, kBits, kWhole, R, B>::run(format, rows, next, tables, x, first, values);
     for (int r = 0; r < R && i + r < count; ++r) std::copy_n(values[r], B, out + (i + r) * x.tokens + first);
   }
 }

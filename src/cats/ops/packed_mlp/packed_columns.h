@@ -51,11 +51,11 @@ struct ColumnSums {
     const int64_t first = kPlanes * begin, outputs = std::min(kPlanes * count, f.outputs - first);
     const int64_t offset = group * f.outputs + first;
     const auto* stored = static_cast<const void*>(needed.call.down_scales + offset * size_of(f.scale));
-    widen_array<Lanes>(stored, f.scale, outputs, scales);
-    if (f.mode == ZeroMode::kZeros) widen_array<Lanes>(needed.call.down_extras + offset, outputs, extras);
+    widen_array<Lanes>(stored, f.scale, outputs, outputs, scales);
+    if (f.mode == ZeroMode::kZeros) widen_array<Lanes>(needed.call.down_extras + offset, outputs, outputs, extras);
     if (f.mode != ZeroMode::kShifts) return;
     const auto* shifts = static_cast<const void*>(needed.call.down_extras + offset * size_of(f.scale));
-    widen_array<Lanes>(shifts, f.scale, outputs, extras);
+    widen_array<Lanes>(shifts, f.scale, outputs, outputs, extras);
   }
 
   // The values of a table at the places k and after, for each plane.
