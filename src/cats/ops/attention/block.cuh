@@ -1,11 +1,13 @@
-// What a block does, step by step: a part of attention.cu, which defines the sizes and the other types.
+// What a block does, step by step: a part of attention.cu and attention_rows.cu, which define Arguments.
 #pragma once
+#include "sizes.cuh"
 
 struct Block {
     const Arguments& a;
     Shared& shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int key_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS;
+    const int column;  // which query heads
+    const int key_head = column / PARTS, part = column % PARTS;
     const int first_query = key_head * QUERIES + part * HEADS;
     const int heads = min(HEADS, QUERIES - part * HEADS);
     // written by another kernel, for the previous token: not from the L1 cache
@@ -13,7 +15,7 @@ struct Block {
     int splits, begin, end;  // slots of this block
     float cosines[EACH], sines[EACH];  // of this lane's columns: lane, lane + 32, ...
 
-    __device__ Block(const Arguments& a, Shared& shared) : a(a), shared(shared) {
+    __device__ Block(const Arguments& a, Shared& shared, int column) : a(a), shared(shared), column(column) {
         int first = max(0, newest + 1 - a.window), count = newest + 1 - first;
         splits = count <= UNSPLIT_SLOTS ? 1 : min(gridDim.x, (count + SPLIT_SLOTS - 1) / SPLIT_SLOTS);
         int share = (count + splits - 1) / splits;
@@ -308,8 +310,8 @@ struct Block {
     __device__ void merge_splits() {
         __syncthreads();
         if (threadIdx.x == 0) {
-            shared.last = arrive_in_global(a.counters + blockIdx.y) == splits - 1;
-            if (shared.last) a.counters[blockIdx.y] = 0;
+            shared.last = arrive_in_global(a.counters + column) == splits - 1;
+            if (shared.last) a.counters[column] = 0;
         }
         __syncthreads();
         if (!shared.last) return;
