@@ -10,25 +10,37 @@ import torch
 import cats.ops
 from cats.errors import UnsupportedModelError
 from cats.ops.attention.cuda import AttentionArguments
+from cats.ops.attention.rows import AttentionRowsArguments
 from cats.ops.choice.cuda import ChoiceArguments
+from cats.ops.choice.rows import ChoiceRowsArguments
 from cats.ops.cuda.arguments import Arguments, Pointer, address, with_stamps
 from cats.ops.cuda.residual import Residual
 from cats.ops.cuda.runs import Deal
 from cats.ops.embedding.cuda import EmbeddingArguments
+from cats.ops.embedding.rows import EmbeddingRowsArguments
 from cats.ops.linear.cuda import LinearArguments
 from cats.ops.linear.quantised import QuantisedLinearArguments
+from cats.ops.linear.rows import LinearRowsArguments
 from cats.ops.mlp.cuda.arguments import MLPArguments
 from cats.ops.mlp.cuda.quantised import QuantisedMLPArguments
+from cats.ops.mlp.cuda.rows import MLPRowsArguments
+from cats.ops.rms_norm.rows import NormRowsArguments
 
 OPS = Path(cats.ops.__file__).parent
 STRUCTS = {
     "attention/attention.cu": AttentionArguments,
+    "attention/attention_rows.cu": AttentionRowsArguments,
     "choice/choose.cu": ChoiceArguments,
+    "choice/choose_rows.cu": ChoiceRowsArguments,
     "embedding/embedding.cu": EmbeddingArguments,
+    "embedding/embedding_rows.cu": EmbeddingRowsArguments,
     "linear/linear.cu": LinearArguments,
+    "linear/linear_rows.cu": LinearRowsArguments,
     "linear/quantised.cu": QuantisedLinearArguments,
     "mlp/cuda/gated_mlp.cu": MLPArguments,
+    "mlp/cuda/mlp_rows.cu": MLPRowsArguments,
     "mlp/cuda/quantised_mlp.cu": QuantisedMLPArguments,
+    "rms_norm/norm_rows.cu": NormRowsArguments,
     "cuda/residual.cuh": Residual,
     "cuda/runs.cuh": Deal,
 }

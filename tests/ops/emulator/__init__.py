@@ -33,8 +33,11 @@ needs_emulator = [
 ]
 _LAUNCHING = [
     "attention.cuda",
+    "attention.rows",
     "choice.cuda",
+    "choice.rows",
     "embedding.cuda",
+    "embedding.rows",
     "linear.cuda",
     "linear.quantised",
     "linear.rows",
@@ -42,6 +45,7 @@ _LAUNCHING = [
     "mlp.cuda.quantised",
     "mlp.cuda.residual",
     "mlp.cuda.rows",
+    "rms_norm.rows",
 ]
 _SHARED = "extern __shared__ __align__(128) char memory[];"
 _ENTRY = """
