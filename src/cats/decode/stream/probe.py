@@ -62,7 +62,7 @@ def probe(model: nn.Module, spec: ModelSpec, lengths: Sequence[int] = LENGTHS) -
         for length in lengths:
             _probe_layers(model, spec, state, chain, length)
         ids += 1
-        scale = _embedding_scale(model, spec, state, ids)
+        scale = embedding_scale(model, spec, state, ids)
         state.tokens.copy_(ids)
         expected = prefill(model, state, ids, lengths[0]).float()[0]
         state.start_at(lengths[0])
@@ -148,7 +148,12 @@ def _layer_inputs(spec: ModelSpec, inputs: Tensor) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _embedding_scale(model: nn.Module, spec: ModelSpec, state: State, ids: Tensor) -> float:
+def embedding_scale(model: nn.Module, spec: ModelSpec, state: State, ids: Tensor) -> float:
+    """What the model multiplies the embedding of a token ``[1, 1]`` by.
+
+    Raises:
+        UnsupportedModelError: If something else enters the first layer.
+    """
     inputs: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""The chain of a step of several rows on a CPU, by an emulator of CUDA."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+
+import cats
+from cats.decode.forward import prefill
+from cats.decode.state import State
+from cats.decode.stream.spec import read_spec
+from cats.errors import UnsupportedModelError
+from tests.decode.test_stream import head_sizes
+from tests.models import FAMILIES, make_ids, make_model
+from tests.ops.emulator import needs_emulator
+
+pytestmark = needs_emulator
+CAPACITY = 64
+# By how much logits may differ, as a share: the kernels round the input of each matrix.
+TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture
+def rows_module(chain_module):
+    from cats.decode.stream import rows
+
+    return rows
+
+
+def sparse_model(config, dtype=torch.float16, sparsity=0.5, **changes):
+    """A sparse model in 16 bits, and the same numbers in float32."""
+    from cats.decode.stream.engine import lay_out_down
+
+    model = make_model(config, **changes)
+    if sparsity:
+        cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=sparsity))
+    model.to(dtype)
+    exact = copy.deepcopy(model).float()
+    lay_out_down(read_spec(model), [])
+    return model, exact
+
+
+class Conversations:
+    """Texts of different lengths in lines of one cache, and a chain that runs their last tokens."""
+
+    def __init__(self, rows_module, model, exact, lengths, *, size=None, capacity=CAPACITY):
+        from cats.decode.stream.rotary import RotaryTables
+        from cats.decode.stream.row_buffers import RowBuffers
+
+        self.exact, spec = exact, read_spec(model)
+        self.texts = [make_ids(1, length, seed=i)[0].tolist() for i, length in enumerate(lengths)]
+        size = size or len(lengths)
+        shape = size + 1, spec.key_heads, capacity, spec.head_size
+        self.cache = [torch.full(shape, torch.nan, dtype=spec.dtype) for _ in 2 * spec.layers]
+        tokens = torch.full((size + 1,), -1)
+        self.buffers = RowBuffers.of(spec, size, tokens, capacity=capacity, multiprocessors=2)
+        # not the lines that the rows' numbers suggest; the places of other rows hold nonsense
+        self.lines = [size - row for row in range(len(lengths))]
+        self.buffers.lines.fill_(10**6)
+        self.buffers.positions.fill_(-7)
+        for row, (text, line) in enumerate(zip(self.texts, self.lines, strict=True)):
+            self._remember(text[:-1], line)
+            self.buffers.lines[row], self.buffers.positions[row] = line, len(text) - 1
+            self.buffers.active[row], tokens[line] = 1, text[-1]
+        scale = spec.hidden_size**0.5 if "Gemma" in type(exact).__name__ else 1.0
+        self.chain = rows_module.RowChain(
+            spec,
+            self.buffers,
+            self.cache,
+            RotaryTables(spec, capacity),
+            size,
+            embedding_scale=scale,
+            multiprocessors=2,
+        )
+
+    def _remember(self, text, line):
+        if not text:
+            return
+        # which keeps all slots of sliding layers, where a cache of transformers does not
+        state = State(self.exact, self.exact.config, 1, len(text))
+        prefill(self.exact, state, torch.tensor([text]), 0)
+        for buffer, stored in zip(self.cache, state.cache.buffers(), strict=True):
+            buffer[line, :, : len(text)] = stored[0].to(buffer.dtype)
+
+    def expected(self, row):
+        return self.exact(torch.tensor([self.texts[row]])).logits[0, -1]
+
+
+def check(conversations, dtype=torch.float16, **options):
+    with torch.inference_mode():
+        logits = conversations.chain.run(CAPACITY)
+        for row in range(len(conversations.texts)):
+            expected = conversations.expected(row)
+            error = (logits[row] - expected).norm() / expected.norm()
+            assert error < TOLERANCE[dtype], f"row {row}: {error:.1e}"
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)
+def test_rows_of_different_lengths_are_those_of_the_model(rows_module, config):
+    # a window that two of the texts leave behind, where the family has one
+    sizes = dict(sliding_window=16) if hasattr(config(), "sliding_window") else {}
+    model, exact = sparse_model(config, **sizes)
+    with torch.inference_mode():
+        conversations = Conversations(rows_module, model, exact, [37, 1, 20], size=4)
+    check(conversations)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 16])
+def test_any_number_of_rows_is_that_of_the_model(rows_module, rows):
+    model, exact = sparse_model(LlamaConfig, torch.bfloat16, **head_sizes(4, 2, 16))
+    with torch.inference_mode():
+        lengths = [1 + 7 * row % 50 for row in range(rows)]
+        conversations = Conversations(rows_module, model, exact, lengths)
+    check(conversations, torch.bfloat16)
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.9])
+def test_dense_and_very_sparse_rows_are_those_of_the_model(rows_module, sparsity):
+    model, exact = sparse_model(LlamaConfig, sparsity=sparsity)
+    with torch.inference_mode():
+        conversations = Conversations(rows_module, model, exact, [5, 30])
+    check(conversations)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Gemma2Config])
+def test_greedy_tokens_are_those_of_single_texts(rows_module, config):
+    model, exact = sparse_model(config)
+    with torch.inference_mode():
+        conversations = Conversations(rows_module, model, exact, [9, 30, 3], size=4)
+        buffers, ties = conversations.buffers, 0
+        for step in range(6):
+            conversations.chain.run_greedily(CAPACITY)
+            for row, text in enumerate(conversations.texts):
+                scores, token = conversations.expected(row), int(buffers.chosen[step, row])
+                ties += token != int(scores.argmax())
+                assert scores.max() - scores[token] < 1e-2
+                text.append(token)
+                assert buffers.tokens[conversations.lines[row]] == token
+    assert ties <= 2
+    assert buffers.step == 6
+    assert buffers.positions.tolist() == [14, 35, 8, -7]
+
+
+def test_a_row_that_is_not_finite_harms_no_other(rows_module):
+    model, exact = sparse_model(LlamaConfig)
+    with torch.inference_mode():
+        conversations = Conversations(rows_module, model, exact, [9, 30, 3])
+        alone = conversations.chain.run(CAPACITY).clone()
+        conversations.cache[1][conversations.lines[1], :, 4] = torch.nan
+        logits = conversations.chain.run(CAPACITY)
+    assert logits[1].isnan().all()
+    torch.testing.assert_close(logits[[0, 2]], alone[[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_rows_use_the_first_buffers(rows_module):
+    model, exact = sparse_model(LlamaConfig)
+    with torch.inference_mode():
+        conversations = Conversations(rows_module, model, exact, [9, 30, 3, 14])
+        whole = conversations.chain.run(CAPACITY).clone()
+        chain = rows_module.RowChain(
+            read_spec(model),
+            conversations.buffers,
+            conversations.cache,
+            conversations.chain._rotary,
+            2,
+            embedding_scale=1.0,
+            multiprocessors=2,
+        )
+        torch.testing.assert_close(chain.run(CAPACITY), whole[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_contexts_that_are_split_give_the_logits_of_the_model(rows_module):
+    model, exact = sparse_model(LlamaConfig)
+    with torch.inference_mode():
+        conversations = Conversations(rows_module, model, exact, [400, 20], capacity=512)
+        logits = conversations.chain.run(512)
+        for row in range(2):
+            expected = conversations.expected(row)
+            assert (logits[row] - expected).norm() / expected.norm() < 5e-3
+
+
+def test_float32_is_refused_with_the_reason(rows_module):
+    model, exact = sparse_model(LlamaConfig, torch.float32)
+    with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="float32"):
+        Conversations(rows_module, model, exact, [3, 5])
