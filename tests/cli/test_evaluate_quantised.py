@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
 import cats
@@ -145,3 +146,20 @@ def test_what_cannot_be_compared_is_refused(command, dense, int4, thresholds, te
     tokenizer.save_pretrained(other)
     code, _, err = command(*common, "--quantised", other)
     assert (code, "splits text otherwise" in " ".join(err.split())) == (1, True), err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_scale_that_is_no_number_gives_no_result(command, dense, int4, text, tmp_path, value):
+    file = int4[0] / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight_scale"][3, 0] = value
+    save_file(tensors, file, {"format": "pt"})
+    common = ("evaluate", dense, "--quantised", int4[0], "--block", 32)
+    code, out, err = command(*common, "--text", text)
+    assert (code, "likelihoods are NaN" in " ".join(err.split())) == (1, True), err
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    data, run = models_data(tmp_path / "data"), tmp_path / "run"
+    tasks = ("--tasks", "piqa", "--data-dir", data, "-o", run)
+    code, out, err = command(*common, *tasks)
+    assert (code, "likelihoods are NaN" in " ".join(err.split())) == (1, True), err
+    assert not (run / "answers" / "int4").exists()

@@ -255,9 +255,15 @@ def read_questions(task: str, result: Mapping[str, Any]) -> list[Question]:
     """The questions of a task, from what ``lm_eval.evaluate`` returns.
 
     Raises:
-        DataError: If no metric of the task is a mean over questions.
+        DataError: If no metric of the task is a mean over questions, or a likelihood is NaN.
     """
     samples = sorted(result["samples"][task], key=lambda s: (s["filter"], s["doc_id"]))
+    for sample in samples:
+        # the harness would take the first choice for the likeliest
+        if _has_nan(sample["filtered_resps"]):
+            raise DataError(
+                f"{task}: the model's likelihoods are NaN: check its weights, scales and dtype"
+            )
     filters = list(dict.fromkeys(sample["filter"] for sample in samples))
     questions = []
     for name in filters:
@@ -275,6 +281,12 @@ def read_questions(task: str, result: Mapping[str, Any]) -> list[Question]:
             for sample in answered
         ]
     return questions
+
+
+def _has_nan(answer: object) -> bool:
+    if isinstance(answer, list | tuple):
+        return any(map(_has_nan, answer))
+    return isinstance(answer, float) and math.isnan(answer)
 
 
 def _means(samples: list[Any], results: dict[str, Any], name: str) -> list[str]:
