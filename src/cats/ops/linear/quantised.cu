@@ -79,8 +79,6 @@ struct Copier {
             more = request(slot, runs.take_fixed());
         }
         wait_for_previous_kernel();
-        // after our own wait, so that the next kernel knows that all kernels before this one are complete
-        allow_next_kernel();
         runs.ask();
         auto free_slot = [&] {
             if (slot == CHUNKS) slot = 0, parity ^= 1;
@@ -148,6 +146,8 @@ struct Worker {
 
     __device__ void run() {
         load_input();
+        // after our own wait, so that the next kernel knows that all kernels before this one are complete
+        allow_next_kernel();
         __syncwarp();
         warp_arrive(&shared.input_there);
         a.stamp(INPUT);

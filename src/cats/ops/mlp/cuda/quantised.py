@@ -17,9 +17,8 @@ from cats.ops.quantised import SCALE_CODES, ColumnLayout, PackedColumns, PackedR
 __all__ = ["QuantisedMLPArguments", "launch", "macros"]
 
 _MIN_CHUNKS, _MAX_CHUNKS = 3, 8
-# Four chunks of rows of 4,096 columns. With three, sparse MLPs wait for kept rows; more help 8 bits
-# at 70 % sparsity alone.
-_RING_BYTES = 140 * 1024
+# By bits: four and three chunks of rows of 4,096 columns, as whole tokens took least time (notebook).
+_RING_BYTES = {4: 140 * 1024, 8: 104 * 1024}
 # What is on its way to a multiprocessor while the kernel before this one still runs.
 _EARLY_BYTES = 32 * 1024
 
@@ -192,7 +191,7 @@ def macros(
     # the sums of each warp, three barriers and four numbers
     each = chunk + 4 * rows.warps * rows_of_chunk + 3 * 8 + 4 * 4
     fixed = 8 * of_block + 4 * rows.warps + 512
-    most = min(_MAX_CHUNKS, max(_MIN_CHUNKS, _RING_BYTES // each))
+    most = min(_MAX_CHUNKS, max(_MIN_CHUNKS, _RING_BYTES[rows.bits] // each))
     chunks = min(most, (shared_limit - fixed) // each)
     if chunks < _MIN_CHUNKS:
         raise UnsupportedModelError(
