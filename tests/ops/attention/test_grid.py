@@ -38,8 +38,12 @@ def test_blocks_take_all_heads(heads, key_heads):
         assert g.heads * parts >= heads // key_heads > g.heads * (parts - 1)
 
 
-def test_blocks_of_short_contexts_have_one_head_and_those_of_long_ones_four():
+def test_blocks_of_short_contexts_have_one_head_and_those_of_long_ones_two():
     assert grid(256, 32, 8) == (1, 32, 1)
     assert grid(512, 32, 8) == (8, 32, 1)
-    assert grid(1024, 32, 8) == (16, 16, 2)
-    assert grid(4096, 32, 8) == (33, 8, 4)
+    assert grid(1024, 32, 8) == (8, 32, 1)
+    assert grid(4096, 32, 8) == (16, 16, 2)
+
+
+def test_blocks_have_four_heads_where_those_of_two_would_not_run_at_once():
+    assert grid(4096, 1024, 256) == (1, 256, 4)

@@ -75,14 +75,18 @@ def grid_of(slots: int, heads: int, key_heads: int, multiprocessors: int) -> Gri
     """The grid for contexts of up to ``slots``; more slots never have fewer splits.
 
     A block with fewer query heads is done sooner. Blocks with more read the same keys less often,
-    which counts where there are too few blocks for the slots.
+    which counts at long contexts. More than two never paid where all blocks run at once.
     """
     queries = heads // key_heads
     blocks = BLOCKS_ON_A_MULTIPROCESSOR * multiprocessors
     wanted = 1 if slots <= _UNSPLIT_SLOTS else math.ceil(slots / _SLOTS_PER_SPLIT)
     for most in range(1, _MAX_QUERIES + 1):
         parts = math.ceil(queries / most)
-        if wanted * key_heads * parts <= blocks:
+        # one head: also with splits of twice the slots
+        fits = (
+            wanted * key_heads * parts <= 2 * blocks if most == 1 else key_heads * parts <= blocks
+        )
+        if fits:
             break
     columns = key_heads * parts
     splits = max(1, min(wanted, blocks // columns, _MAX_SPLITS))
