@@ -97,14 +97,14 @@ class EagerEngine:
             if runs_own_code(model) or casts(state.device):
                 return
             if self._untraceable is not None:
-                _warn_untraced(model, self._untraceable)
+                warn_untraced(model, self._untraceable)
                 return
             try:
                 graph = trace(shadow_of(model))
                 replaced = None if graph is None else use_cpu_kernels(copy_of(graph))
             except Exception as error:
                 # a model may raise anything in a tracer; its own errors come again without one
-                _warn_untraced(model, first_line(error))
+                warn_untraced(model, first_line(error))
                 return
             if graph is not None:
                 self._traced[key], self._steps[key] = graph, replaced
@@ -127,7 +127,7 @@ class EagerEngine:
         difference = difference or differs(lambda: step(*inputs), computed="otherwise")
         if difference is not None:
             self._steps[key] = None
-            _warn_untraced(model, f"at {length} tokens {difference} from the model's own")
+            warn_untraced(model, f"at {length} tokens {difference} from the model's own")
         self._agreed.add((key, length))
 
     def _logits(self, model: nn.Module, state: State, length: int) -> Tensor:
@@ -161,7 +161,8 @@ def _critical_lengths(model: nn.Module) -> frozenset[int]:
     return frozenset(n + 1 for n in numbers | {2**i for i in range(5, 24)})
 
 
-def _warn_untraced(model: nn.Module, reason: str) -> None:
+def warn_untraced(model: nn.Module, reason: str) -> None:
+    """Say that steps of a model run module by module, and why."""
     warnings.warn(
         f"{type(model).__name__} cannot be traced ({reason}), so each token runs module by module, "
         "more slowly",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -125,7 +124,7 @@ class AutoEngine:
         return self._stream
 
 
-def make_engine(name: str, model: nn.Module, stored: Sequence[str] = ()) -> Engine:
+def make_engine(name: str, model: nn.Module, untraceable: str | None = None) -> Engine:
     """The engine of that name for a model.
 
     ``auto`` is ``eager`` on a CPU, and :class:`AutoEngine` on a GPU.
@@ -133,7 +132,7 @@ def make_engine(name: str, model: nn.Module, stored: Sequence[str] = ()) -> Engi
     Args:
         name: ``"auto"`` or one of :data:`ENGINES`.
         model: A Hugging Face causal model.
-        stored: Names of what a forward pass stores in the model's modules, which a trace would not.
+        untraceable: Why steps of the model must not be traced; None where they may be.
 
     Raises:
         ConfigError: If there is no such engine.
@@ -141,7 +140,6 @@ def make_engine(name: str, model: nn.Module, stored: Sequence[str] = ()) -> Engi
     """
     check_engine(name)
     device = device_of(model)
-    untraceable = f"its forward pass stores {stored[0]}" if stored else None
     if name == "eager" or (name == "auto" and device.type != "cuda"):
         return EagerEngine(model, untraceable)
     if name == "compiled":

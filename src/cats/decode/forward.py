@@ -25,7 +25,7 @@ StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
 
 # Slots that are read while a step for any number of slots is traced. No model has a dimension of
 # this size, so that it is recognised in the trace.
-_TRACED_SLOTS = 59
+TRACED_SLOTS = 59
 
 
 def prefill(
@@ -107,22 +107,37 @@ def trace_unmasked(model: nn.Module, state: State) -> fx.GraphModule | None:
     Raises:
         Exception: As :func:`trace_window`.
     """
-    if state.capacity < _TRACED_SLOTS or state.unmasked_slots < _TRACED_SLOTS:
+    if state.capacity < TRACED_SLOTS or state.unmasked_slots < TRACED_SLOTS:
         return None
     cache = state.cache
 
     def step(
         tokens: Tensor, positions: Tensor, slot: Tensor, valid: Tensor, stored: list[Tensor]
     ) -> Tensor:
-        cache.start, cache.newest, cache.window = _TRACED_SLOTS - 1, slot, _TRACED_SLOTS
+        cache.start, cache.newest, cache.window = TRACED_SLOTS - 1, slot, TRACED_SLOTS
         with cache.working_on(stored):
             return last_logits(model, tokens, positions, None, cache)
 
-    graph = _trace(step, step_inputs(state, _TRACED_SLOTS))
-    return None if _mentions(graph, {_TRACED_SLOTS - 1, _TRACED_SLOTS}) else graph
+    return trace_for_any_length(step, step_inputs(state, TRACED_SLOTS))
 
 
-def _trace(step: StepFunction, inputs: StepInputs) -> fx.GraphModule:
+def trace_for_any_length(
+    step: Callable[..., Tensor], inputs: tuple[object, ...]
+) -> fx.GraphModule | None:
+    """A step as a flat list of operators, or None where these depend on the traced length.
+
+    Args:
+        step: Gives logits.
+        inputs: Of ``step``, with :data:`TRACED_SLOTS` slots.
+
+    Raises:
+        Exception: As :func:`trace_window`.
+    """
+    graph = _trace(step, inputs)
+    return None if _mentions(graph, {TRACED_SLOTS - 1, TRACED_SLOTS}) else graph
+
+
+def _trace(step: Callable[..., Tensor], inputs: tuple[object, ...]) -> fx.GraphModule:
     # the logger prints a traceback for what cannot be traced; our warning gives the reason
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level, log.level = log.level, logging.CRITICAL

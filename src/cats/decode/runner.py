@@ -40,6 +40,7 @@ class Runner:
     Attributes:
         engine: Runs prompts and steps.
         marks: The model's marks when this runner was made.
+        untraceable: Why steps of the model must not be traced; None where they may be.
         rule: How the model's rotary frequencies depend on the length; None where they do not.
     """
 
@@ -67,7 +68,9 @@ class Runner:
             check_cache(copied, self._config)
         # what a forward pass stores in the modules itself is not a change by the user
         self._stored_by_passes = before.changed(Marks.of(copied))
-        self.engine = make_engine(name, model, stored_names(self._stored_by_passes, copied))
+        stored = stored_names(self._stored_by_passes, copied)
+        self.untraceable = f"its forward pass stores {stored[0]}" if stored else None
+        self.engine = make_engine(name, model, self.untraceable)
         # an engine may lay out weights anew
         self.marks = self.marks_of(model)
 

@@ -33,6 +33,11 @@ def model_of(kind):
 
 
 @functools.cache
+def engine_of(kind, lines):
+    return checked_rows(model_of(kind), lines, CONTEXT, rows=lines)
+
+
+@functools.cache
 def alone(kind, seed, length, new, sampled):
     ids = prompt_of(seed, length)
     return cats.generate(model_of(kind), ids, **options_of(seed, new, sampled))[0, length:].tolist()
@@ -75,7 +80,7 @@ session = st.fixed_dictionaries(
 )
 def test_sessions_in_any_order_equal_single_ones(kind, sessions, rows, lines, lag):
     model = model_of(kind)
-    engine = checked_rows(model, lines, CONTEXT)
+    engine = engine_of(kind, lines)
     engine.lag = lag
     inbox = Inbox()
     scheduler = Scheduler(engine, inbox, rows=rows, vocabulary=VOCABULARY, longest_wait=1e-9)

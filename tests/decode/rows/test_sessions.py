@@ -135,12 +135,16 @@ def test_a_session_that_nobody_refers_to_is_cancelled(sessions):
 
 
 def test_a_session_keeps_its_sessions_alive(llama):
-    answer = cats.Sessions(llama, context=64).open([1, 2], max_new_tokens=20, **ENDLESS).result(10)
+    answer = (
+        cats.Sessions(llama, rows=2, context=64)
+        .open([1, 2], max_new_tokens=20, **ENDLESS)
+        .result(10)
+    )
     assert answer.reason == "length"
 
 
 def test_sessions_that_nobody_refers_to_end_their_thread_and_free_the_cache(llama):
-    sessions = cats.Sessions(llama, context=64)
+    sessions = cats.Sessions(llama, rows=2, context=64)
     thread = sessions._thread
     gone = weakref.ref(sessions)
     del sessions
@@ -169,7 +173,7 @@ def test_a_result_that_is_late_is_a_timeout_and_the_session_goes_on(llama):
         gate.wait(10)
         return scores
 
-    with cats.Sessions(llama, context=64) as sessions:
+    with cats.Sessions(llama, rows=2, context=64) as sessions:
         session = sessions.open([1, 2], max_new_tokens=3, logits_processor=[slow], **ENDLESS)
         with pytest.raises(TimeoutError, match="goes on"):
             session.result(0.01)
@@ -181,7 +185,7 @@ def test_a_kept_error_does_not_keep_the_cache(llama):
     def broken(ids, scores):
         raise KeyError
 
-    sessions = cats.Sessions(llama, context=61)
+    sessions = cats.Sessions(llama, rows=2, context=61)
     session = sessions.open([1], logits_processor=[broken])
     with pytest.raises(KeyError) as kept:
         session.result(10)
@@ -196,7 +200,7 @@ def test_a_session_that_raised_is_freed(llama):
     def broken(ids, scores):
         raise KeyError
 
-    with cats.Sessions(llama, context=64) as sessions:
+    with cats.Sessions(llama, rows=2, context=64) as sessions:
         session = sessions.open([1], logits_processor=[broken])
         gone = weakref.ref(session)
         with pytest.raises(KeyError):
@@ -312,14 +316,14 @@ def test_a_call_that_cannot_run_is_refused_at_once(sessions, arguments, error, m
 
 def test_stop_strings_without_a_tokenizer_are_refused_at_once(llama):
     with (
-        cats.Sessions(llama, context=64) as sessions,
+        cats.Sessions(llama, rows=2, context=64) as sessions,
         pytest.raises(ConfigError, match="need the tokenizer"),
     ):
         sessions.open([1], stop_strings=["a"])
 
 
 def test_text_without_a_tokenizer_is_refused(llama):
-    with cats.Sessions(llama, context=64) as sessions:
+    with cats.Sessions(llama, rows=2, context=64) as sessions:
         session = sessions.open([1], max_new_tokens=2, **ENDLESS)
         with pytest.raises(ConfigError, match="read tokens"):
             next(iter(session))

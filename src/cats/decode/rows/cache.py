@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_ALIGNED = 8
-
 
 class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[lines, heads, slots, head_dim]``."""
@@ -60,8 +58,7 @@ class RowCache(Cache):
     """A cache in which each row of a batch has a line and a slot of its own.
 
     Attributes:
-        capacity: Slots of a line. One more is there, which nothing reads: rows that only fill up
-            a step write to it.
+        capacity: Slots of a line.
         lines: The line of each row, ``[R]``.
         slots: The slot of each row's newest token, ``[R]``.
         window: Attention reads the first ``window`` slots.
@@ -79,18 +76,40 @@ class RowCache(Cache):
         self.capacity, self.window = capacity, 0
         self.first: int | None = None
         self.lines = self.slots = torch.zeros(0, dtype=torch.int64)
-        slots = -(-(capacity + 1) // _ALIGNED) * _ALIGNED
         # zeros, since attention multiplies the values of slots that it does not see by 0
-        buffers = [t.new_zeros(lines, t.shape[1], slots, t.shape[3]) for t in samples]
+        buffers = [t.new_zeros(lines, t.shape[1], capacity, t.shape[3]) for t in samples]
         pairs = zip(buffers[::2], buffers[1::2], strict=True)
         self.row_layers = [RowLayer(self, keys, values) for keys, values in pairs]
         super().__init__(layers=list(self.row_layers))
 
     def read(self, buffer: Tensor) -> Tensor:
         """The slots that attention reads, ``[R, heads, window, head_dim]``."""
-        if self.first is not None:
-            return buffer[self.first : self.first + len(self.lines), :, : self.window]
-        return buffer[:, :, : self.window].index_select(0, self.lines)
+        # slices that change nothing would stand in a trace
+        if self.window < buffer.shape[2]:
+            buffer = buffer[:, :, : self.window]
+        if self.first is None:
+            return buffer.index_select(0, self.lines)
+        if len(self.lines) < len(buffer):
+            buffer = buffer[self.first : self.first + len(self.lines)]
+        return buffer
+
+    def use_rows(
+        self, lines: Sequence[int], slots: Tensor, window: int, device: torch.device
+    ) -> None:
+        """Set where the next tokens go, and what attention reads."""
+        self.lines, self.slots, self.window = torch.tensor(lines, device=device), slots, window
+        self.first = _first_of(lines)
+
+    def consecutive(self, lines: Sequence[int], window: int) -> list[Tensor] | None:
+        """Views of some lines, or None unless they are consecutive.
+
+        Returns:
+            Keys and values of each layer in turn, ``[R, heads, window, head_dim]``.
+        """
+        first = _first_of(lines)
+        if first is None:
+            return None
+        return [t[first : first + len(lines), :, :window] for t in self.buffers()]
 
     def buffers(self) -> list[Tensor]:
         """Keys and values of each layer in turn."""
@@ -114,3 +133,9 @@ class RowCache(Cache):
         """Zero some slots of a line: NaN in them would reach rows that do not even see them."""
         for buffer in self.buffers():
             buffer[line, :, slots] = 0
+
+
+def _first_of(lines: Sequence[int]) -> int | None:
+    """The first of consecutive numbers; None if they are not."""
+    first = lines[0]
+    return first if list(lines) == list(range(first, first + len(lines))) else None

@@ -14,6 +14,7 @@ from cats.decode.rows.cache import RowCache
 from cats.decode.rows.choice import choose_tokens
 from cats.decode.rows.masks import Masks
 from cats.decode.rows.row import Row
+from cats.decode.rows.traced import TracedSteps
 from cats.decode.state import State, device_of
 from cats.errors import UnsupportedModelError
 from cats.protocols import CausalModel
@@ -29,6 +30,7 @@ class ModuleRows:
     Attributes:
         model: The model.
         cache: Its keys and values.
+        traced: What runs instead of the modules where it was traced.
         vocabulary: Size of its vocabulary.
     """
 
@@ -54,6 +56,7 @@ class ModuleRows:
         # shows what each layer stores
         prefill(model, self._single, self._single.tokens, 0)
         self.cache = RowCache(self._single.cache.buffers(), lines, capacity)
+        self.traced = TracedSteps(self.cache, self._masks)
         # the newest token of each line
         self._tokens = torch.zeros(lines, dtype=torch.int64, device=self.device)
 
@@ -67,12 +70,14 @@ class ModuleRows:
         return token
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        lines = torch.tensor([row.line.index for row in rows], device=self.device)
-        positions = torch.tensor([[row.position] for row in rows], device=self.device)
-        longest = max(row.position for row in rows) + 1
-        logits = self.logits(lines, positions, self._tokens[lines][:, None], longest)
+        lines, positions = [row.line.index for row in rows], [row.position for row in rows]
+        index = torch.tensor(lines, device=self.device)
+        inputs = lines, positions, self._tokens[index], max(positions) + 1
+        logits = self.traced.logits(*inputs)
+        if logits is None:
+            logits = self.logits(*inputs)
         tokens = choose_tokens(logits, [row.choice for row in rows])
-        self._tokens[lines] = tokens.clamp(min=0)
+        self._tokens[index] = tokens.clamp(min=0)
         return tokens
 
     @property
@@ -96,22 +101,22 @@ class ModuleRows:
         with state.cache.working_on(self.cache.line(line)):
             return prefill(self.model, state, ids[None], start)
 
-    def logits(self, lines: Tensor, positions: Tensor, tokens: Tensor, window: int) -> Tensor:
-        """Logits ``[R, V]`` of one token per row.
+    def logits(
+        self, lines: Sequence[int], positions: Sequence[int], tokens: Tensor, window: int
+    ) -> Tensor:
+        """Logits ``[R, V]`` of one token per row, module by module.
 
         Args:
-            lines: The line of each row, ``[R]``.
-            positions: Position and slot of its newest token, ``[R, 1]``.
-            tokens: That token, ``[R, 1]``.
+            lines: The line of each row.
+            positions: Position and slot of its newest token.
+            tokens: That token, ``[R]``.
             window: How many slots attention reads.
         """
-        cache = self.cache
-        cache.lines, cache.slots, cache.window = lines, positions[:, 0], window
-        numbers = lines.tolist()
-        consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        cache.first = numbers[0] if consecutive else None
-        mask = self._masks.of(positions, window)
-        return last_logits(self.model, tokens, positions, mask, cache).to(self.device)
+        place = torch.tensor(positions, device=self.device)[:, None]
+        self.cache.use_rows(lines, place[:, 0], window, self.device)
+        mask = self._masks.of(place, window)
+        logits = last_logits(self.model, tokens[:, None], place, mask, self.cache)
+        return logits.to(self.device)
 
     def _check_form(self) -> None:
         """

@@ -72,7 +72,7 @@ class Scheduler:
         for ticket in self._waiting:
             ticket.progress.end("cancelled", failure)
         # errors that users keep hold the frames that raised them, and so this object
-        del self._engine, self._prefilling, self._decoding, self._unread
+        del self._engine, self._has_changed, self._prefilling, self._decoding, self._unread
 
     def turn(self) -> bool:
         """Take in what is new, admit, run pieces of prompts, and step once.

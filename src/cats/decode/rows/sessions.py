@@ -203,9 +203,16 @@ class Sessions:
         return context
 
     def _make_worker(self, lines: int, longest_wait: float) -> Scheduler | OneByOne:
-        runner_of(self._model, _ENGINE)  # refuses models without plain keys and values
+        # refuses models without plain keys and values
+        runner, _ = runner_of(self._model, _ENGINE)
         try:
-            engine = checked_rows(self._model, lines, self.context)
+            engine = checked_rows(
+                self._model,
+                lines,
+                self.context,
+                rows=self.rows,
+                untraceable=runner.untraceable,
+            )
         except UnsupportedModelError as error:
             self.refusal = str(error)
             warnings.warn(
@@ -219,15 +226,20 @@ class Sessions:
             rows=self.rows,
             vocabulary=self._config.vocab_size,
             longest_wait=longest_wait,
-            has_changed=_Watch(self._model).has_changed,
+            has_changed=_Watch(self._model, engine.traced.forget).has_changed,
         )
 
 
 class _Watch:
     """Sees changes of a model."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, forget_structure: Callable[[], None]) -> None:
+        """
+        Args:
+            model: The model.
+            forget_structure: Called where more has changed than the content of tensors.
+        """
+        self._model, self._forget_structure = model, forget_structure
         self._runner: ref[Runner] | None = None
         self._marks: Marks | None = None
         self.has_changed()
@@ -243,7 +255,10 @@ class _Watch:
         self._runner, self._marks = ref(runner), marks
         if old_runner is None or old_marks is None:
             return True
-        return old_runner() is not runner or old_marks.content != marks.content
+        if old_runner() is not runner:
+            self._forget_structure()
+            return True
+        return old_marks.content != marks.content
 
 
 def _stop(inbox: Inbox, thread: threading.Thread) -> None:
