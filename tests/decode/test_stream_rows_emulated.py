@@ -8,10 +8,15 @@ from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 import cats
 from cats.decode.forward import prefill
+from cats.decode.request import Request
+from cats.decode.rows.lines import Line
+from cats.decode.rows.modules import ModuleRows
+from cats.decode.rows.progress import Progress
+from cats.decode.rows.row import Row, Ticket
 from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import UnsupportedModelError
-from tests.decode.test_stream import head_sizes
+from tests.decode.test_stream import GREEDY, head_sizes
 from tests.models import FAMILIES, make_ids, make_model
 from tests.ops.emulator import needs_emulator
 
@@ -184,3 +189,101 @@ def test_float32_is_refused_with_the_reason(rows_module):
     model, exact = sparse_model(LlamaConfig, torch.float32)
     with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="float32"):
         Conversations(rows_module, model, exact, [3, 5])
+
+
+@pytest.fixture
+def row_engine(rows_module, monkeypatch):
+    """Engines whose steps run at once, instead of in CUDA graphs."""
+    from cats.decode.stream import row_engine
+
+    monkeypatch.setattr(row_engine, "captured", lambda step, device: step)
+    return row_engine
+
+
+def run_rows(engine, model, prompts, steps, **options):
+    """New tokens of each prompt, the first row in the last line."""
+    rows = []
+    for number, prompt in enumerate(prompts):
+        settings = GREEDY | dict(max_new_tokens=steps + 1) | options
+        request = Request.of(model, model.config, prompt[None], None, settings)
+        line = Line(engine.lines - 1 - number, engine.capacity)
+        rows.append(
+            Row(Ticket(request, Progress()), line, number, device=engine.device, vocabulary=257)
+        )
+    chosen = []
+    for row in rows:
+        chosen.append(engine.prefill(row, len(row.ids)).tolist())
+        row.reached(len(row.ids))
+        row.start()
+    for _ in range(steps):
+        for tokens, token in zip(chosen, engine.step(rows).tolist(), strict=True):
+            tokens.append(token)
+        for row in rows:
+            row.start()
+    return chosen
+
+
+def counted(owner, name, calls):
+    method = getattr(owner, name)
+
+    def call(*args):
+        calls.append(name)
+        return method(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_engine_gives_the_tokens_of_the_modules(row_engine, monkeypatch, sampled):
+    model, _ = sparse_model(LlamaConfig)
+    prompts = [make_ids(1, length, seed=i)[0] for i, length in enumerate((9, 20, 3))]
+    options = dict(do_sample=True, seed=3) if sampled else {}
+    with torch.inference_mode():
+        engine = row_engine.StreamRows(model, 4, CAPACITY, rows=3)
+        by_modules = ModuleRows(model, 4, CAPACITY)
+        calls = []
+        for name in ("run", "choose"):
+            monkeypatch.setattr(engine._steps, name, counted(engine._steps, name, calls))
+        uploads = engine._steps._uploads
+        actual = run_rows(engine, model, prompts, 5, **options)
+        assert calls == 5 * ["run" if sampled else "choose"]
+        assert actual == run_rows(by_modules, model, prompts, 5, **options)
+        # private: places are told to the device once, since positions move on there
+        if not sampled:
+            assert engine._steps._uploads == uploads + 1
+        engine.forget()
+        assert run_rows(engine, model, prompts, 1, **options) == [row[:2] for row in actual]
+    assert calls == calls[:5]
+
+
+def test_rows_may_come_and_go(row_engine):
+    model, exact = sparse_model(LlamaConfig)
+    with torch.inference_mode():
+        engine = row_engine.StreamRows(model, 4, CAPACITY, rows=4)
+        lengths = (9, 20, 3, 30)
+        texts = {
+            line: make_ids(1, length, seed=line)[0].tolist() for line, length in enumerate(lengths)
+        }
+        for line, text in texts.items():
+            engine.single(line, torch.tensor(text[:-1]), 0)
+            engine._tokens[line] = text[-1]
+        # more changes than there are places from which the device copies them
+        for lines in ([2, 0], [0, 3, 1], [1], *4 * ([3, 1, 0, 2], [1, 0, 2], [0, 2, 3])):
+            tokens = engine._steps.choose(lines, [len(texts[line]) - 1 for line in lines])
+            for line, token in zip(lines, tokens.tolist(), strict=True):
+                scores = exact(torch.tensor([texts[line]])).logits[0, -1]
+                assert scores.max() - scores[token] < 1e-2
+                texts[line].append(token)
+
+
+def test_kernels_that_differ_from_the_model_are_refused(row_engine, monkeypatch):
+    model, _ = sparse_model(LlamaConfig)
+    scale = row_engine.embedding_scale
+    monkeypatch.setattr(row_engine, "embedding_scale", lambda *a: -scale(*a))
+    with pytest.raises(UnsupportedModelError, match="differs from the model"):
+        row_engine.StreamRows(model, 4, CAPACITY, rows=2)
+
+
+def test_more_rows_than_kernels_take_are_refused(row_engine):
+    with pytest.raises(UnsupportedModelError, match="up to 16 rows"):
+        row_engine.StreamRows(sparse_model(LlamaConfig)[0], 17, CAPACITY, rows=17)

@@ -37,12 +37,12 @@ class Case:
         self.cosines, self.sines = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
         self.norms = None, None
 
-    def run(self, attention, *, window=2**31 - 1, slots=None, softcap=0.0):
+    def run(self, attention, *, window=2**31 - 1, slots=None, softcap=0.0, counters=None):
         """``[rows, heads, head]``."""
         rows, slots = len(self.positions), slots or int(self.positions.max()) + 1
         grid = attention.grid_of(rows, CAPACITY, self.heads, self.key_heads, 8)
         out = torch.full((rows, self.heads * self.head), torch.nan, dtype=self.dtype)
-        counters = torch.zeros(rows * self.heads, dtype=torch.int32)
+        own = torch.zeros(rows * self.heads, dtype=torch.int32) if counters is None else counters
         partials = torch.full((rows * grid.splits * self.heads * (self.head + 2),), torch.nan)
         launch = attention.launch(
             qkv=self.qkv.flatten(1),
@@ -57,7 +57,7 @@ class Case:
             lines=self.lines,
             active=self.active,
             partials=partials,
-            counters=counters,
+            counters=own,
             heads=self.heads,
             window=window,
             slots=slots,
@@ -74,8 +74,9 @@ class Case:
             stream=0,
             dependent=True,
         )
-        assert not counters.any()
-        self.splits = launch.blocks
+        assert counters is not None or not own.any()
+        self.splits, self.columns = launch.blocks, launch.columns
+        self.partials = partials[: rows * self.splits * self.heads * (self.head + 2)]
         return out.view(rows, self.heads, self.head)
 
     def expected(self, row, *, window=2**31 - 1, softcap=0.0):
@@ -147,6 +148,19 @@ def test_rows_may_be_split_or_not_in_one_launch(attention, rows):
     case = Case([599, 3, 255, 400, 0][:rows], key_heads=1, heads=2)
     case.check(attention)
     assert case.splits > 1
+
+
+def test_rows_share_no_counter_and_no_partial_sum(attention):
+    # blocks run one after another here, so that a shared one would change no output
+    case = Case([599, 590, 580], key_heads=1, heads=2)
+    case.run(attention)
+    assert case.splits > 1
+    assert case.partials.isfinite().all()
+    counters = torch.zeros(6, dtype=torch.int32)
+    counters[case.columns // 3] = 1000
+    out = case.run(attention, counters=counters)
+    assert out[1].isnan().any()
+    assert out[[0, 2]].isfinite().all()
 
 
 def test_rows_see_their_own_windows(attention):
