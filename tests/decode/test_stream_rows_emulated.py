@@ -7,6 +7,7 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 import cats
+from cats.benchmarks.timing import Timing
 from cats.decode.forward import prefill
 from cats.decode.request import Request
 from cats.decode.rows.lines import Line
@@ -287,3 +288,15 @@ def test_kernels_that_differ_from_the_model_are_refused(row_engine, monkeypatch)
 def test_more_rows_than_kernels_take_are_refused(row_engine):
     with pytest.raises(UnsupportedModelError, match="up to 16 rows"):
         row_engine.StreamRows(sparse_model(LlamaConfig)[0], 17, CAPACITY, rows=17)
+
+
+def test_times_of_steps(row_engine, monkeypatch):
+    from tests.decode import time_stream_rows
+
+    monkeypatch.setattr(time_stream_rows, "read_bandwidth", lambda *a, **k: Timing.once(1e-3))
+    monkeypatch.setattr(time_stream_rows, "StreamRows", row_engine.StreamRows)
+    model, _ = sparse_model(LlamaConfig)
+    often = dict(repeats=1, steps=2)
+    lines = list(time_stream_rows.measure(model, [1, 2], 9, capacity=64, device="cpu", **often))
+    assert [line["rows"] for line in lines] == [1, 2]
+    assert all(line["ms"] > 0 and line["share"] > 0 for line in lines)
