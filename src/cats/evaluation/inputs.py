@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cats.calibration import counts as _counts
-from cats.calibration.collect import forward_hidden
+from cats.calibration.collection import forward_hidden
 from cats.config import check_target
 from cats.data import Batch, as_batch
 from cats.errors import DataError

@@ -17,7 +17,7 @@ from cats.ops.quantised import SCALE_CODES, ColumnLayout, PackedColumns, PackedR
 __all__ = ["QuantisedMLPArguments", "launch", "macros"]
 
 _MIN_CHUNKS, _MAX_CHUNKS = 3, 8
-# By bits: four and three chunks of rows of 4,096 columns, as whole tokens took least time (notebook).
+# By bits: four and three chunks of rows of 4,096 columns, as whole tokens took least time.
 _RING_BYTES = {4: 140 * 1024, 8: 104 * 1024}
 # What is on its way to a multiprocessor while the kernel before this one still runs.
 _EARLY_BYTES = 32 * 1024
