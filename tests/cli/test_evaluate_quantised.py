@@ -160,6 +160,6 @@ def test_a_scale_that_is_no_number_gives_no_result(command, dense, int4, text, t
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     data, run = models_data(tmp_path / "data"), tmp_path / "run"
     tasks = ("--tasks", "piqa", "--data-dir", data, "-o", run)
-    code, out, err = command(*common, *tasks)
+    code, _, err = command(*common, *tasks)
     assert (code, "likelihoods are NaN" in " ".join(err.split())) == (1, True), err
     assert not (run / "answers" / "int4").exists()
