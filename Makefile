@@ -30,7 +30,7 @@ test-sanitize:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cats bench results quote --check docs/performance.md docs/finetune.md docs/reproduce.md
+	$(BIN)/cats bench results quote --check docs/performance.md docs/quantised.md docs/finetune.md docs/reproduce.md
 	$(BIN)/mypy
 
 wheel:
