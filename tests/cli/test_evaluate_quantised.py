@@ -155,7 +155,7 @@ def test_a_scale_that_is_no_number_gives_no_result(command, dense, int4, text, t
     tensors["model.layers.1.mlp.down_proj.weight_scale"][3, 0] = value
     save_file(tensors, file, {"format": "pt"})
     common = ("evaluate", dense, "--quantised", int4[0], "--block", 32)
-    code, out, err = command(*common, "--text", text)
+    code, _, err = command(*common, "--text", text)
     assert (code, "likelihoods are NaN" in " ".join(err.split())) == (1, True), err
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     data, run = models_data(tmp_path / "data"), tmp_path / "run"
