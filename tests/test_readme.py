@@ -93,6 +93,16 @@ def test_generate_text(folder, capsys):
         assert answer["content"] in printed
 
 
+def test_many_sessions(folder, capsys):
+    names = {
+        "model": checkpoint.load_dense(folder),
+        "tokenizer": checkpoint.load_tokenizer(folder),
+    }
+    exec(block_below("docs/python.md", "Many sessions at once"), names)
+    assert names["cat"].result().text in capsys.readouterr().out
+    assert names["lion"].reason in ("length", "stop")
+
+
 def test_numbers_of_the_readme_are_those_of_the_quoted_tables():
     readme = " ".join(read("README.md").split())
     h200, cpu = (
@@ -118,6 +128,9 @@ def test_numbers_of_the_readme_are_those_of_the_quoted_tables():
     long = cell(h200, "mistral-7b, prompt 32,000", "stream")
     small = cell(h200, "smollm2-135m", "stream")
     float32, bfloat16 = (cell(cpu, f"smollm2, {name}", "eager") for name in ("float32", "bfloat16"))
+    codes = read("docs/performance.md").split("results/nvidia-h200/decode-quantised.jsonl")[1]
+    name = "mistral-7b, int4 in groups of 128"
+    int4, torch_int4 = (cell(codes, name, engine) for engine in ("stream", "compiled_torch_int4"))
     dense, half, most = (cell(quality, name) for name in ("dense", "cats-50", "cats-70"))
     assert rate(generate, 0) == rate(generate, 1)
     for said in (
@@ -131,5 +144,7 @@ def test_numbers_of_the_readme_are_those_of_the_quoted_tables():
         f"rises from {float(dense[2]):.1f} to {float(half[2]):.1f} at 50 %, to "
         f"{float(most[2]):.1f} at 70 %",
         f"falls by {drop(half[4])} points",
+        f"gives {rate(int4, 0)} tokens per second in int4 and {rate(int4, 1)} with half",
+        f"torch's own int4 operator gives {rate(torch_int4, 0)}",
     ):
         assert said in readme

@@ -23,11 +23,17 @@ def dequantised(
     rows: Tensor, layout: RowLayout, arithmetic: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
     """The numbers of packed rows, ``[N, columns]`` in ``dtype``: by one kernel on a GPU."""
-    if may_launch(rows) and BACKENDS.why_unavailable("triton") is None:
+    if has_kernel(rows, arithmetic):
         from cats.ops.packed_linear.triton import dequantise_rows
 
         return dequantise_rows(rows, layout, arithmetic, dtype)
     return numbers_of_rows(rows, layout, arithmetic, dtype)
+
+
+def has_kernel(packed: Tensor, arithmetic: torch.dtype) -> bool:
+    """Whether Triton writes a packed matrix out; torch does so in any other arithmetic."""
+    known = arithmetic in (torch.bfloat16, torch.float16, torch.float32)
+    return known and may_launch(packed) and BACKENDS.why_unavailable("triton") is None
 
 
 def unavailable() -> str | None:

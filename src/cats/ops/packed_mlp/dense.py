@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from cats.ops.mlp.dense import product
 from cats.ops.packed_linear.dense import dequantised as dequantised_rows
+from cats.ops.packed_linear.dense import has_kernel
 from cats.ops.packed_mlp.arguments import PackedMLPArguments
-from cats.ops.packed_mlp.backends import BACKENDS
 from cats.ops.quantised import PackedColumns, numbers_of_columns
-from cats.ops.watching import may_launch
 
 
 def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
@@ -27,7 +26,7 @@ def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
 
 def dequantised(columns: PackedColumns, arithmetic: torch.dtype, dtype: torch.dtype) -> Tensor:
     """The numbers of packed columns, ``[D, F]`` in ``dtype``: by one kernel on a GPU."""
-    if may_launch(columns.columns) and BACKENDS.why_unavailable("triton") is None:
+    if has_kernel(columns.columns, arithmetic):
         from cats.ops.packed_mlp.triton import dequantise_columns
 
         return dequantise_columns(columns, arithmetic, dtype)
