@@ -152,7 +152,7 @@ def launch(
     own = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
     if options.device == "cpu":
         own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    elif processes == 1 and "--worker" not in command:
+    elif processes == 1 and not any(word.startswith("--worker=") for word in command):
         own |= {"CUDA_VISIBLE_DEVICES": "0"}
     run = subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else ()), *command],

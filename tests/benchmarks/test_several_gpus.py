@@ -55,3 +55,11 @@ def test_a_process_that_hangs_is_ended(script, options):
     assert not script.launch(options, 1, "-c", "raise SystemExit(3)")
     options.limit = 60
     assert script.launch(options, 1, "-c", "pass")
+
+
+def test_a_command_sees_one_gpu_and_a_worker_all(script, options, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    options.device = "cuda"
+    says = "import os, sys; sys.exit(os.environ['CUDA_VISIBLE_DEVICES'] != '{}')"
+    assert script.launch(options, 1, "-c", says.format("0"))
+    assert script.launch(options, 1, "-c", says.format("0,1"), "--worker=split-float32")
