@@ -145,6 +145,26 @@ def test_loading_writes_into_the_packed_memory(plain, packed):
     assert packed._buffers["packed"]._version > versions[0]
 
 
+def test_a_saved_state_does_not_change_with_the_layer(packed):
+    state = packed.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items() if name != "bias"}
+    with torch.no_grad():
+        for buffer in packed.buffers():
+            buffer.zero_()
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_assigned_scales_bring_their_dtype(plain, packed, dtype):
+    changed = {"scales": plain.scales.to(dtype)}
+    if plain.shifts is not None:
+        changed["shifts"] = plain.shifts.to(dtype)
+    other = QuantisedLinear(dataclasses.replace(plain.matrix, **changed), torch.zeros(ROWS))
+    packed.load_state_dict(other.state_dict(), assign=True)
+    assert packed.matrix.scales.dtype == dtype
+    assert torch.equal(packed.matrix.dequantised(), other.matrix.dequantised())
+
+
 def test_a_state_that_does_not_fit_is_refused(packed):
     state = packed.state_dict()
     with pytest.raises(RuntimeError, match=r"Missing key.*scales"):

@@ -34,6 +34,9 @@ class QuantisedLinear(nn.Module):
     Its tensors are those of :data:`PLAIN`, or packed ones in the order of kernels, never both. A
     packed layer saves and loads the plain ones; it has no attributes of their names.
 
+    Once packed, ``state_dict()`` gives copies under the names of the plain tensors; writes into them
+    are not seen, and ``load_state_dict`` is the way to write.
+
     Attributes:
         in_features: Columns of the matrix.
         out_features: Its rows.
@@ -206,7 +209,8 @@ class QuantisedLinear(nn.Module):
         nn.Module._load_from_state_dict(twin, state_dict, prefix, *args)
         is_rows = isinstance(layout, RowLayout)
         loaded = Packed.rows_of(twin.matrix) if is_rows else Packed.columns_of(twin.matrix)
-        if loaded.device != self.stored.device:
+        # assign=True gives the tensors other dtypes
+        if loaded.device != self.stored.device or loaded.layout != layout:
             self._store(loaded)
             return
         # into the same memory, which captured graphs read

@@ -170,8 +170,8 @@ def pack_columns(
             neuron = torch.stack([part & 15, part >> 4], dim=-1).flatten(1).t()[: end - start]
             columns[start:end, : layout.outputs // 2] = neuron[:, ::2] | neuron[:, 1::2] << 4
     extras = zeros if layout.zero_mode == ZeroMode.ZEROS else shifts
-    extras = None if extras is None else extras.t().contiguous()
-    return PackedColumns(columns, scales.t().contiguous(), extras, layout)
+    extras = None if extras is None else _transposed(extras)
+    return PackedColumns(columns, _transposed(scales), extras, layout)
 
 
 def unpack_columns(packed: PackedColumns) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -191,11 +191,16 @@ def unpack_columns(packed: PackedColumns) -> tuple[Tensor, Tensor, Tensor | None
         if outputs.shape[1] % 2:
             outputs = torch.nn.functional.pad(outputs, (0, 1))
         codes[:, start // 2 : (end + 1) // 2] = outputs[:, ::2] | outputs[:, 1::2] << 4
-    extras = None if packed.extras is None else packed.extras.t().contiguous()
+    extras = None if packed.extras is None else _transposed(packed.extras)
     is_zeros = layout.zero_mode == ZeroMode.ZEROS
     return (
         codes,
-        packed.scales.t().contiguous(),
+        _transposed(packed.scales),
         extras if is_zeros else None,
         None if is_zeros else extras,
     )
+
+
+def _transposed(table: Tensor) -> Tensor:
+    """A copy, also of one row or column, which ``contiguous()`` would give back as it is."""
+    return table.t().clone(memory_format=torch.contiguous_format)
