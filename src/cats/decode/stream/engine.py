@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from functools import partial
 from weakref import ref
 
@@ -53,23 +54,36 @@ class StreamEngine:
         self._model = ref(model)
         self._laid_out: list[ref[nn.Parameter]] = []
         self._packed: list[ref[QuantisedLinear]] = []
+        self._spec: ModelSpec | None = None
         try:
-            spec = read_spec(model)
-            lay_out_down(spec, self._laid_out)
-            with torch.cuda.device(spec.norm.device):
-                # the same name, so that nothing here keeps the plain tensors
-                self._spec = spec = pack_(spec, self._packed)
-                if self._packed:
-                    torch.cuda.empty_cache()
-                self._embedding_scale = probe(model, spec)
-        except (UnsupportedModelError, AttributeError) as error:
+            self._embedding_scale = self._lay_out(model)
+        except BaseException as error:
+            # frees what its frames still hold of the packed layers
+            traceback.clear_frames(error.__traceback__)
             self.reset()
-            raise BackendError(f"the engine stream cannot run this model: {error}") from error
-        except torch.cuda.OutOfMemoryError as error:
-            self.reset()
-            raise BackendError(
-                "the engine stream cannot run: out of memory while it was compared with the model"
-            ) from error
+            if isinstance(error, UnsupportedModelError | AttributeError):
+                raise BackendError(f"the engine stream cannot run this model: {error}") from error
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise BackendError(
+                    "the engine stream cannot run: out of memory while it was compared with the "
+                    "model"
+                ) from error
+            raise
+
+    def _lay_out(self, model: nn.Module) -> float:
+        """Store layers as the kernels read them, and compare them with the model's.
+
+        Returns:
+            What multiplies the embedding.
+        """
+        spec = read_spec(model)
+        lay_out_down(spec, self._laid_out)
+        with torch.cuda.device(spec.norm.device):
+            # the same name, so that nothing here keeps the plain tensors
+            self._spec = spec = pack_(spec, self._packed)
+            if self._packed:
+                torch.cuda.empty_cache()
+            return probe(model, spec)
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -117,6 +131,7 @@ class StreamEngine:
             state: A conversation of one row, after its first pass.
             traced: Whether warps write times.
         """
+        assert self._spec is not None, "the engine was reset"
         return Chain(self._spec, state, self._embedding_scale, traced=traced)
 
     def reset(self) -> None:
@@ -129,6 +144,8 @@ class StreamEngine:
             down = weight()
             if down is not None and id(down) not in needed and down.t().is_contiguous():
                 down.data = down.data.contiguous()
+        # nothing here keeps a packed layer beside its plain tensors
+        self._spec = None
         unpack_(self._packed, needed)
         self._laid_out.clear()
         self._packed.clear()
