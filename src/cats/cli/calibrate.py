@@ -109,7 +109,9 @@ def calibrate(
     options.check_output(statistics)
     rank, _ = join_processes()
     if output is None and rank == 0:
-        options.err.print("nothing will be written: name a file with [b]-o NAME.safetensors[/b]")
+        options.err.print(
+            "the thresholds will not be written: name a file with [b]-o NAME.safetensors[/b]"
+        )
     loaded, tokenizer = options.load(
         model,
         dtype=dtype,

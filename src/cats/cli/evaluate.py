@@ -145,7 +145,9 @@ def evaluate(
         dtype = options.Dtype(str(loaded.dtype).removeprefix("torch."))
         for name, folder in checkpoints.items():
             file = threshold_files.get(name)
-            variants += _in_codes(name, folder, file, tokenizer, dtype=dtype, device=device)
+            variants += _in_codes(
+                name, folder, file, tokenizer, dtype=dtype, device=device, trust=trust_remote_code
+            )
         _check_labels(variants)
         settings = {"model": model, **identity(loaded, tokenizer), "revision": revision}
         perplexities: list[Perplexity] = []
@@ -293,14 +295,18 @@ def _named(values: list[str], option: str, kind: str) -> dict[str, Path]:
     """``NAME=PATH`` values by name; a single value may have none."""
     named: dict[str, Path] = {}
     for value in values:
-        name, has_name, path = value.rpartition("=")
-        if has_name and (not name or "/" in name or name == "dense"):
-            raise ConfigError(f"{option} {value}: {name!r} is no name for a table")
+        name, has_name, path = value.partition("=")
+        if "/" in name:  # a path that has such a sign
+            name, has_name, path = "", "", value
+        if has_name and (not name or name == "dense"):
+            raise ConfigError(
+                f"{option} {value}: {name!r} is no name for a table, write NAME={kind}"
+            )
         if not has_name and len(values) > 1:
             raise ConfigError(f"{option}: several need a name each, {option} NAME={kind}")
         if name in named:
             raise ConfigError(f"{option}: two are named {name}")
-        named[name] = Path(path)
+        named[name if has_name else ""] = Path(path if has_name else value)
     return named
 
 
@@ -312,6 +318,7 @@ def _in_codes(
     *,
     dtype: options.Dtype,
     device: str,
+    trust: bool,
 ) -> list[Variant]:
     """A quantised checkpoint, and the same with its thresholds where it has some.
 
@@ -323,7 +330,10 @@ def _in_codes(
     from cats.data import sample_text
     from cats.evaluation.variants import InCodes, Sparse
 
-    model, own_tokenizer = options.load(str(folder), dtype=dtype, device=device, dense=True)
+    hub = options.hub(None, None, trust)
+    model, own_tokenizer = options.load(
+        str(folder), dtype=dtype, device=device, dense=True, hub=hub
+    )
     sample = sample_text()[:4096]
     if own_tokenizer(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
         raise ConfigError(
