@@ -86,6 +86,7 @@ class FusedGatedMLP(FusedMLP):
         products = arguments.product_thresholds
         biases = arguments.gate_bias, arguments.up_bias, arguments.down_bias
         key = (
+            self.backend,
             (rows.shape, rows.dtype, rows.data_ptr() % 16),
             (gate.shape, gate.dtype, gate.data_ptr()),
             up.data_ptr(),

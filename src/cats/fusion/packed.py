@@ -46,7 +46,10 @@ class FusedPackedMLP(FusedMLP):
     def _run(self, rows: Tensor, layers: Layers, act: CatsActivation) -> Tensor:
         gate, up, down = cast(tuple[QuantisedLinear, QuantisedLinear, QuantisedLinear], layers)
         if rows.dtype != gate.dtype:
-            raise ShapeError(f"this MLP computes in {gate.dtype}, got {rows.dtype}")
+            raise ShapeError(
+                f"this MLP computes in {gate.dtype}, got {rows.dtype}: convert the input, or call "
+                "model.to(dtype)"
+            )
         gate_rows, up_rows = gate._buffers["packed"], up._buffers["packed"]
         columns, scales = down._buffers["packed"], down._buffers["packed_scales"]
         # what the layers' layouts say, which _layers has checked
@@ -80,6 +83,7 @@ class FusedPackedMLP(FusedMLP):
         """The backend's function without torch's dispatcher; equal calls are checked once."""
         # x itself is new in each call
         key = (
+            self.backend,
             torch.get_deterministic_debug_mode(),
             (arguments.x.shape, arguments.x.dtype, arguments.x.data_ptr() % 16),
             *(
@@ -103,7 +107,7 @@ class FusedPackedMLP(FusedMLP):
     def _is_as_fused(self, layers: Layers) -> bool:
         gate, up, down = cast(tuple[QuantisedLinear, QuantisedLinear, QuantisedLinear], layers)
         is_packed = isinstance(gate.layout, RowLayout) and isinstance(down.layout, ColumnLayout)
-        return is_packed and gate.layout == up.layout
+        return is_packed and gate.layout == up.layout and gate.dtype == up.dtype == down.dtype
 
 
 @contextmanager

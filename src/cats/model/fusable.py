@@ -94,7 +94,10 @@ def _unfusable(mlp: GatedMLP) -> str | None:
             kinds = (f"{type(t).__name__} of {t.dtype}" for t in tensors)
             return f"{name} holds {', '.join(kinds)}, expected ordinary floating-point weights"
         kind = type(child).__name__
-        return f"{name} is {kind}, expected plain nn.Linear layers (merge adapters first)"
+        return (
+            f"{name} is {kind}, expected plain nn.Linear or quantised layers: merge or remove "
+            "adapters first"
+        )
     for name, child in module.named_modules():
         if name and is_hooked(child):
             return f"{name} has a hook, which the operator would not run: hook the MLP itself"
