@@ -44,6 +44,12 @@ class FakeEngine:
             raise ValueError("broken step")
         return self._next(rows)
 
+    def counted_step(self, row):
+        self.log.append(("counted", int(row.prompt[0])))
+        if int(row.prompt[0]) in self.broken:
+            raise ValueError("broken step")
+        return self._next([row]), 0.5
+
     def copy(self, source, target, start, stop):
         self.log.append(("copy", source, target, start, stop))
 
@@ -86,7 +92,7 @@ class Driven:
             **changes,
         )
 
-    def open(self, prompt, new=4, **changes):
+    def open(self, prompt, new=4, *, count_reads=False, **changes):
         ids = torch.tensor([prompt])
         request = Request(
             ids=ids,
@@ -96,7 +102,7 @@ class Driven:
             tokenizer=None,
         )
         progress = Progress()
-        self.inbox.put(Ticket(request, progress))
+        self.inbox.put(Ticket(request, progress, count_reads=count_reads))
         return progress
 
     def turn(self, count=1):

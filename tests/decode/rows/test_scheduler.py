@@ -259,3 +259,28 @@ def test_an_error_of_the_scheduler_itself_ends_all_sessions_with_it():
     assert isinstance(session.error, ValueError)
     with pytest.raises(BackendError, match="ended with an error"):
         driven.open([2])
+
+
+# --- counted steps
+
+
+def test_every_eighth_step_of_a_session_that_counts_reads_runs_by_itself():
+    driven = Driven(FakeEngine())
+    counting = driven.open([1, 2], new=12, count_reads=True)
+    other = driven.open([7, 8], new=12)
+    driven.finish(counting, other)
+    assert counting.tokens == other.tokens == expected([1, 2], 12)
+    assert counting.reads == [(2, 0.5), (10, 0.5)]
+    assert other.reads == []
+    assert driven.engine.log.count(("counted", 1)) == 2
+    assert ("step", 7) in driven.engine.log
+
+
+def test_a_counted_step_that_fails_ends_only_its_own_session():
+    driven = Driven(FakeEngine())
+    counting = driven.open([1, 2], count_reads=True)
+    other = driven.open([7, 8])
+    driven.turn()
+    driven.engine.broken.add(1)
+    driven.finish(counting, other)
+    assert (counting.reason, other.reason) == ("error", "length")

@@ -11,7 +11,9 @@ from transformers import LlamaConfig
 import cats
 from cats.decode.rows.cache import RowCache
 from cats.errors import ConfigError, DataError, LogitsError, UnsupportedModelError
-from tests.models import VOCABULARY, make_ids, make_model, make_tokenizer
+from cats.metrics import DroppedNeurons
+from cats.model.traffic import token_bytes
+from tests.models import VOCABULARY, logits, make_ids, make_model, make_tokenizer
 
 ENDLESS = dict(eos_token_id=None)
 
@@ -450,3 +452,83 @@ def test_sessions_of_other_models_run_one_after_the_other(dynamic, tokenizer):
         assert list(stopped.result(20).tokens) == expected
         assert long.result(20).reason == last.result(20).reason == "length"
         assert cancelled.result(20).reason == "cancelled"
+
+
+# --- what a server asks for
+
+
+def test_logprobs_are_those_of_the_logits_whatever_the_options(sessions, llama):
+    prompt = make_ids(1, 9)[0].tolist()
+    call = dict(max_new_tokens=6, do_sample=True, seed=1, temperature=0.3, **ENDLESS)
+    session = sessions.open(prompt, logprobs=3, **call)
+    tokens = list(session.result(10).tokens)
+    assert tokens == alone(llama, prompt, **call)
+    expected = logits(llama, torch.tensor([prompt + tokens]))[0].log_softmax(-1)
+    for i, (token, found) in enumerate(zip(tokens, session.logprobs(), strict=True)):
+        row = expected[len(prompt) - 1 + i]
+        assert found.chosen == pytest.approx(float(row[token]), abs=1e-4)
+        top = row.topk(3)
+        assert [t for t, _ in found.top] == top.indices.tolist()
+        assert [p for _, p in found.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+    assert session.logprobs(4) == session.logprobs()[4:]
+
+
+def test_logprobs_do_not_change_greedy_tokens(sessions, llama):
+    prompt = make_ids(1, 9)[0].tolist()
+    session = sessions.open(prompt, logprobs=0, max_new_tokens=8, **ENDLESS)
+    assert list(session.result(10).tokens) == alone(llama, prompt, max_new_tokens=8, **ENDLESS)
+    assert [found.top for found in session.logprobs()] == [()] * 8
+
+
+def test_a_negative_number_of_logprobs_is_refused(sessions):
+    with pytest.raises(ConfigError, match="expected logprobs >= 0, got -1"):
+        sessions.open("A cat is", logprobs=-1)
+
+
+def test_on_change_is_called_after_each_token_and_at_the_end(sessions):
+    seen, ended = [], threading.Event()
+
+    def on_change():
+        seen.append((len(session.so_far()), session.reason))
+        if session.reason:
+            ended.set()
+
+    session = sessions.open([1, 2, 3], max_new_tokens=90, on_change=on_change, **ENDLESS)
+    assert ended.wait(10)
+    assert seen[-1] == (90, "length")
+    assert len(seen) == 91
+    assert session.so_far(88) == session.so_far()[88:]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_counted_reads_are_those_that_the_metric_finds(tokenizer, fused):
+    model = make_model()
+    ids = make_ids(1, 30)
+    cats.sparsify_(model, cats.calibrate(model, [ids], target_sparsity=0.5))
+    if fused:
+        cats.fuse_(model)
+    prompt = ids[0, :12].tolist()
+    call = dict(max_new_tokens=12, **ENDLESS)
+    with cats.Sessions(model, rows=2, context=64) as sessions:
+        plain = sessions.open(prompt, **call)
+        counting = sessions.open(prompt, count_reads=True, **call)
+        tokens = counting.result(10).tokens
+        assert tokens == plain.result(10).tokens
+    # the counted steps have run the new tokens number 1 and 9
+    assert [number for number, _ in counting.reads] == [2, 10]
+    for number, share in counting.reads:
+        text = torch.tensor([[*prompt, *tokens[: number - 1]]])
+        with DroppedNeurons(model) as dropped:
+            logits(model, text)
+        before = torch.ones_like(text, dtype=torch.bool)
+        before[:, -1] = False
+        with DroppedNeurons(model) as earlier:
+            earlier.mask = before
+            logits(model, text)
+        count = text.shape[1]
+        of_last = {
+            name: share * count - earlier.shares()[name] * (count - 1)
+            for name, share in dropped.shares().items()
+        }
+        assert share == pytest.approx(token_bytes(model, of_last) / token_bytes(model), abs=0.01)
+        assert share < 0.95

@@ -43,6 +43,12 @@ class RowEngine(Protocol):
             drawn.
         """
 
+    def counted_step(self, row: Row) -> tuple[Tensor, float]:
+        """:meth:`step` of one row, and the share of the dense model's weights that it read.
+
+        It may take longer than other steps.
+        """
+
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy the slots ``start`` to ``stop`` of one line to another line."""
 

@@ -13,6 +13,7 @@ from cats.decode.rotary import LengthRule
 from cats.decode.rows.cache import RowCache
 from cats.decode.rows.choice import choose_tokens
 from cats.decode.rows.masks import Masks
+from cats.decode.rows.reads import ReadCounter
 from cats.decode.rows.row import Row
 from cats.decode.rows.traced import TracedSteps
 from cats.decode.state import State, device_of
@@ -57,6 +58,7 @@ class ModuleRows:
         prefill(model, self._single, self._single.tokens, 0)
         self.cache = RowCache(self._single.cache.buffers(), lines, capacity)
         self.traced = TracedSteps(self.cache, self._masks)
+        self._reads: ReadCounter | None = None
         # the newest token of each line
         self._tokens = torch.zeros(lines, dtype=torch.int64, device=self.device)
 
@@ -80,6 +82,23 @@ class ModuleRows:
         self._tokens[index] = tokens.clamp(min=0)
         return tokens
 
+    def counted_step(self, row: Row) -> tuple[Tensor, float]:
+        line = row.line.index
+        if self._reads is None:
+            self._reads = ReadCounter(self.model)
+        newest = self._tokens[line : line + 1]
+        logits, share = self._reads.run(
+            lambda model: self._run_single(model, line, newest, row.position)
+        )
+        token = choose_tokens(logits, [row.choice])
+        self._tokens[line] = token[0].clamp(min=0)
+        return token, share
+
+    def forget(self) -> None:
+        """The structure of the model has changed: what was made of it is of no use."""
+        self.traced.forget()
+        self._reads = None
+
     @property
     def span(self) -> int | None:
         """How far sliding layers see; None without any."""
@@ -97,9 +116,12 @@ class ModuleRows:
 
     def single(self, line: int, ids: Tensor, start: int) -> Tensor:
         """Logits ``[1, V]`` of the last of some tokens ``[T]`` of one line, from slot ``start``."""
+        return self._run_single(self.model, line, ids, start)
+
+    def _run_single(self, model: nn.Module, line: int, ids: Tensor, start: int) -> Tensor:
         state = self._single
         with state.cache.working_on(self.cache.line(line)):
-            return prefill(self.model, state, ids[None], start)
+            return prefill(model, state, ids[None], start)
 
     def logits(
         self, lines: Sequence[int], positions: Sequence[int], tokens: Tensor, window: int

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
+from cats.decode.rows.logprobs import TokenLogprobs
 from cats.decode.rows.progress import Progress
 from cats.decode.text import Detokenizer
 from cats.errors import ConfigError
@@ -74,6 +75,33 @@ class OpenSession:
     def reason(self) -> str | None:
         """Why it ended: ``"stop"``, ``"length"``, ``"cancelled"`` or ``"error"``; None before."""
         return self._progress.reason
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of the prompt that the cache held already; known with the first new token."""
+        return self._progress.reused
+
+    @property
+    def error(self) -> BaseException | None:
+        """What was raised in the session."""
+        return self._progress.error
+
+    def so_far(self, start: int = 0) -> list[int]:
+        """The new tokens from number ``start`` on that are there already; it does not wait."""
+        return self._progress.tokens[start:]
+
+    def logprobs(self, start: int = 0) -> list[TokenLogprobs]:
+        """The log probabilities of these tokens, where they are recorded; it does not wait."""
+        return self._progress.logprobs[start:]
+
+    @property
+    def reads(self) -> list[tuple[int, float]]:
+        """What ``count_reads`` has counted so far.
+
+        Each entry is the number of a new token, from 1, and the share of the dense model's weights
+        that the step which chose it has read.
+        """
+        return self._progress.reads
 
     def cancel(self) -> None:
         """End it before its next token; from any thread."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from cats.decode.rows.logprobs import TokenLogprobs
 
 
 class Progress:
@@ -17,21 +19,36 @@ class Progress:
         cancelled: Whether the session is to end. Setting it takes no lock, so that it can be set
             wherever Python drops the last reference to a session.
         reused: Tokens of the prompt that were not computed, since the cache held them.
+        logprobs: Of each token, where they are recorded.
+        reads: Counts of what was read: the number of the new token that a counted step chose, and
+            the share of the dense model's weights that this step read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[], object] | None = None) -> None:
+        """
+        Args:
+            on_change: Called after each token and at the end, by the thread that writes, so it must
+                be fast and must not raise.
+        """
         self.tokens: list[int] = []
         self.reason: str | None = None
         self.error: BaseException | None = None
         self.cancelled = False
         self.reused = 0
+        self.logprobs: list[TokenLogprobs] = []
+        self.reads: list[tuple[int, float]] = []
+        self._on_change = on_change
         self._changed = threading.Condition()
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Take the next token."""
         with self._changed:
+            if logprobs is not None:
+                self.logprobs.append(logprobs)
             self.tokens.append(token)
             self._changed.notify_all()
+        if self._on_change is not None:
+            self._on_change()
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """No token follows. The first error counts."""
@@ -39,6 +56,8 @@ class Progress:
             self.error = self.error or error
             self.reason = reason if self.error is None else "error"
             self._changed.notify_all()
+        if self._on_change is not None:
+            self._on_change()
 
     def blame(self, error: BaseException) -> None:
         """End the session with an error of a thread that reads it."""

@@ -22,14 +22,25 @@ class Ticket:
         seed: Of its draws.
         stops: What ends it besides its end tokens and its length; a time limit begins now.
         prompt: Its token ids.
+        logprobs: Of how many of the likeliest tokens log probabilities are recorded; None records
+            none.
+        count_reads: Whether the share of weights that tokens read is counted.
     """
 
-    def __init__(self, request: Request, progress: Progress) -> None:
+    def __init__(
+        self,
+        request: Request,
+        progress: Progress,
+        *,
+        logprobs: int | None = None,
+        count_reads: bool = False,
+    ) -> None:
         """
         Raises:
             ConfigError: If stop strings have no tokenizer, or a criterion cannot be used.
         """
         self.request, self.progress = request, progress
+        self.logprobs, self.count_reads = logprobs, count_reads
         self.stops = stops_of(request.options, request.tokenizer, request.ids, request.mask)
         seed = request.options.seed
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -49,6 +60,7 @@ class Row:
         limit: How many tokens are chosen at most.
         choice: How tokens are chosen.
         progress: Where they go.
+        count_reads: Whether the share of weights that tokens read is counted.
     """
 
     def __init__(
@@ -65,7 +77,10 @@ class Row:
         self.done = self.started = 0
         self.limit = options.max_new_tokens
         self.progress = ticket.progress
-        self.choice = Choice(self.ids, options, vocabulary, seed=ticket.seed)
+        self.count_reads = ticket.count_reads
+        self.choice = Choice(
+            self.ids, options, vocabulary, seed=ticket.seed, logprobs=ticket.logprobs
+        )
         self._stops = ticket.stops
         self._eos = frozenset(options.eos_token_ids)
 
@@ -101,7 +116,8 @@ class Row:
             # the step that chose this token has written the one before
             newest = len(self.prompt) + len(earlier) - 1
             self.line.hold(newest, np.asarray(earlier[-1:]))
-        self.progress.add(token)
+        recorded = self.choice.logprobs
+        self.progress.add(token, None if recorded is None else recorded.take())
         ended = token in self._eos
         for stop in self._stops:
             ended |= bool(stop.add(tokens))

@@ -15,6 +15,7 @@ from cats.decode.rows.engine import RowEngine
 from cats.decode.rows.inbox import Inbox
 from cats.decode.rows.lines import Ids, Lines, common_length
 from cats.decode.rows.pieces import LARGEST, PieceSizes
+from cats.decode.rows.reads import EVERY
 from cats.decode.rows.row import Row, Ticket
 from cats.decode.tracing import exclusion
 
@@ -203,8 +204,11 @@ class Scheduler:
 
     def _step(self) -> None:
         rows = [row for row in self._decoding if row.started < row.limit]
-        if rows:
-            self._step_rows(rows)
+        counted = [row for row in rows if row.count_reads and row.started % EVERY == 1]
+        if together := [row for row in rows if row not in counted]:
+            self._step_rows(together)
+        for row in counted:
+            self._counted_step(row)
         while self._unread and (len(self._unread) > self._engine.lag or not rows):
             for row, token in self._unread.popleft():
                 # another step may have been started before the host saw that the row has ended
@@ -226,6 +230,13 @@ class Scheduler:
                 self._step_rows([row])
         else:
             self._started(rows, tokens)
+
+    def _counted_step(self, row: Row) -> None:
+        with self._ending(row):
+            with exclusion.running():
+                token, share = self._engine.counted_step(row)
+            row.progress.reads.append((row.started + 1, share))
+            self._started([row], token)
 
     def _started(self, rows: Sequence[Row], tokens: Tensor) -> None:
         for row in rows:

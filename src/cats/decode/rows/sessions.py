@@ -121,7 +121,10 @@ class Sessions:
         prompt: Prompts,
         *,
         callback: Callable[[int], object] | None = None,
+        on_change: Callable[[], object] | None = None,
         skip_special_tokens: bool = True,
+        logprobs: int | None = None,
+        count_reads: bool = False,
         **options: Any,
     ) -> OpenSession:
         """Begin a session; it runs from now on, whether it is read or not.
@@ -130,7 +133,14 @@ class Sessions:
             prompt: One prompt, as in :func:`cats.generate`.
             callback: Called with each token, in a thread of its own. What it raises ends the
                 session, and is raised again where the session is read.
+            on_change: Called after each token and at the end, by the thread that decodes all
+                sessions: it must return at once and must not raise. It is for event loops, which
+                then read :meth:`OpenSession.so_far`.
             skip_special_tokens: Whether the session's text leaves out special tokens.
+            logprobs: Record the log probability of each new token, and those of so many of the
+                likeliest ones.
+            count_reads: Count the share of the dense model's weights that tokens read, at every
+                8th one. Such a step runs the model's modules, which takes longer.
             **options: As in :func:`cats.generate`; each session has its own.
 
         Raises:
@@ -140,9 +150,16 @@ class Sessions:
         """
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback: expected a function, got {type(callback).__name__}")
+        if logprobs is not None and integer("logprobs", logprobs) < 0:
+            raise ConfigError(f"expected logprobs >= 0, got {logprobs}")
+        if self.refusal is not None and (logprobs is not None or count_reads):
+            raise ConfigError(
+                "logprobs and count_reads need sessions that decode together, and those of this "
+                f"model run one after the other: {self.refusal}"
+            )
         request = self._request(prompt, options)
-        progress = Progress()
-        self._inbox.put(Ticket(request, progress))
+        progress = Progress(on_change)
+        self._inbox.put(Ticket(request, progress, logprobs=logprobs, count_reads=count_reads))
         return OpenSession(
             tuple(request.ids[0].tolist()),
             progress,
@@ -226,7 +243,7 @@ class Sessions:
             rows=self.rows,
             vocabulary=self._config.vocab_size,
             longest_wait=longest_wait,
-            has_changed=_Watch(self._model, engine.traced.forget).has_changed,
+            has_changed=_Watch(self._model, engine.forget).has_changed,
         )
 
 

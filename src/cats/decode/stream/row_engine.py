@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cats.decode.capture import must_be_deterministic, window_of
 from cats.decode.rows.cache import RowCache
 from cats.decode.rows.check import difference_from_single_rows
-from cats.decode.rows.choice import _is_plain, choose_tokens
+from cats.decode.rows.choice import choose_tokens
 from cats.decode.rows.modules import ModuleRows
 from cats.decode.rows.row import Row
 from cats.decode.runner import largest_difference
@@ -69,7 +69,7 @@ class StreamRows(ModuleRows):
         if self._steps is None or must_be_deterministic():
             return super().step(rows)
         lines, positions = [row.line.index for row in rows], [row.position for row in rows]
-        if all(_is_plain(row.choice.options) for row in rows):
+        if all(row.choice.is_plain for row in rows):
             return self._steps.choose(lines, positions)
         logits = self._steps.run(lines, positions)
         tokens = choose_tokens(logits, [row.choice for row in rows])
@@ -78,7 +78,7 @@ class StreamRows(ModuleRows):
 
     def forget(self) -> None:
         """The model is no longer the one that was read: from now on, steps run its modules."""
-        self.traced.forget()
+        super().forget()
         self._steps = None
 
 
