@@ -117,7 +117,7 @@ def test_stopped_recipe_says_where_it_goes_on(reproduce, tmp_path, monkeypatch):
 def test_a_wrong_target_is_an_error_before_the_model_is_loaded(command, tmp_path):
     code, _, err = command("reproduce", "-o", tmp_path, "--model", "absent", "--sparsity", "50")
     assert code == 1
-    assert "target_sparsity" in err
+    assert "the target sparsity must be a share inside (0, 1)" in err
 
 
 def test_methods_may_be_named(reproduce, command, tmp_path):

@@ -14,6 +14,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 
 import cats
 from cats.decode.stream.engine import StreamEngine
+from cats.decode.stream.row_engine import StreamRows
 from cats.ops.cuda import function
 from cats.ops.linear import cuda as linear
 from cats.ops.linear import quantised as quantised_linear
@@ -31,6 +32,12 @@ KERNELS = [
     "choose",
     "quantised",
     "quantised_mlp",
+    "attention_rows",
+    "choose_rows",
+    "embedding_rows",
+    "linear_rows",
+    "mlp_rows",
+    "norm_rows",
 ]
 _OURS = [option for name in KERNELS for option in ("--kernel-name", f"kne={name}")]
 OPTIONS = {
@@ -53,6 +60,8 @@ MODELS = [
     (LlamaConfig, torch.float16, ("int4 zeros", 64)),
     (Gemma3TextConfig, torch.float32, ("int4 shifts", 32)),
 ]
+# Those whose tokens run as rows.
+ROWS = [(LlamaConfig, torch.bfloat16), (Gemma3TextConfig, torch.float16)]
 
 
 def make_case(config, dtype, quantised):
@@ -102,6 +111,13 @@ def calls(every_lane: bool) -> None:
         StreamEngine(model)  # probes each layer and a token
         # the choice on the GPU; attention in a window of which most is empty
         cats.generate(model, make_ids(1, 5).cuda(), max_new_tokens=3, engine="stream")
+        cats.release(model)
+    for config, dtype in ROWS:
+        model = make_model(config, hidden_size=64, intermediate_size=160, head_dim=64)
+        with torch.inference_mode():
+            # compares steps of 1, 2 and 3 rows of different lengths with the model's own
+            engine = StreamRows(model.to(dtype).cuda(), 4, 512, rows=3)
+            engine._steps.choose([0, 1, 2], [0, 5, 9])  # private: no row has run a prompt
 
 
 if __name__ == "__main__":
