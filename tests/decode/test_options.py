@@ -239,7 +239,7 @@ def test_numbers_of_numpy_and_torch_count_as_those_of_python(llama, changes):
         {"pixel_values": torch.zeros(1)},
         {"generation_config": GenerationConfig(num_beams=2)},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_what_cannot_run_is_refused(llama, options):
     with pytest.raises(ConfigError):
