@@ -119,6 +119,23 @@ def test_results_of_another_model_are_not_replaced(command, dense, int4, text, t
     code, _, err = command("evaluate", dense, "--dtype", "bfloat16", *common)
     assert code == 1
     assert "holds results with dtype" in err
+    # also those of a later variant, before the first is measured
+    (path,) = (tmp_path / "run" / "perplexity").glob("dense-*")
+    path.unlink()
+    arguments = ("--quantised", int4[0], "--dtype", "bfloat16", *common)
+    code, _, err = command("evaluate", dense, *arguments)
+    assert (code, "holds results with" in err, path.exists()) == (1, True, False)
+
+
+def test_results_on_many_texts_have_a_name_that_a_file_can_have(command, dense, text, tmp_path):
+    names = [tmp_path / f"{i}{'x' * 60}.txt" for i in range(5)]
+    for name in names:
+        name.write_text(Path(text).read_text())
+    texts = [part for name in names for part in ("--text", name)]
+    for _ in range(2):
+        code, _, err = command("evaluate", dense, *texts, "--block", 32, "-o", tmp_path / "run")
+        assert code == 0, err
+    assert len([*(tmp_path / "run" / "perplexity").iterdir()]) == 1
 
 
 def test_what_cannot_be_compared_is_refused(command, dense, int4, thresholds, text, tmp_path):

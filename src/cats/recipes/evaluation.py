@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,15 +91,17 @@ def measure_perplexities(
         DataError: If the folder holds a perplexity of the same name of another model or text.
     """
     progress = progress or Progress()
+    variants, paths = list(variants), dict[str, Path]()
+    if folder is not None:
+        for variant in variants:
+            path = paths[variant.label] = _result_path(folder, variant.label, text)
+            expected = {**settings, **variant.settings, **text_settings(batches)}
+            # before any is measured, which takes long
+            for stored in read_results(path) if path.exists() else []:
+                check_same(path, "results", stored.settings, expected)
     records: list[Perplexity] = []
     dense_losses = None
     for variant in variants:
-        name = f"{variant.label}-{text}".replace("/", "-").replace(" ", "-").replace(",", "")
-        path = None if folder is None else folder / "perplexity" / f"{name}.jsonl"
-        expected = {**settings, **variant.settings, **text_settings(batches)}
-        if path is not None and path.exists():
-            for stored in read_results(path):
-                check_same(path, "results", stored.settings, expected)
         record = measure_perplexity(
             model,
             variant,
@@ -109,10 +112,18 @@ def measure_perplexities(
             dense_losses=dense_losses,
         )
         dense_losses = dense_losses or variant.losses
-        if path is not None:
-            write_results(path, [record])
+        if variant.label in paths:
+            write_results(paths[variant.label], [record])
         records.append(record)
     return records
+
+
+def _result_path(folder: Path, label: str, text: str) -> Path:
+    name = f"{label}-{text}".replace("/", "-").replace(" ", "-").replace(",", "")
+    # file systems take 255 bytes, and many texts have a long name together
+    if len(name.encode()) > 200:
+        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return folder / "perplexity" / f"{name}.jsonl"
 
 
 def ask_tasks(
