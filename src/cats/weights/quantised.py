@@ -34,8 +34,8 @@ class QuantisedLinear(nn.Module):
     Its tensors are those of :data:`PLAIN`, or packed ones in the order of kernels, never both. A
     packed layer saves and loads the plain ones; it has no attributes of their names.
 
-    Once packed, ``state_dict()`` gives copies under the names of the plain tensors; writes into them
-    are not seen, and ``load_state_dict`` is the way to write.
+    Once packed, ``state_dict()`` gives copies under the names of the plain tensors. Writes into
+    them are not seen; ``load_state_dict`` is the way to write.
 
     Attributes:
         in_features: Columns of the matrix.
