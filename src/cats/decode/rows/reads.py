@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
 from cats.decode.tracing import exclusion, shadow_of
 from cats.fusion import take_out_
-from cats.metrics import DroppedNeurons
-from cats.model import find_gated_mlps, is_sparse
+from cats.model import CatsActivation, find_gated_mlps
 from cats.model.traffic import token_bytes
 
 # A counted step runs module by module, which takes longer than others.
@@ -28,11 +28,16 @@ class ReadCounter:
         with exclusion.tracing():  # while nothing runs, since modules are copied
             self.model = shadow_of(model)
             take_out_(self.model)
+            self._acts = {
+                name.rpartition(".")[0]: module
+                for name, module in self.model.named_modules()
+                if isinstance(module, CatsActivation)
+            }
             whole = token_bytes(self.model)
             # the share of a token's bytes that a dropped neuron of each MLP saves
             self._savings = {
                 mlp.name: (mlp.bytes - mlp.bytes_read(1.0)) / whole
-                for mlp in (find_gated_mlps(self.model) if is_sparse(self.model) else ())
+                for mlp in (find_gated_mlps(self.model, names=self._acts) if self._acts else ())
             }
 
     def run(self, forward: Callable[[nn.Module], Tensor]) -> tuple[Tensor, float]:
@@ -41,9 +46,14 @@ class ReadCounter:
         Args:
             forward: Runs one token through a model.
         """
-        if not self._savings:
-            return forward(self.model), 1.0
-        with DroppedNeurons(self.model) as dropped:
-            output = forward(self.model)
-        saved = sum(share * self._savings[name] for name, share in dropped.shares().items())
-        return output, 1 - saved
+        dropped: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for name in self._savings:
+                act = self._acts[name]
+                handle = act.register_forward_hook(
+                    lambda module, args, output, name=name: dropped.update({name: output == 0})
+                )
+                hooks.callback(handle.remove)
+            logits = forward(self.model)
+        saved = sum(self._savings[name] * float(d.float().mean()) for name, d in dropped.items())
+        return logits, 1 - saved
