@@ -1,28 +1,34 @@
 # Each target is what a user or the check types. A virtual environment is made on the first call.
 #   make demo    see CATS work on a real model; ends in build/demo/report.html
 #   make test    the tests
+#   make test-thorough   the same, with cases that take long: kernels for every generation of GPUs
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
+# WORKERS=4 is how many processes run the tests; without it, one for each core.
 # PYTHON=python3.12 chooses another interpreter, TORCH_INDEX=URL an index with another build of torch.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+WORKERS ?= auto
 BIN := $(VENV)/bin
 WHEEL_PIP := build/wheel/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu test-sanitize lint wheel clean
+.PHONY: demo test test-thorough test-gpu test-sanitize lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo -o build/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+test-thorough: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m ""
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(BIN)/python -m pytest tests/ops tests/test_fusion.py tests/decode
+	$(BIN)/python -m pytest -m "" tests/ops tests/test_fusion.py tests/decode
 
 test-sanitize:
 	sh tests/ops/sanitize.sh

@@ -19,6 +19,7 @@ from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import BackendError, UnsupportedModelError
 from tests.models import FAMILIES, assert_same_tokens, make_ids, make_model
+from tests.thorough import usual
 
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 HAS_NVRTC = importlib.util.find_spec("cuda") is not None
@@ -86,7 +87,7 @@ def test_engine_is_an_error_without_a_gpu():
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", usual(CAPABILITIES, [(8, 0), (9, 0)]))
 @pytest.mark.parametrize("dtype", [0, 1, 2])
 def test_kernels_compile_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel
@@ -106,7 +107,7 @@ def test_kernels_compile_for_each_generation(capability, dtype):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", usual(CAPABILITIES, [(9, 0)]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_mlp_of_the_residual_stream_compiles_for_each_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel

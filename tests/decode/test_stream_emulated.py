@@ -14,6 +14,7 @@ from tests.benchmarks.test_timeline import check_moments
 from tests.decode.test_stream import check_greedy_choices, head_sizes
 from tests.models import FAMILIES, make_ids, make_model
 from tests.ops.emulator import needs_emulator
+from tests.thorough import usual
 
 pytestmark = needs_emulator
 
@@ -65,23 +66,24 @@ def test_weights_at_odd_addresses_are_refused(chain_module):
         probe(model)
 
 
-@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 16), (6, 2, 64), (3, 1, 256)])
-def test_heads_of_all_sizes_are_those_of_the_model(chain_module, heads, key_heads, head_dim):
+@pytest.mark.parametrize("sizes", usual([(4, 4, 16), (6, 2, 64), (3, 1, 256)], [(4, 4, 16)]))
+def test_heads_of_all_sizes_are_those_of_the_model(chain_module, sizes):
+    heads, key_heads, head_dim = sizes
     model = sparse_model(LlamaConfig, **head_sizes(heads, key_heads, head_dim))
     probe(model)
 
 
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "slots"),
-    [(1, 8, 2100), (1, 128, 300), (2, 64, 300), (3, 64, 300), (4, 128, 300)],
-)
-def test_turns_of_a_block_give_the_layers_of_the_model(
-    chain_module, monkeypatch, heads, head_dim, slots
-):
+# Heads of queries, size of a head, slots of the longest text.
+TURNS = [(4, 128, 300), (1, 8, 2100), (1, 128, 300), (2, 64, 300), (3, 64, 300)]
+
+
+@pytest.mark.parametrize("sizes", usual(TURNS, TURNS[:2]))
+def test_turns_of_a_block_give_the_layers_of_the_model(chain_module, monkeypatch, sizes):
+    heads, head_dim, slots = sizes
     # private: one block must take many turns, which takes far more slots with several blocks
     monkeypatch.setattr("cats.ops.attention.cuda._MAX_SPLITS", 1)
-    sizes = head_sizes(heads, 1, head_dim)
-    model = sparse_model(LlamaConfig, 0, max_position_embeddings=4096, **sizes)
+    changes = head_sizes(heads, 1, head_dim)
+    model = sparse_model(LlamaConfig, 0, max_position_embeddings=4096, **changes)
     probe(model.to(torch.bfloat16), lengths=(1, 37, slots))
 
 

@@ -7,6 +7,7 @@ from cats.decode.rows.modules import ModuleRows
 from tests.decode.test_stream import needs_gpu, needs_nvrtc
 from tests.decode.test_stream_rows_emulated import run_rows, sparse_model
 from tests.models import FAMILIES, make_ids
+from tests.thorough import usual
 
 ATTENTION = dict(
     HEAD=64,
@@ -21,7 +22,9 @@ ATTENTION = dict(
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize(
+    "capability", usual([(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], [(8, 0), (9, 0)])
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_compile_for_every_generation(capability, dtype):
     from cats.ops.cuda.compiler import compile_kernel

@@ -14,6 +14,7 @@ from tests.ops.linear.quantised_cases import (
     make_layout,
     make_matrix,
 )
+from tests.thorough import usual
 
 CONSTANT, ZEROS, SHIFTS = ZeroMode
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -23,7 +24,7 @@ MOST_ROWS = {4: 16, 8: 8}
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("capability", usual(SHARED, [(8, 0), (9, 0)]))
 @pytest.mark.parametrize(
     ("bits", "columns", "group_size", "zero_mode", "scale_dtype", "dtype", "normed"),
     [

@@ -19,6 +19,7 @@ from tests.ops.cases import (
     reference_in_double,
     skip_unavailable,
 )
+from tests.thorough import usual
 
 SOURCE = "mlp/cuda/gated_mlp.cu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -45,7 +46,7 @@ def variant(D: int, dtype=BF16, batch=1, activation="silu", capability=(9, 0)) -
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", usual(SHARED, [(8, 0), (9, 0), (12, 0)]))
 def test_each_dtype_and_batch_compiles_for_each_generation(capability):
     from cats.ops.cuda.compiler import compile_kernel
 
@@ -57,7 +58,7 @@ def test_each_dtype_and_batch_compiles_for_each_generation(capability):
 
 @needs_nvrtc
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("capability", usual([(8, 0), (9, 0)], [(9, 0)]))
 def test_each_activation_compiles(activation, capability):
     from cats.ops.cuda.compiler import compile_kernel
 
@@ -70,7 +71,7 @@ def test_each_activation_compiles(activation, capability):
 
 @needs_nvrtc
 @pytest.mark.parametrize("D", [576, 2048, 4096, 8192, 16384])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("capability", usual([(8, 0), (9, 0)], [(9, 0)]))
 def test_widths_of_models_compile(D, capability):
     from cats.ops.cuda.compiler import compile_kernel
 

@@ -7,6 +7,7 @@ from cats.ops.quantised import ColumnLayout, ZeroMode
 from tests.ops.cases import needs_nvrtc
 from tests.ops.linear.quantised_cases import SHARED, constant_zero, make_layout
 from tests.ops.mlp.quantised_cases import check, make_mlp, run
+from tests.thorough import usual
 
 CONSTANT, ZEROS, SHIFTS = ZeroMode
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -14,7 +15,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("capability", SHARED, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("capability", usual(SHARED, [(8, 0), (9, 0)]))
 @pytest.mark.parametrize(
     ("bits", "group_size", "zero_mode", "scale_dtype", "dtype", "activation"),
     [
