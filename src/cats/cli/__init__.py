@@ -19,6 +19,7 @@ from cats.cli import (
     quantize,
     report,
     reproduce,
+    serve,
 )
 from cats.errors import CatsError
 
@@ -39,6 +40,7 @@ app.command()(profile.profile)
 app.command()(quantize.quantize)
 app.command()(report.report)
 app.command()(reproduce.reproduce)
+app.command()(serve.serve)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
 bench.app.command()(bench_finetune.finetune)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cats.results import Result
+
+R = TypeVar("R", bound="Result")
 
 ModelOrShape = Annotated[
     str,
@@ -31,7 +33,7 @@ AppendEach = Annotated[
 ]
 
 
-def append_each(output: Path | None, results: Iterable[Result]) -> Iterator[Result]:
+def append_each(output: Path | None, results: Iterable[R]) -> Iterator[R]:
     """Yield the results; append each one to the file, if there is one, before it is yielded."""
     from cats.results import append_results
 

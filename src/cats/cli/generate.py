@@ -78,20 +78,10 @@ def generate(
         threads=threads,
         hub=options.hub(revision, subfolder, trust_remote_code),
     )
-    from cats.errors import UnsupportedModelError
-    from cats.fusion import fuse_
-    from cats.model import is_sparse
     from cats.recipes.generation import answer
-    from cats.weights import is_quantised
 
-    if fuse and is_sparse(loaded):
-        try:
-            fuse_(loaded)
-        except UnsupportedModelError as error:
-            # such as float8: its layers run as they are
-            if not is_quantised(loaded):
-                raise
-            options.err.print(f"{error}; it runs without fused MLPs", style="dim")
+    if fuse:
+        options.fuse_where_possible(loaded)
     sampling: dict[str, Any] = {
         "do_sample": temperature > 0,
         "temperature": temperature or None,

@@ -137,6 +137,7 @@ def load(
     dtype: Dtype,
     device: str,
     dense: bool = False,
+    adapter: Path | None = None,
     hub: Hub | None = None,
     threads: int | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
@@ -148,6 +149,8 @@ def load(
         dtype: Dtype of the weights.
         device: ``"auto"`` or a torch device.
         dense: Whether to ignore thresholds that are stored with the model.
+        adapter: Folder of an adapter, with thresholds of its own. It is added to the weights where
+            these are no codes.
         hub: Options of the hub, from :func:`hub`.
         threads: Number of threads; None: one per free processor.
     """
@@ -161,7 +164,9 @@ def load(
     path = resolve(model, **hub)
     target = torch_device(device)
     with err.status(escape(f"loading {model} ...")):
-        if thresholds is not None or (not dense and is_sparse_checkpoint(path, **hub)):
+        if adapter is not None:
+            loaded = _adapted(path, adapter, dtype=dtype.value, **hub)
+        elif thresholds is not None or (not dense and is_sparse_checkpoint(path, **hub)):
             loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value, **hub)
         else:
             loaded = load_dense(path, dtype=dtype.value, **hub)
@@ -170,6 +175,40 @@ def load(
     if on_cpu and (message := use_threads(threads, other_load)):
         err.print(message, style="dim", highlight=False)
     return loaded.to(target), tokenizer
+
+
+def _adapted(path: str, adapter: Path, **kwargs: Any) -> nn.Module:
+    from cats.errors import UnsupportedModelError
+    from cats.finetuning import load_adapter
+    from cats.finetuning.adapters import merge
+
+    loaded = load_adapter(path, adapter, **kwargs)
+    try:
+        return merge(loaded)
+    except UnsupportedModelError:  # codes, to which nothing can be added
+        return loaded
+
+
+def fuse_where_possible(model: nn.Module) -> None:
+    """Run the MLPs of a sparse model as one operator each.
+
+    Raises:
+        UnsupportedModelError: If they cannot, and their weights are ordinary ones.
+    """
+    from cats.errors import UnsupportedModelError
+    from cats.fusion import fuse_
+    from cats.model import is_sparse
+    from cats.weights import is_quantised
+
+    if not is_sparse(model):
+        return
+    try:
+        fuse_(model)
+    except UnsupportedModelError as error:
+        # such as float8: its layers run as they are
+        if not is_quantised(model):
+            raise
+        err.print(f"{error}; it runs without fused MLPs", style="dim")
 
 
 def torch_device(name: str) -> torch.device:

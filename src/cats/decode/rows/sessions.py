@@ -169,6 +169,11 @@ class Sessions:
             callback=callback,
         )
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether sessions can be opened: these are not closed, and nothing has ended them."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Cancel all sessions, wait until the running step has ended, and free the cache."""
         self._stop()

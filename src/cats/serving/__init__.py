@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over :class:`cats.Sessions`; it needs the extra ``serve``."""
