@@ -33,6 +33,9 @@ SOURCES = {
     "linear/linear.cpp": ([], []),
     "packed_linear/packed_linear.cpp": ([], []),
     "packed_mlp/packed_mlp.cpp": ([], []),
+    # each operation rounds: no product and sum in one, whatever the processor has
+    "packed_linear/dequantise.cpp": (["-ffp-contract=off"], ["/fp:precise"]),
+    "packed_mlp/dequantise.cpp": (["-ffp-contract=off"], ["/fp:precise"]),
     "rms_norm/rms_norm.cpp": ([], []),
     "rotary/rotary.cpp": ([], []),
     "cpu/generic.cpp": ([], []),

@@ -201,7 +201,7 @@ def test_saved_fused_model_is_the_sparse_one(tmp_path):
 UNFUSABLE = {
     "act-order": (dict(kind="int4 ordered", only="mlp"), r"gate of it is .*another order"),
     "float8": (dict(kind="float8", only="mlp"), "gate of it is .*float8"),
-    "groups of 16": (dict(group_size=16), "gate of it is .*groups of 16"),
+    "groups of 8": (dict(group_size=8), "gate of it is .*groups of 8"),
     "a dense up": (dict(only="gate"), "expected all of them quantised, or none"),
     "another down": (dict(only="down"), "expected all of them quantised, or none"),
 }

@@ -27,7 +27,7 @@ def quantised_model(kind, only="", **changes):
         ("float8", "q_proj", {}, "q of layer 0 is <float8.*no kernel here reads float8 codes"),
         ("int4 ordered", "o_proj", {}, r"o of layer 0 .* in another order \(desc_act\)"),
         ("int4 ordered", "mlp", {}, "gate of layer 0 .* in another order"),
-        ("int4", "v_proj", {"group_size": 16}, "v of layer 0 .* groups of 16.* multiple of 32"),
+        ("int4", "v_proj", {"group_size": 8}, "v of layer 0 .* groups of 8.* multiple of 16"),
         ("int4 zeros", "lm_head", {"shifts": True}, "the head has zero points and shifts"),
         ("int4", "gate", {}, "gate, up and down of layer 0 are <int4.*expected all of them"),
         ("int4", "down", {}, "gate, up and down of layer 0 are .*expected all of them"),

@@ -52,6 +52,12 @@ KINDS = [
     Kind(bits=bits, group_size=size, mode=mode, scale_dtype=SCALE_DTYPES[(i + i // 3) % 3])
     for i, (bits, size, mode) in enumerate(product((4, 8), (0, 32, 64, 128), ZeroMode))
 ]
+# groups that kernels of a CPU read, and others do not
+HALF_BLOCKS = [
+    Kind(bits=4, group_size=16, mode=ZeroMode.SHIFTS, scale_dtype=torch.bfloat16),
+    Kind(bits=8, group_size=16, mode=ZeroMode.CONSTANT),
+    Kind(bits=8, group_size=16, mode=ZeroMode.ZEROS, scale_dtype=torch.float16),
+]
 # each of bits, groups, modes and dtypes at least once, for tests that do much more than read codes
 FEW_KINDS = [KINDS[i] for i in (1, 3, 8, 9, 15, 20, 23)]
 

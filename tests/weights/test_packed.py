@@ -252,7 +252,7 @@ def test_large_groups_become_smaller_ones_with_the_same_scale(group_size, expect
     [
         ("float8", {}, "the head is <float8.*no kernel here reads float8 codes"),
         ("int4 ordered", {}, r"the head .* in another order \(desc_act\)"),
-        ("int4", {"group_size": 16}, "the head .* groups of 16.* multiple of 32"),
+        ("int4", {"group_size": 8}, "the head .* groups of 8.* multiple of 16"),
         ("int4 zeros", {"shifts": True}, "the head has zero points and shifts"),
     ],
 )

@@ -25,8 +25,10 @@ from cats.ops.quantised import (
 from cats.weights.base import Order, Weight
 from cats.weights.codes import Quantised
 
-# Groups that kernels read. A larger group becomes several of these with the same scale.
-_GROUP_SIZES = 32, 64, 128
+# Groups that kernels read, those of 16 on a CPU alone. A larger group becomes several of these with
+# the same scale.
+_GROUP_SIZES = 16, 32, 64, 128
+_GROUP_SIZES_OF_GPUS = 32, 64, 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
@@ -150,6 +152,23 @@ class Packed(Weight):
             dtype=self.dtype,
         )
 
+    def take(self, order: Tensor) -> Self:
+        """The rows of these numbers, copied, in this order.
+
+        Raises:
+            UnsupportedModelError: If they are packed by columns.
+        """
+        matrix = self.matrix
+        if not isinstance(matrix, PackedRows):
+            raise UnsupportedModelError(f"{self!r} is packed by columns: its rows are no memory")
+        rows = matrix.rows[order]
+        return type(self)(
+            matrix=PackedRows(rows, matrix.layout, len(rows)),
+            group_size=self.group_size,
+            arithmetic=self.arithmetic,
+            dtype=self.dtype,
+        )
+
     def unpacked(self) -> Quantised:
         """A copy of the same codes, scales and zero points as checkpoints store them."""
         matrix, layout, columns = self.matrix, self.layout, self.shape[1]
@@ -194,13 +213,13 @@ def row_layout(weight: Quantised | Packed, name: str = "the matrix") -> RowLayou
         return layout if isinstance(layout, RowLayout) else row_layout(weight.unpacked(), name)
     _check(weight, name)
     size = 0 if weight.groups == 1 else weight.group_size
-    if size and size not in _GROUP_SIZES:
+    sizes = _GROUP_SIZES_OF_GPUS if weight.codes.is_cuda else _GROUP_SIZES
+    if size and size not in sizes:
         # such as groups of 256: the same scale for two groups of 128
-        size = next((size for size in reversed(_GROUP_SIZES) if weight.group_size % size == 0), 0)
+        size = next((size for size in reversed(sizes) if weight.group_size % size == 0), 0)
         if not size:
             raise UnsupportedModelError(
-                f"{name} is {weight!r}: kernels read groups of a multiple of {_GROUP_SIZES[0]} "
-                "columns"
+                f"{name} is {weight!r}: kernels read groups of a multiple of {sizes[0]} columns"
             )
     return RowLayout(
         bits=weight.bits,

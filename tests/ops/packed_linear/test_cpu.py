@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from cats.errors import BackendError
-from cats.ops.packed_linear import PackedLinearArguments, call
+from cats.ops.packed_linear import PackedLinearArguments, call, cpu
 from cats.ops.packed_linear.backends import BACKENDS
 from cats.ops.quantised import RowLayout, numbers_of_rows, pack_rows
 from tests.ops.cases import DTYPES, TOLERANCE, needs_cpu_kernels
-from tests.ops.packed_cases import FEW_KINDS, KINDS, Kind, ids, make_linear
+from tests.ops.packed_cases import FEW_KINDS, HALF_BLOCKS, KINDS, Kind, ids, make_linear
 
 # (rows, columns): less than a block, a unit or a group of each, whole ones, and remainders
 SIZES = [(1, 1), (3, 37), (7, 256), (70, 131), (9, 1029)]
@@ -30,7 +30,7 @@ def assert_matches(arguments: PackedLinearArguments) -> None:
     torch.testing.assert_close(found.double(), exact(arguments), **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kind", ids(KINDS))
+@pytest.mark.parametrize("kind", ids(KINDS + HALF_BLOCKS))
 def test_instruction_set_matches(instruction_set, kind):
     for rows, columns in SIZES:
         assert_matches(make_linear(1, rows, columns, kind, dtype=torch.float32)[0])
@@ -39,12 +39,12 @@ def test_instruction_set_matches(instruction_set, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", range(1, 9))
 def test_instruction_set_matches_in_each_batch_and_dtype(instruction_set, batch, dtype):
-    for kind in FEW_KINDS:
+    for kind in FEW_KINDS + HALF_BLOCKS:
         for bias in (False, True):
             assert_matches(make_linear(batch, 11, 333, kind, dtype=dtype, bias=bias)[0])
 
 
-@pytest.mark.parametrize("kind", ids(KINDS))
+@pytest.mark.parametrize("kind", ids(KINDS + HALF_BLOCKS))
 def test_special_scales_and_zero_points_are_those_of_the_format(instruction_set, kind):
     for batch in (1, 5):
         arguments, expected = make_linear(
@@ -220,7 +220,7 @@ def test_gradients_pass_through_the_kernel():
         (3, lambda bits: 5, "of packed rows"),
         (4, lambda columns: 0, "of packed rows"),
         (4, lambda columns: 10**6, "of packed rows"),
-        (5, lambda group: 16, "of packed rows"),
+        (5, lambda group: 8, "of packed rows"),
         (6, lambda scale: 3, "of packed rows"),
         (7, lambda mode: -1, "of packed rows"),
         (8, lambda zero: 16, "of packed rows"),
@@ -245,3 +245,25 @@ def test_calls_release_their_tensors():
     with pytest.raises(RuntimeError, match="of bias"):
         torch.ops.cats._packed_linear_cpu(*operands)
     assert [tensor._use_count() for tensor in tensors] == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ids(KINDS + HALF_BLOCKS))
+def test_numbers_are_written_out_bit_for_bit(kind, dtype):
+    for rows, columns in SIZES:
+        a, _ = make_linear(1, rows, columns, kind, dtype=dtype, special=rows == 7)
+        assert cpu.writes_out(a.rows, torch.float32, dtype)
+        expected = numbers_of_rows(a.rows, a.layout, torch.float32, dtype)
+        found = cpu.dequantise_rows(a.rows, a.layout, dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found.isnan(), expected.isnan())
+        bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        is_number = ~expected.isnan()
+        assert torch.equal(found[is_number].view(bits), expected[is_number].view(bits))
+
+
+def test_numbers_in_another_arithmetic_are_written_out_by_torch():
+    rows = make_linear(1, 3, 40, KINDS[0], dtype=torch.float32)[0].rows
+    assert not cpu.writes_out(rows, torch.bfloat16, torch.bfloat16)
+    assert not cpu.writes_out(rows, torch.float32, torch.float64)
+    assert not cpu.writes_out(rows[:0], torch.float32, torch.float32)

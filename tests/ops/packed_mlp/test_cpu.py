@@ -12,7 +12,7 @@ from cats.functional import ACTIVATIONS
 from cats.ops import GatedMLPArguments
 from cats.ops.mlp import cpu as mlp_cpu
 from cats.ops.mlp import reference as mlp_reference
-from cats.ops.packed_mlp import PackedMLPArguments, packed_gated_mlp, reference
+from cats.ops.packed_mlp import PackedMLPArguments, cpu, packed_gated_mlp, reference
 from cats.ops.packed_mlp.backends import BACKENDS
 from cats.ops.packed_mlp.cpu import _OPERATOR, operands
 from cats.ops.quantised import numbers_of_columns, numbers_of_rows
@@ -301,3 +301,14 @@ def test_calls_release_their_tensors():
     with pytest.raises(RuntimeError, match="of down_bias"):
         _OPERATOR(*operands(arguments._replace(down_bias=arguments.down_bias.half())))
     assert [tensor._use_count() for tensor in tensors] == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ids(KINDS))
+def test_columns_are_written_out_bit_for_bit(kind, dtype):
+    for hidden, neurons in SIZES:
+        packed = make_mlp(hidden, neurons, kind, dtype=dtype)[0].packed_down
+        assert cpu.writes_out(packed.columns, torch.float32, dtype)
+        found = cpu.dequantise_columns(packed, dtype)
+        assert torch.equal(found, numbers_of_columns(packed, torch.float32, dtype))
+        assert found.t().is_contiguous()

@@ -55,6 +55,7 @@ struct Avx2 {
   static Vector whole(Codes codes) { return _mm256_cvtepi32_ps(codes); }
   static Vector low(Codes codes) { return whole(_mm256_and_si256(codes, _mm256_set1_epi32(15))); }
   static Vector high(Codes codes) { return whole(_mm256_srli_epi32(codes, 4)); }
+  static Vector halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
   static void deinterleave(Vector a, Vector b, Vector& even, Vector& odd) {
     const auto in_order = [](__m256 v) {
       return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));

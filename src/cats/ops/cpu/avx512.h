@@ -44,6 +44,11 @@ struct Avx512 {
   }
   static Vector high(Codes codes) { return low(_mm512_srli_epi32(codes, 4)); }
   static Vector halves(float a, float b) { return _mm512_mask_mov_ps(_mm512_set1_ps(a), 0xff00, _mm512_set1_ps(b)); }
+  static Vector quarters(float a, float b, float c, float d) {
+    const __m128 four = _mm_setr_ps(a, b, c, d);
+    const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(places, _mm512_castps128_ps512(four));
+  }
   static void deinterleave(Vector a, Vector b, Vector& even, Vector& odd) {
     const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     even = _mm512_permutex2var_ps(a, places, b);

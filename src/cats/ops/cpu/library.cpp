@@ -121,6 +121,8 @@ CATS_EXPORT const char* cats_register(const char* torch_library) {
       {"linear", cats::linear},
       {"_packed_linear_cpu", cats::packed_linear},
       {"_packed_gated_mlp_cpu", cats::packed_gated_mlp},
+      {"_dequantise_rows_cpu", cats::dequantise_rows},
+      {"_dequantise_columns_cpu", cats::dequantise_columns},
       {"rms_norm", cats::rms_norm},
       {"rotary", cats::rotary},
   };

@@ -39,6 +39,8 @@ void gated_mlp(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void linear(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void packed_linear(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void packed_gated_mlp(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void dequantise_rows(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+void dequantise_columns(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void rms_norm(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 void rotary(StableIValue* stack, uint64_t inputs, uint64_t outputs);
 

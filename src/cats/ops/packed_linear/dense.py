@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cats.ops.packed_linear import cpu
 from cats.ops.packed_linear.arguments import PackedLinearArguments
 from cats.ops.packed_linear.backends import BACKENDS
 from cats.ops.quantised import RowLayout, numbers_of_rows
@@ -22,11 +23,13 @@ def packed_linear(arguments: PackedLinearArguments) -> Tensor:
 def dequantised(
     rows: Tensor, layout: RowLayout, arithmetic: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
-    """The numbers of packed rows, ``[N, columns]`` in ``dtype``: by one kernel on a GPU."""
+    """The numbers of packed rows, ``[N, columns]`` in ``dtype``: by a kernel where there is one."""
     if has_kernel(rows, arithmetic):
         from cats.ops.packed_linear.triton import dequantise_rows
 
         return dequantise_rows(rows, layout, arithmetic, dtype)
+    if cpu.writes_out(rows, arithmetic, dtype):
+        return cpu.dequantise_rows(rows.contiguous(), layout, dtype)
     return numbers_of_rows(rows, layout, arithmetic, dtype)
 
 

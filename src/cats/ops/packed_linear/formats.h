@@ -14,13 +14,14 @@ enum class ZeroMode : int64_t { kConstant, kZeros, kShifts };
 
 inline int64_t size_of(Number number) { return number == Number::kFloat32 ? 4 : 2; }
 
-// Columns of a row are in blocks, the columns of the smallest group, and codes in units.
+// Columns of a row are in blocks, codes in units. A group is one or more blocks, or half of one.
 constexpr int64_t kBlock = 32;
+constexpr int64_t kHalfBlock = 16;
 constexpr int64_t kUnitBytes = 64;
 
 struct RowFormat {
   int64_t bits, columns;
-  int64_t group;  // 32, 64 or 128 columns; 0 where all share a scale
+  int64_t group;  // 16, 32, 64 or 128 columns; 0 where all share a scale
   Number scale;
   ZeroMode mode;
   int64_t zero;   // the constant zero point
@@ -30,7 +31,7 @@ struct RowFormat {
   int64_t unit;                   // columns in a unit
   int64_t units, width;           // of a row; its columns, padded to whole units
   int64_t groups, padded_groups;  // of its columns, and of the padded row
-  int64_t group_shift;            // the group of a block is `block >> group_shift`
+  int64_t group_shift;            // the group of a block is `block >> group_shift`, unless groups are half blocks
   int64_t code_bytes, extras_offset, used_bytes;
 
   RowFormat() = default;
@@ -48,6 +49,11 @@ struct RowFormat {
     extras_offset = code_bytes + padded_groups * size_of(scale);
     const int64_t extra = mode == ZeroMode::kConstant ? 0 : mode == ZeroMode::kZeros ? 1 : size_of(scale);
     used_bytes = extras_offset + padded_groups * extra;
+  }
+
+  bool is_in_half_blocks() const { return group == kHalfBlock; }
+  int64_t group_of(int64_t column) const {
+    return is_in_half_blocks() ? column / kHalfBlock : column / kBlock >> group_shift;
   }
 };
 

@@ -62,7 +62,7 @@ inline void expect_codes(const StableIValue* layout, const char* name) {
 inline RowFormat row_format(const StableIValue* layout, AtenTensorHandle rows) {
   expect_codes(layout, "packed rows");
   const int64_t group = layout[2];
-  expect(group == 0 || group == 32 || group == 64 || group == 128, "packed rows");
+  expect(group == 0 || group == 16 || group == 32 || group == 64 || group == 128, "packed rows");
   expect(dim_of(rows) == 2 && sizes_of(rows)[0] >= 1, "packed rows");
   const RowFormat format(layout[0], layout[1], group, static_cast<Number>(layout[3]), static_cast<ZeroMode>(layout[4]),
                          layout[5], sizes_of(rows)[1]);

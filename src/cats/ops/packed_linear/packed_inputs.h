@@ -6,7 +6,8 @@
 //   Codes, load_codes             kWidth bytes, each as an integer
 //   whole, low, high              floats: of the byte, of its low and of its high four bits
 //   subtract_product(c, a, b)     c - a * b
-//   halves(a, b)                  with kWidth 16: 8 lanes of each
+//   halves(a, b)                  with kWidth 8 or 16: half of the lanes of each
+//   quarters(a, b, c, d)          with kWidth 16: 4 lanes of each
 #pragma once
 
 #include <cmath>
@@ -14,21 +15,12 @@
 
 #include "cpu/rows.h"
 #include "packed_linear/formats.h"
+#include "packed_linear/numbers.h"
 
 namespace cats {
 namespace {
 
 // --- numbers in memory
-
-// Calls body with a value of the type.
-template <class Body>
-void with_type(Number number, const Body& body) {
-  switch (number) {
-    case Number::kFloat16: return body(Float16{});
-    case Number::kBFloat16: return body(BFloat16{});
-    case Number::kFloat32: return body(float{});
-  }
-}
 
 template <class Lanes>
 typename Lanes::Vector widen_some(const uint8_t* p) {
@@ -64,15 +56,6 @@ void widen_array(const void* numbers, Number type, int64_t count, int64_t readab
   });
 }
 
-inline float number_at(const void* numbers, Number type, int64_t i) {
-  float wide;
-  with_type(type, [&](auto number) {
-    std::memcpy(&number, static_cast<const uint8_t*>(numbers) + i * sizeof number, sizeof number);
-    wide = to_float(number);
-  });
-  return wide;
-}
-
 inline bool is_finite(float value) { return std::fabs(value) <= std::numeric_limits<float>::max(); }
 
 // --- the order of codes
@@ -101,11 +84,19 @@ struct PackedInputs {
 // Whether all of a unit has one scale.
 inline bool is_unit_in_group(const RowFormat& format) { return format.group == 0 || format.group >= format.unit; }
 
+// How many of 16 bytes have sums of their own, where a unit has several groups: whole vectors, of 4 bytes or more for half
+// blocks and of 8 or more for blocks.
+template <class Lanes>
+constexpr int64_t span_of(bool in_half_blocks) {
+  return std::max<int64_t>(Lanes::kWidth, in_half_blocks ? 4 : 8);
+}
+
 template <class Lanes>
 PackedInputs packed_inputs(const RowFormat& format, const void* x, Number dtype, int64_t tokens, std::vector<float>& memory) {
-  constexpr int64_t W = Lanes::kWidth, kSpan = std::max<int64_t>(W, 8);
+  constexpr int64_t W = Lanes::kWidth;
+  const int64_t span = span_of<Lanes>(format.is_in_half_blocks());
   const int64_t D = format.columns, width = format.width, units = format.units, planes = 8 / format.bits;
-  const int64_t parts = is_unit_in_group(format) ? 1 : 16 / kSpan * planes;
+  const int64_t parts = is_unit_in_group(format) ? 1 : 16 / span * planes;
   const int64_t size = tokens * width, sums_size = units * parts * tokens * W;
   float* plain = at_least(memory, 2 * size + sums_size);
   float *ordered = plain + size, *sums = ordered + size;
@@ -126,7 +117,7 @@ PackedInputs packed_inputs(const RowFormat& format, const void* x, Number dtype,
             std::memcpy(out + 16 * t + 4 * w, row + u * format.unit + column + 4 * t, 4 * sizeof(float));
           }
         for (int64_t i = 0; i < kUnitBytes; i += W) {
-          const int64_t part = parts == 1 ? 0 : i % 16 / kSpan * planes + p;
+          const int64_t part = parts == 1 ? 0 : i % 16 / span * planes + p;
           float* sum = sums + ((u * parts + part) * tokens + b) * W;
           Lanes::store(sum, Lanes::add(Lanes::load(sum), Lanes::load(out + i)));
         }
@@ -185,7 +176,7 @@ class TableMemory {
 inline float plain_dot(const RowFormat& format, const uint8_t* row, const float* x) {
   float total = 0;
   for (int64_t i = 0; i < format.columns; ++i) {
-    const int64_t group = i / kBlock >> format.group_shift;
+    const int64_t group = format.group_of(i);
     const uint8_t* extras = row + format.extras_offset;
     const int64_t zero = format.mode == ZeroMode::kZeros ? extras[group] : format.zero;
     float number = static_cast<float>(code_at(format, row, i) - zero) * number_at(row + format.code_bytes, format.scale, group);

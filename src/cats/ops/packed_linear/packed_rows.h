@@ -18,6 +18,9 @@
 namespace cats {
 namespace {
 
+// What has one scale: a unit; or each block; or each half of a block.
+enum class Scaling { kUnits, kBlocks, kHalfBlocks };
+
 // The value of a block's group; with kWidth 16, the upper lanes are those of the block in the other half of 16 bytes.
 template <class Lanes, int kPlanes>
 typename Lanes::Vector of_block(const float* values, int64_t block, int64_t shift) {
@@ -27,12 +30,25 @@ typename Lanes::Vector of_block(const float* values, int64_t block, int64_t shif
     return Lanes::broadcast(values[block >> shift]);
 }
 
-// Dot products of R rows and B tokens. With kWhole, a unit has one scale; else each half of 16 bytes and each half of a byte
-// has its own.
-template <class Lanes, int kBits, bool kWhole, int R, int B>
+// The values of the half blocks in a part of 16 bytes of a unit: four bytes are of one half block.
+template <class Lanes, int kPlanes>
+typename Lanes::Vector of_half_blocks(const float* values, int64_t unit, int64_t part, int plane) {
+  const auto of_four_bytes = [&](int64_t w) {
+    return values[kPlanes == 1 ? unit * 4 + w : unit * 8 + w / 2 * 4 + 2 * plane + w % 2];
+  };
+  if constexpr (Lanes::kWidth == 16)
+    return Lanes::quarters(of_four_bytes(0), of_four_bytes(1), of_four_bytes(2), of_four_bytes(3));
+  else if constexpr (Lanes::kWidth == 8)
+    return Lanes::halves(of_four_bytes(2 * part), of_four_bytes(2 * part + 1));
+  else
+    return Lanes::broadcast(of_four_bytes(part));
+}
+
+// Dot products of R rows and B tokens.
+template <class Lanes, int kBits, Scaling kScaling, int R, int B>
 struct PackedDot {
   using Vector = typename Lanes::Vector;
-  static constexpr int64_t W = Lanes::kWidth, kSpan = std::max<int64_t>(W, 8), kHalves = 16 / kSpan;
+  static constexpr int64_t W = Lanes::kWidth, kSpan = span_of<Lanes>(kScaling == Scaling::kHalfBlocks), kParts = 16 / kSpan;
   static constexpr int kPlanes = 8 / kBits;
   // a chain of dependent additions must not be slower than the conversion of codes
   static constexpr int kChains = R * B * kPlanes >= 8 ? 1 : 2;
@@ -116,10 +132,16 @@ struct PackedDot {
     for (int r = 0; r < R; ++r) add_scaled(Lanes::broadcast(tables[r].shifts[group]), x_sum, totals[r]);
   }
 
-  // totals += one half of each 16 bytes of a unit, or all bytes with W 16; `block` is that of plane 0, the next one of plane 1.
-  // x_sums: of the half, from the first token; `plane_sums` numbers to the next plane.
-  static void add_half(const uint8_t* const (&codes)[R], const float* const (&inputs)[B], const RowTables (&tables)[R],
-                       int64_t half, int64_t block, int64_t shift, bool has_shifts, const float* x_sums, int64_t plane_sums,
+  // The values of a table for a part of each 16 bytes of a unit.
+  static Vector of_part(const float* values, int64_t unit, int64_t part, int plane, int64_t shift) {
+    if constexpr (kScaling == Scaling::kHalfBlocks) return of_half_blocks<Lanes, kPlanes>(values, unit, part, plane);
+    return of_block<Lanes, kPlanes>(values, unit * 2 * kPlanes + part * kPlanes + plane, shift);
+  }
+
+  // totals += one part of each 16 bytes of a unit, or all bytes with W 16. x_sums: of the part, from the first token;
+  // `plane_sums` numbers to the next plane.
+  static void add_part(const uint8_t* const (&codes)[R], const float* const (&inputs)[B], const RowTables (&tables)[R],
+                       int64_t unit, int64_t part, int64_t shift, bool has_shifts, const float* x_sums, int64_t plane_sums,
                        Vector (&totals)[R][B]) {
     Vector x_sum[kPlanes][B];
     Sums sums;
@@ -130,26 +152,26 @@ struct PackedDot {
       for (int b = 0; b < B; ++b) x_sum[p][b] = Lanes::load(x_sums + p * plane_sums + b * W);
       CATS_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Vector zero = of_block<Lanes, kPlanes>(tables[r].zeros, block + p, shift);
+        const Vector zero = of_part(tables[r].zeros, unit, part, p, shift);
         CATS_UNROLL
         for (int b = 0; b < B; ++b) sums[p][r][b] = Lanes::subtract_product(sums[p][r][b], zero, x_sum[p][b]);
       }
     }
     CATS_UNROLL
     for (int64_t t = 0; t < 4; ++t)
-      for (int64_t v = 0; v < kSpan; v += W) add_codes(codes, inputs, 16 * t + kSpan * half + v, sums);
+      for (int64_t v = 0; v < kSpan; v += W) add_codes(codes, inputs, 16 * t + kSpan * part + v, sums);
     CATS_UNROLL
     for (int p = 0; p < kPlanes; ++p) {
       CATS_UNROLL
       for (int r = 0; r < R; ++r)
-        add_scaled(of_block<Lanes, kPlanes>(tables[r].scales, block + p, shift), sums[p][r], totals[r]);
+        add_scaled(of_part(tables[r].scales, unit, part, p, shift), sums[p][r], totals[r]);
     }
     if (!has_shifts) return;
     CATS_UNROLL
     for (int p = 0; p < kPlanes; ++p) {
       CATS_UNROLL
       for (int r = 0; r < R; ++r)
-        add_scaled(of_block<Lanes, kPlanes>(tables[r].shifts, block + p, shift), x_sum[p], totals[r]);
+        add_scaled(of_part(tables[r].shifts, unit, part, p, shift), x_sum[p], totals[r]);
     }
   }
 
@@ -173,14 +195,13 @@ struct PackedDot {
     }
     for (int64_t u = 0; u < format.units; ++u) {
       for (int r = 0; r < R; ++r) prefetch(ahead[r]);
-      const int64_t block = u * 2 * kPlanes;
-      if constexpr (kWhole) {
-        add_unit(codes, inputs, tables, block >> shift, has_shifts, x_sums, totals);
+      if constexpr (kScaling == Scaling::kUnits) {
+        add_unit(codes, inputs, tables, u * 2 * kPlanes >> shift, has_shifts, x_sums, totals);
         x_sums += plane_sums;
       } else {
         CATS_UNROLL
-        for (int64_t half = 0; half < kHalves; ++half) {
-          add_half(codes, inputs, tables, half, block + half * kPlanes, shift, has_shifts, x_sums, plane_sums, totals);
+        for (int64_t part = 0; part < kParts; ++part) {
+          add_part(codes, inputs, tables, u, part, shift, has_shifts, x_sums, plane_sums, totals);
           x_sums += kPlanes * plane_sums;
         }
       }
@@ -203,7 +224,7 @@ struct PackedDot {
   }
 };
 
-template <class Lanes, int kBits, bool kWhole, int B, class Row>
+template <class Lanes, int kBits, Scaling kScaling, int B, class Row>
 void dot_packed_rows(const RowFormat& format, const Row& row, int64_t count, const PackedInputs& x, int64_t first,
                      float* out) {
   constexpr int R = B == 1 ? Lanes::kAccumulators / 4 : B == 2 ? Lanes::kAccumulators / 8 : 1;
@@ -218,7 +239,7 @@ void dot_packed_rows(const RowFormat& format, const Row& row, int64_t count, con
       tables[r] = memory.read(rows[r], r);
     }
     float values[R][B];
-    PackedDot<Lanes, kBits, kWhole, R, B>::run(format, rows, next, tables, x, first, values);
+    PackedDot<Lanes, kBits, kScaling, R, B>::run(format, rows, next, tables, x, first, values);
     for (int r = 0; r < R && i + r < count; ++r) std::copy_n(values[r], B, out + (i + r) * x.tokens + first);
   }
 }
@@ -226,23 +247,24 @@ void dot_packed_rows(const RowFormat& format, const Row& row, int64_t count, con
 // out[i * tokens + b] = the dot product of row(i) and token b, for i < count.
 template <class Lanes, class Row>
 void dot_packed_rows(const RowFormat& format, const Row& row, int64_t count, const PackedInputs& x, float* out) {
-  const auto run = [&](auto bits, auto whole) {
+  const auto run = [&](auto bits, auto scaling) {
     constexpr int kBits = decltype(bits)::value;
-    constexpr bool kWhole = decltype(whole)::value;
+    constexpr Scaling kScaling = decltype(scaling)::value;
     // the rows of a call for eight tokens are read twice, the second time from a cache
     for (int64_t first = 0; first < x.tokens; first += 4) switch (x.tokens - first) {
-        case 1: dot_packed_rows<Lanes, kBits, kWhole, 1>(format, row, count, x, first, out); break;
-        case 2: dot_packed_rows<Lanes, kBits, kWhole, 2>(format, row, count, x, first, out); break;
-        case 3: dot_packed_rows<Lanes, kBits, kWhole, 3>(format, row, count, x, first, out); break;
-        default: dot_packed_rows<Lanes, kBits, kWhole, 4>(format, row, count, x, first, out); break;
+        case 1: dot_packed_rows<Lanes, kBits, kScaling, 1>(format, row, count, x, first, out); break;
+        case 2: dot_packed_rows<Lanes, kBits, kScaling, 2>(format, row, count, x, first, out); break;
+        case 3: dot_packed_rows<Lanes, kBits, kScaling, 3>(format, row, count, x, first, out); break;
+        default: dot_packed_rows<Lanes, kBits, kScaling, 4>(format, row, count, x, first, out); break;
       }
   };
   using std::integral_constant;
-  const bool whole = is_unit_in_group(format);
-  if (format.bits == 4 && whole) run(integral_constant<int, 4>{}, std::true_type{});
-  if (format.bits == 4 && !whole) run(integral_constant<int, 4>{}, std::false_type{});
-  if (format.bits == 8 && whole) run(integral_constant<int, 8>{}, std::true_type{});
-  if (format.bits == 8 && !whole) run(integral_constant<int, 8>{}, std::false_type{});
+  const auto run_bits = [&](auto bits) {
+    if (is_unit_in_group(format)) return run(bits, integral_constant<Scaling, Scaling::kUnits>{});
+    if (format.is_in_half_blocks()) return run(bits, integral_constant<Scaling, Scaling::kHalfBlocks>{});
+    run(bits, integral_constant<Scaling, Scaling::kBlocks>{});
+  };
+  format.bits == 4 ? run_bits(integral_constant<int, 4>{}) : run_bits(integral_constant<int, 8>{});
 }
 
 }  // namespace

@@ -4,10 +4,18 @@ import torch
 from torch import Tensor
 
 from cats.ops.cpu import unavailable
-from cats.ops.packed_linear.cpu import refuses_x
+from cats.ops.packed_linear.cpu import refuses_x, writes_out
 from cats.ops.packed_mlp.arguments import PackedMLPArguments
+from cats.ops.quantised import SCALE_CODES, PackedColumns
 
-__all__ = ["operands", "packed_gated_mlp", "refuses", "unavailable"]
+__all__ = [
+    "dequantise_columns",
+    "operands",
+    "packed_gated_mlp",
+    "refuses",
+    "unavailable",
+    "writes_out",
+]
 
 # As `Activation` of mlp/cpu/gated_mlp.h numbers them.
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -35,6 +43,18 @@ def operands(arguments: PackedMLPArguments) -> tuple[Tensor | int | None, ...]:
     )
 
 
+def dequantise_columns(packed: PackedColumns, dtype: torch.dtype) -> Tensor:
+    """The numbers of packed columns ``[D, F]``, computed in float32, column by column in memory.
+
+    Args:
+        packed: On a CPU.
+        dtype: Of the result: float32, bfloat16 or float16.
+    """
+    tensors = packed.columns.contiguous(), packed.scales, packed.extras
+    out: Tensor = _WRITE_COLUMNS(*tensors, *packed.layout.numbers, SCALE_CODES[dtype])
+    return out.t()
+
+
 def refuses(arguments: PackedMLPArguments) -> str | None:
     """Why a call is left to ``dense``, or None."""
     if len(arguments.gate) == 0:
@@ -54,7 +74,13 @@ _LIBRARY.define(
     "int row_zero, int column_bits, int outputs, int column_group_size, int column_scale, "
     "int column_zero_mode, int column_zero) -> Tensor"
 )
+_LIBRARY.define(
+    "_dequantise_columns_cpu(Tensor columns, Tensor scales, Tensor? extras, int bits, int outputs, "
+    "int group_size, int scale, int zero_mode, int zero, int dtype) -> Tensor"
+)
 # nothing to record: codes have no gradient, and the MLP handles that of x above
+_LIBRARY.impl("_dequantise_columns_cpu", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("_packed_gated_mlp_cpu", torch.library.fallthrough_kernel, "Autograd")
 
 _OPERATOR = torch.ops.cats._packed_gated_mlp_cpu.default
+_WRITE_COLUMNS = torch.ops.cats._dequantise_columns_cpu.default

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cats.ops.mlp.dense import product
 from cats.ops.packed_linear.dense import dequantised as dequantised_rows
 from cats.ops.packed_linear.dense import has_kernel
+from cats.ops.packed_mlp import cpu
 from cats.ops.packed_mlp.arguments import PackedMLPArguments
 from cats.ops.quantised import PackedColumns, numbers_of_columns
 
@@ -25,11 +26,16 @@ def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
 
 
 def dequantised(columns: PackedColumns, arithmetic: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """The numbers of packed columns, ``[D, F]`` in ``dtype``: by one kernel on a GPU."""
+    """The numbers of packed columns, ``[D, F]`` in ``dtype``: by one kernel where there is one.
+
+    On a CPU, columns of the result are contiguous.
+    """
     if has_kernel(columns.columns, arithmetic):
         from cats.ops.packed_mlp.triton import dequantise_columns
 
         return dequantise_columns(columns, arithmetic, dtype)
+    if cpu.writes_out(columns.columns, arithmetic, dtype):
+        return cpu.dequantise_columns(columns, dtype)
     return numbers_of_columns(columns, arithmetic, dtype)
 
 

@@ -1,6 +1,6 @@
 // The operator cats::_packed_gated_mlp_cpu, which cpu.py calls: takes the arguments from torch's dispatcher, checks them and
 // calls the kernel of the best instruction set.
-#include "packed_linear/operands.h"
+#include "packed_mlp/column_operands.h"
 
 namespace cats {
 namespace {
@@ -9,21 +9,6 @@ enum Argument {
   kX, kGate, kUp, kDown, kDownScales, kDownExtras, kThresholds, kActivation, kGateIsRouter,
   kGateBias, kUpBias, kDownBias, kProductThresholds, kRows, kColumns = kRows + 6
 };
-
-ColumnFormat column_format(const StableIValue* layout, AtenTensorHandle columns) {
-  expect_codes(layout, "packed columns");
-  ColumnFormat format;
-  format.bits = layout[0];
-  format.outputs = layout[1];
-  format.group = layout[2];
-  format.scale = static_cast<Number>(layout[3]);
-  format.mode = static_cast<ZeroMode>(layout[4]);
-  format.zero = layout[5];
-  expect(dim_of(columns) == 2 && format.outputs % 4 == 0, "packed columns");
-  format.pitch = sizes_of(columns)[1];
-  expect(format.used_bytes() <= format.pitch, "packed columns");
-  return format;
-}
 
 // A number from 0, in the order of `Activation`.
 Activation activation_of(StableIValue value) {

@@ -27,8 +27,10 @@ from cats.ops.quantised.codes import (
 
 __all__ = ["SCALE_CODES", "PackedRows", "RowLayout", "ZeroMode", "pack_rows", "unpack_rows"]
 
-_GROUP_SIZES = 0, 32, 64, 128
+_GROUP_SIZES = 0, 16, 32, 64, 128
 _UNIT_BYTES = 64
+# Columns of a product of tensor cores.
+_PRODUCT = 32
 # What is packed at once: the copies that this makes take a few times as much.
 _BLOCK_BYTES = 16 * 2**20
 
@@ -40,8 +42,8 @@ class RowLayout:
     Attributes:
         bits: Of a code, 4 or 8.
         columns: Of the matrix.
-        group_size: Consecutive columns that share a scale: 32, 64 or 128, or 0 where a whole row
-            shares one.
+        group_size: Consecutive columns that share a scale: 16 (on a CPU), 32, 64 or 128, or 0
+            where a whole row shares one.
         scale_dtype: float16, bfloat16 or float32.
         zero_mode: What a row holds besides codes and scales.
         zero: The constant zero point; 0 with :attr:`ZeroMode.ZEROS`.
@@ -60,7 +62,8 @@ class RowLayout:
             raise ShapeError(f"a matrix must have at least one column, got {self.columns}")
         if self.group_size not in _GROUP_SIZES:
             raise UnsupportedModelError(
-                f"groups must have 32, 64 or 128 columns (0: a whole row), got {self.group_size}"
+                "groups must have 16, 32, 64 or 128 columns (0: a whole row), got "
+                f"{self.group_size}"
             )
 
     @staticmethod
@@ -122,8 +125,21 @@ class RowLayout:
         return pitch + 32 * (pitch % 128 == 0)
 
     @property
+    def refused_by_gpus(self) -> str | None:
+        """Why kernels of a GPU do not read such rows, or None."""
+        if self.group_size and self.group_size < _PRODUCT:
+            return f"on a GPU, groups have {_PRODUCT} columns or more, got {self.group_size}"
+        return None
+
+    @property
     def macros(self) -> dict[str, int]:
-        """What ``integer_dot.cuh`` wants to know of the rows."""
+        """What ``integer_dot.cuh`` wants to know of the rows.
+
+        Raises:
+            UnsupportedModelError: If it does not read such rows.
+        """
+        if reason := self.refused_by_gpus:
+            raise UnsupportedModelError(reason)
         return dict(
             BITS=self.bits,
             WIDTH=self.width,

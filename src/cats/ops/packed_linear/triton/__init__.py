@@ -32,11 +32,13 @@ def unavailable() -> str | None:
 
 def refuses(arguments: PackedLinearArguments) -> str | None:
     """Why it leaves this call to another backend, or None."""
-    return refuses_rows(arguments.x, arguments.rows, arguments.arithmetic)
+    return refuses_rows(arguments.x, arguments.rows, arguments.layout, arguments.arithmetic)
 
 
-def refuses_rows(x: Tensor, rows: Tensor, arithmetic: torch.dtype) -> str | None:
+def refuses_rows(x: Tensor, rows: Tensor, layout: RowLayout, arithmetic: torch.dtype) -> str | None:
     """Why the kernels cannot multiply these rows with these inputs, or None."""
+    if reason := layout.refused_by_gpus:
+        return reason
     if x.device.type != "cuda" and not _interpreted():
         return f"it needs tensors on a GPU, these are on {x.device}"
     if rows.numel() == 0 or x.numel() == 0:

@@ -21,7 +21,7 @@ def unavailable() -> str | None:
 
 def refuses(arguments: PackedMLPArguments) -> str | None:
     """Why it leaves this call to another backend, or None."""
-    return refuses_rows(arguments.x, arguments.gate, arguments.arithmetic)
+    return refuses_rows(arguments.x, arguments.gate, arguments.rows, arguments.arithmetic)
 
 
 def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
