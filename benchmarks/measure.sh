@@ -3,12 +3,13 @@
 #
 #   sh benchmarks/measure.sh OUT tests sanitize mlp model decode contexts batches timeline codes      needs a GPU
 #   sh benchmarks/measure.sh OUT quality quantised finetune DATA                       also SmolLM2 and data (README.md says which)
+#   sh benchmarks/measure.sh OUT peers                 CPU: beside llama.cpp; PEER_PYTHON has cyllama, LLAMA_BENCH is its program
 #
 # A step whose file is in OUT already is left out; one that fails or takes longer than its seconds leaves NAME.failed.
 # PYTHON names the interpreter, PYTEST more options for the tests, CATS_COMMIT the commit where the sources are no checkout.
 # GEMMA names the GGUF file of Gemma 3 270M (docs/reproduce.md): then "quantised" measures it too. LIMIT and TOKENS make it smaller.
 set -u
-usage() { sed -n '4,5s/^# *//p' "$0" >&2; exit 2; }
+usage() { sed -n '4,6s/^# *//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 out=$1; shift
 mkdir -p "$out"
@@ -80,6 +81,24 @@ codes() {
     shapes="--shape 4096x14336 --shape 4096x11008 --shape 2048x8192"
     bench quantised-mlp-int4.jsonl 200 "mlp $shapes --bits 4 --sparsity 0,0.5,0.7 --batch 1,8"
     bench quantised-mlp-int8.jsonl 200 "mlp $shapes --bits 8 --sparsity 0,0.5,0.7 --batch 1,8"
+}
+
+# Our loop and llama.cpp on one file, quiet and beside as many busy processes as processors and twice as many.
+peers() {
+    options="--peer-python ${PEER_PYTHON:-$python} ${LLAMA_BENCH:+--llama-bench $LLAMA_BENCH}"
+    cores=$(nproc)
+    mkdir -p "$out/peers"
+    for load in 0 $cores $((2 * cores)); do
+        bench peer-smollm2-q4_1-load-$load.jsonl 600 "peer smollm2-gguf --load $load $options"
+    done
+    for file in smollm2:q8_0 llama-3.2-1b:q4_0 llama-3.2-1b:q8_0; do
+        model=${file%:*} kind=${file#*:}
+        path=$out/peers/$model-$kind.gguf
+        step peers/$model-$kind.log 900 $python -m cats export $model --type $kind -o "$path"
+        for load in 0 $cores $((2 * cores)); do
+            bench peer-$model-$kind-load-$load.jsonl 900 "peer $path --rounds 3 --load $load $options"
+        done
+    done
 }
 
 timeline() {

@@ -139,6 +139,7 @@ class _CaseFields(TypedDict):
     environment: dict[str, Value]
     bits: NotRequired[int]
     group_size: NotRequired[int | None]
+    load: NotRequired[int]
 
 
 class _VariantFields(_CaseFields):
@@ -176,6 +177,8 @@ class _Bench:
         }
         if self.case.bits is not None:
             fields |= {"bits": self.case.bits, "group_size": self.case.group_size}
+        if self.case.load:
+            fields["load"] = self.case.load
         return fields
 
     def bandwidth(self) -> DecodeBandwidth:

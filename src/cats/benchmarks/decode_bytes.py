@@ -11,6 +11,7 @@ from cats.benchmarks.decode_case import Case
 from cats.metrics import realized_sparsity
 from cats.model import CatsActivation, traffic
 from cats.protocols import CausalModel
+from cats.weights import table_of
 
 
 def own_bytes(model: nn.Module) -> int:
@@ -40,9 +41,10 @@ def token_bytes(model: nn.Module, tokens: Tensor, case: Case) -> tuple[float, fl
     head_size = (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    weight = causal.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    slot = 2 * config.num_hidden_layers * heads * head_size * weight.dtype.itemsize
+    # keys and values have the dtype of the numbers
+    table = table_of(causal.get_input_embeddings())
+    assert table is not None
+    slot = 2 * config.num_hidden_layers * heads * head_size * table[0].dtype.itemsize
     mean_slots = case.prompt_length + case.new_tokens / 2
     bytes_read = traffic.token_bytes(model, shares) + case.batch * slot * mean_slots
     return bytes_read, fmean(shares.values()) if shares else 0.0

@@ -27,6 +27,7 @@ class Case:
         group_size: Columns that share a scale; None for a scale per row.
         torch_int4: Whether torch's own int4 operator is timed too, in the engine ``compiled``.
         launches: Whether the kernels of a step are listed, from a run of their own; on a GPU.
+        load: Processes that keep processors busy meanwhile; the caller runs them.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Case:
     group_size: int | None = None
     torch_int4: bool = False
     launches: bool = False
+    load: int = 0
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.prompt_length < 1 or self.new_tokens < 3:

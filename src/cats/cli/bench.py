@@ -209,6 +209,7 @@ def decode(
         bool,
         other_option(help="List the kernels of a step, in a separate run; on a GPU."),
     ] = False,
+    load: bench_options.Load = 0,
     output: bench_options.AppendEach = None,
     commit: options.Commit = None,
     revision: options.Revision = None,
@@ -221,6 +222,7 @@ def decode(
     """
     import torch
 
+    from cats.benchmarks.busy import busy_processes
     from cats.benchmarks.decode import Case, measure
     from cats.cli.running import stage
     from cats.report.tokens import LEGEND, panels, tables
@@ -243,6 +245,7 @@ def decode(
         group_size=group,
         torch_int4=torch_int4,
         launches=launches,
+        load=load,
     )
     length = max(256, prompt_length + new_tokens)
     count = max(batch, -(-calibration_tokens // length))
@@ -258,7 +261,7 @@ def decode(
                 f"--group {group}: a width of {model} is no multiple; take --group {fitting}"
             )
         quantise_(loaded, bits=bits, group_size=group or -1)
-    with stage() as show:
+    with stage() as show, busy_processes(load):
         measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
         results = list(bench_options.append_each(output, measured))
     for panel in panels(results):

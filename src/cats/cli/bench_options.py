@@ -31,6 +31,12 @@ AppendEach = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Append each result to this file at once."),
 ]
+Load = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Keep processors busy by N processes while the models are timed."
+    ),
+]
 
 
 def append_each(output: Path | None, results: Iterable[R]) -> Iterator[R]:

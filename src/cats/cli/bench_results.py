@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Show, join, draw and quote files of results.", no_args_is_help=True)
 _Measured = Annotated[
-    Path, typer.Argument(help="What cats bench mlp, decode or timeline wrote.", metavar="RESULTS")
+    Path,
+    typer.Argument(help="What cats bench mlp, decode, timeline or peer wrote.", metavar="RESULTS"),
 ]
 _Picture = Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")]
 
@@ -27,19 +28,23 @@ _Picture = Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or
 @app.command()
 def show(file: _Measured) -> None:
     """Print the tables of a results file."""
-    from cats.report import mlp, timeline, tokens
+    from cats.report import mlp, peers, timeline, tokens
 
     for benchmark, results in _by_benchmark(file).items():
         if benchmark == "timeline":
             tables = [timeline.table(panel) for panel in timeline.panels(results)]
         elif benchmark == "mlp":
             tables = [mlp.table(panel) for panel in mlp.panels(results)]
+        elif benchmark == "peer":
+            tables = peers.tables(results)
         else:
             tables = [table for panel in tokens.panels(results) for table in tokens.tables(panel)]
         for table in tables:
             options.out.print(table.rich())
         if benchmark == "decode":
             print_legend(tokens.LEGEND)
+        if benchmark == "peer":
+            print_legend(peers.LEGEND)
 
 
 @app.command()
@@ -78,7 +83,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw a results file: time or tokens per second against sparsity, or a timeline."""
-    from cats.report import mlp, plots, timeline, tokens
+    from cats.report import mlp, peers, plots, timeline, tokens
 
     options.check_output(output)
     plots.check_name(output)
@@ -93,6 +98,8 @@ def plot(
         raise ConfigError("--prompt-length is for results of cats bench decode")
     if benchmark == "timeline":
         figure = timeline.plot(timeline.panels(results))
+    elif benchmark == "peer":
+        figure = peers.plot(results)
     elif benchmark == "decode":
         figure = tokens.plot(_with_prompt(file, tokens.panels(results), prompt_length))
     else:
@@ -185,10 +192,10 @@ def _by_benchmark(file: Path) -> dict[str, list[Result]]:
 
     results: dict[str, list[Result]] = {}
     for result in read_results(file):
-        if result.benchmark in ("mlp", "decode", "timeline"):
+        if result.benchmark in ("mlp", "decode", "timeline", "peer"):
             results.setdefault(result.benchmark, []).append(result)
     if not results:
-        raise DataError(f"{file} has no result of cats bench mlp, decode or timeline")
+        raise DataError(f"{file} has no result of cats bench mlp, decode, timeline or peer")
     return results
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cats.errors import DataError
 from cats.history import History, is_history, recovered
-from cats.results import Result, TokenTime, read_results
+from cats.results import PeerTokenTime, Result, TokenTime, read_results
 
 NUMBER = re.compile(r"(<!-- = (\S+): (.+?): (\S+) -->)([^<]*)(<!-- / -->)", re.S)
 _OPERATORS: dict[type[ast.operator], Callable[[float, float], float]] = {
@@ -143,6 +143,12 @@ def _row_of(result: Result) -> _Row:
     row = {**result.model_dump(exclude={"environment"}), "device": result.device}
     if isinstance(result, TokenTime):
         row |= {"tokens_per_second": result.tokens_per_second, "speedup": result.speedup}
+    if isinstance(result, PeerTokenTime):
+        row |= {
+            "tokens_per_second": result.tokens_per_second,
+            "over_peer": result.over_peer,
+            "over_dense": result.over_dense,
+        }
     key = [result.benchmark, result.quantity, result.device, result.measured]
     return json.dumps(key, sort_keys=True), row
 

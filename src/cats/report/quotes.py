@@ -1,9 +1,10 @@
 """Tables and numbers in documents that come from results files: none is typed by hand.
 
 A document holds ``<!-- mlp: PATH -->`` and ``<!-- /mlp -->``, each on a line of its own; the table
-of that file stands between them. ``decode`` instead of ``mlp`` quotes times of tokens,
-``finetune`` the histories in a folder, ``quality`` the folder of ``cats reproduce``. A number in a
-sentence stands between two marks of its own, as :mod:`cats.report.numbers` says.
+of that file stands between them. ``decode`` instead of ``mlp`` quotes times of tokens, ``peer``
+those beside llama.cpp, ``finetune`` the histories in a folder, ``quality`` the folder of ``cats
+reproduce``. A number in a sentence stands between two marks of its own, as
+:mod:`cats.report.numbers` says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from cats.errors import DataError
 from cats.history import History
-from cats.report import finetuning, mlp, quality, tokens
+from cats.report import finetuning, mlp, peers, quality, tokens
 from cats.report.numbers import NUMBER, Facts, number
 from cats.results import read_results
 
@@ -33,6 +34,7 @@ def _finetune(path: Path) -> str:
 _TABLES: dict[str, Callable[[Path], str]] = {
     "mlp": lambda path: mlp.summary(mlp.panels(read_results(path))).markdown(),
     "decode": lambda path: tokens.summary(tokens.panels(read_results(path))).markdown(),
+    "peer": lambda path: peers.summary(read_results(path)).markdown(),
     "finetune": _finetune,
     "quality": _quality,
 }

@@ -2,6 +2,17 @@
 
 from cats.results.environment import environment
 from cats.results.files import append_results, join_results, read_results, run_of
+from cats.results.peers import (
+    OWN,
+    PEER,
+    PEER_BENCH,
+    PeerBandwidth,
+    PeerMemory,
+    PeerPrefillTime,
+    PeerProgramResult,
+    PeerResult,
+    PeerTokenTime,
+)
 from cats.results.profile import LayerRecord, ProfileRecord
 from cats.results.quality import COMPARED, MEAN, QUANTISED, DemoTime, Perplexity, TaskScore
 from cats.results.records import (
@@ -34,7 +45,10 @@ __all__ = [
     "EVENTS",
     "LAUNCHES",
     "MEAN",
+    "OWN",
     "PAPER_MLP",
+    "PEER",
+    "PEER_BENCH",
     "QUANTISED",
     "TORCH_INT4",
     "DecodeBandwidth",
@@ -49,6 +63,12 @@ __all__ = [
     "MLPTime",
     "Moment",
     "PeakMemory",
+    "PeerBandwidth",
+    "PeerMemory",
+    "PeerPrefillTime",
+    "PeerProgramResult",
+    "PeerResult",
+    "PeerTokenTime",
     "Perplexity",
     "PrefillTime",
     "ProfileRecord",

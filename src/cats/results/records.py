@@ -94,6 +94,7 @@ class DecodeResult(Result):
     Attributes:
         bits: Of the quantised weights; None where they have the dtype.
         group_size: Columns that share a scale; None for a scale per row.
+        load: Processes that kept processors busy meanwhile.
     """
 
     benchmark: Literal["decode"] = "decode"
@@ -104,11 +105,13 @@ class DecodeResult(Result):
     dtype: str
     bits: int | None = None
     group_size: int | None = None
+    load: int = 0
 
     @property
     def model_and_bits(self) -> str:
-        """The model, and how its weights are quantised."""
-        return self.model + in_codes(self.bits, self.group_size)
+        """The model, how its weights are quantised, and what else ran."""
+        beside = f", beside {self.load} busy processes" if self.load else ""
+        return self.model + in_codes(self.bits, self.group_size) + beside
 
 
 class DecodeBandwidth(DecodeResult):
