@@ -153,12 +153,15 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> Tokenizer:
     """
     folder, of_gguf = _split(locate(path, **hub_options))
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, **of_gguf, **hub_options))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **of_gguf, **hub_options)
     except (OSError, ValueError) as error:
         raise StorageError(
             f"cannot load the tokenizer of {path}: {first_line(error).rstrip(': ')}. If there is "
             "none, save it beside the model: tokenizer.save_pretrained(FOLDER)"
         ) from error
+    if of_gguf:
+        formats.mend_tokenizer_(tokenizer, Path(folder) / of_gguf["gguf_file"])
+    return cast(Tokenizer, tokenizer)
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -170,10 +173,10 @@ def locate(path: str | Path, **hub_options: Any) -> str:
     """The folder, GGUF file or Hugging Face id behind the name of a model.
 
     The string ``"smollm2"`` is the built-in model of :mod:`cats.smollm2`, even if there is a folder
-    of that name; ``"./smollm2"`` is the folder.
+    of that name; ``"./smollm2"`` is the folder. ``"smollm2-gguf"`` is its GGUF file, in codes.
 
     Args:
-        path: Folder, GGUF file, Hugging Face id, or ``"smollm2"``.
+        path: Folder, GGUF file, Hugging Face id, ``"smollm2"`` or ``"smollm2-gguf"``.
         **hub_options: As for ``from_pretrained``: revision, token, cache_dir, ...
 
     Raises:
@@ -181,12 +184,14 @@ def locate(path: str | Path, **hub_options: Any) -> str:
         FormatError: If the built-in model is damaged.
     """
     name = str(path)
-    if path == smollm2.NAME or Path(name).is_dir():
+    if path in (smollm2.NAME, smollm2.GGUF_NAME) or Path(name).is_dir():
         if hub_options.get("revision") not in (None, "main"):
             raise StorageError(
                 f"cannot load the model {name} at revision {hub_options['revision']}: it is a "
                 "folder, and only models of the Hugging Face hub have revisions"
             )
+        if path == smollm2.GGUF_NAME:
+            return str(smollm2.gguf_file())
         return str(smollm2.checkpoint()) if path == smollm2.NAME else name
     if formats.split(name) is not None:
         return name

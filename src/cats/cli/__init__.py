@@ -7,10 +7,12 @@ import typer
 from cats.cli import (
     bench,
     bench_finetune,
+    bench_peer,
     bench_results,
     calibrate,
     demo,
     evaluate,
+    export,
     finetune,
     generate,
     info,
@@ -33,6 +35,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
+app.command()(export.export)
 app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(info.info)
@@ -44,6 +47,7 @@ app.command()(serve.serve)
 app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)(lm_eval.lm_eval)
 
 bench.app.command()(bench_finetune.finetune)
+bench.app.command()(bench_peer.peer)
 bench.app.add_typer(bench_results.app, name="results")
 for name in ("curves", "join", "plot", "quote", "show"):
     anything = {"allow_extra_args": True, "ignore_unknown_options": True}

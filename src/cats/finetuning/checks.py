@@ -130,7 +130,7 @@ def _check_tokens(model: nn.Module, name: str, examples: Examples) -> None:
             raise DataError(f"{name}: the stream fills no block")
         examples = Blocks(first["input_ids"][None])
     low, high = token_range(examples)
-    vocabulary = cast(nn.Embedding, causal_model.get_input_embeddings()).num_embeddings
+    vocabulary = cast(int, causal_model.get_input_embeddings().num_embeddings)
     if low < 0 or high >= vocabulary:
         raise DataError(
             f"{name}: token {low if low < 0 else high} is not in the model's vocabulary of "

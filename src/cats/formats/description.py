@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cats.errors import UnsupportedModelError
 from cats.formats.base import Format, Layer
-from cats.formats.gguf import split
+from cats.formats.gguf import read_header, split
 from cats.formats.load import format_or_reason, header_of, layers_of
 from cats.weights import Quantised
 
@@ -67,8 +67,6 @@ def stored_layers(folder: str | Path, config: Any) -> dict[str, Quantised]:
 
 def gguf_kinds(path: str | Path) -> dict[str, int]:
     """Kind of block to the number of matrices of a GGUF file that are stored in it."""
-    import gguf
-
     assert split(path) is not None
-    reader = gguf.GGUFReader(path)
-    return dict(Counter(t.tensor_type.name for t in reader.tensors if len(t.shape) == 2))
+    tensors = read_header(Path(path)).tensors.values()
+    return dict(Counter(tensor.kind for tensor in tensors if len(tensor.shape) == 2))

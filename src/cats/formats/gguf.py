@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cats.errors import ConfigError, FormatError, StorageError, UnsupportedModelError
 from cats.formats.base import Format, Layer
+from cats.formats.gguf_header import Header, StoredTensor
 from cats.weights import Quantised
 from cats.weights.quantised import packed
 
@@ -75,32 +76,28 @@ def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | 
         config: Of the model.
 
     Returns:
-        Weights of linear layers as blocks, ``<layer>.gguf_<type>``; all others as numbers.
+        Weights of linear layers and of a plain embedding as blocks, ``<layer>.gguf_<type>``; all
+        others as numbers. The blocks of an embedding that is the head too are those of the head.
 
     Raises:
         ConfigError: If the package ``gguf`` is not installed.
         StorageError: If the file cannot be read.
         FormatError: If it is damaged, or a tensor is missing.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError("GGUF files need the package gguf: pip install gguf") from error
-    try:
-        reader = gguf.GGUFReader(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error})") from error
-    except (ValueError, *DAMAGED) as error:
-        raise FormatError(f"{path}: not a whole GGUF file ({error})") from error
-    field = reader.get_field("general.architecture")
-    architecture = None if field is None else field.contents()
+    header = read_header(path)
+    import gguf
+
+    architecture = header.settings.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         return None
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    stored = header.tensors
     tensors: dict[str, Tensor] = {}
-    linear = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    # embeddings of other classes do more than look up
+    kinds = (nn.Linear, nn.Embedding)
+    matrices = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    is_tied = config.tie_word_embeddings and "output.weight" not in stored
     for name, like in model.state_dict().items():
         module, _, part = name.rpartition(".")
         key = f"{known.get_name(module)}.{part}"
@@ -109,35 +106,60 @@ def read_file(path: Path, model: nn.Module, config: Any) -> dict[str, Tensor] | 
                 continue
             raise FormatError(f"{path}: has no {key}, which {name} is read from")
         tensor = stored[key]
-        if tuple(reversed(tensor.shape.tolist())) != tuple(like.shape):
-            raise FormatError(
-                f"{path}: {key} is {[*reversed(tensor.shape.tolist())]}, expected "
-                f"{list(like.shape)}"
-            )
+        if tensor.shape != tuple(like.shape):
+            raise FormatError(f"{path}: {key} is {list(tensor.shape)}, expected {list(like.shape)}")
         order = None
         if architecture in _PERMUTED and key.split(".")[-2] in ("attn_q", "attn_k"):
-            order = _rows_in_order(len(like), key, config)
-        kind = tensor.tensor_type.name
-        is_matrix = module in linear and part == "weight"
+            heads = "num_attention_heads" if "attn_q" in key else "num_key_value_heads"
+            order = rows_in_order(len(like), getattr(config, heads))
+        kind = tensor.kind
+        is_matrix = module in matrices and part == "weight"
         if kind in _READERS and is_matrix:
             data = torch.from_numpy(tensor.data.copy())
-            tensors[f"{module}.{_PREFIX}{kind}"] = data if order is None else data[order]
+            # a tied head has no tensor in the file
+            is_head = is_tied and known.get_name(module) == "token_embd"
+            owner = "lm_head" if is_head else module
+            tensors[f"{owner}.{_PREFIX}{kind}"] = data if order is None else data[order]
             continue
-        if is_matrix and kind not in ("F32", "F16", "BF16"):
+        is_linear = is_matrix and type(matrices[module]) is nn.Linear
+        if is_linear and kind not in ("F32", "F16", "BF16"):
             raise UnsupportedModelError(
                 f"{path}: {key} is {kind}, expected {', '.join(_READERS)}: quantise the model "
                 "again with llama-quantize MODEL-F16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
             )
-        numbers = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        numbers = torch.from_numpy(_numbers(tensor))
         if architecture in _NORMS_PLUS_ONE and "norm" in module.rpartition(".")[2]:
             numbers = numbers - 1
         tensors[name] = numbers if order is None else numbers[order]
     return tensors
 
 
-def _rows_in_order(rows: int, key: str, config: Any) -> Tensor:
+def read_header(path: Path) -> Header:
+    """
+    Raises:
+        ConfigError: If the package ``gguf`` is not installed.
+        StorageError: If the file cannot be read.
+        FormatError: If it is damaged.
+    """
+    try:
+        return Header.read(path)
+    except ImportError as error:
+        raise ConfigError("GGUF files need the package gguf: pip install gguf") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, *DAMAGED) as error:
+        raise FormatError(f"{path}: not a whole GGUF file ({error})") from error
+
+
+def _numbers(tensor: StoredTensor) -> Any:
+    """A copy in float32, by the package ``gguf``."""
+    import gguf
+
+    return gguf.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind]).copy()
+
+
+def rows_in_order(rows: int, heads: int) -> Tensor:
     """For each row of q or k, its row in the file, where the halves of a head are interleaved."""
-    heads = config.num_attention_heads if "attn_q" in key else config.num_key_value_heads
     order = torch.arange(rows).reshape(heads, rows // heads // 2, 2)
     return order.transpose(1, 2).reshape(rows)
 

@@ -29,7 +29,7 @@ from cats.formats.compressed_tensors import CompressedTensors
 from cats.formats.gguf import GGUF
 from cats.formats.gptq import GPTQ
 from cats.formats.torchao import TorchAO
-from cats.weights import QuantisedLinear
+from cats.weights import QuantisedEmbedding, QuantisedLinear
 from cats.weights.quantised import PLAIN
 
 _METHOD = "cats"
@@ -134,7 +134,13 @@ def _load_gguf(folder: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]
     tensors = gguf.read_file(path, skeleton, config)
     if tensors is None or not any(key.rpartition(".")[2].startswith("gguf_") for key in tensors):
         return None
-    config.quantization_config = {"quant_method": _METHOD, "header": _headers(tensors)}
+    settings = {"quant_method": _METHOD, "header": _headers(tensors)}
+    embedding = _name_of_embedding(skeleton)
+    if config.tie_word_embeddings and f"{embedding}.weight" not in tensors:
+        # transformers would look for a parameter of the embedding
+        config.tie_word_embeddings = False
+        settings["tied_embedding"] = embedding
+    config.quantization_config = settings
     kwargs = _without_settings(config, kwargs)
     kind: Any = type(skeleton)
     model, info = kind.from_pretrained(
@@ -143,6 +149,11 @@ def _load_gguf(folder: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]
     # a saved configuration would ask for what only the file has
     del model.config.quantization_config
     return model, info
+
+
+def _name_of_embedding(model: Any) -> str:
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
 
 
 def _headers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,16 +168,19 @@ class StoredConfig(QuantizationConfigMixin):
         self,
         stored: dict[str, Any] | None = None,
         header: dict[str, Tensor] | None = None,
+        tied_embedding: str | None = None,
         **_: Any,
     ) -> None:
         """
         Args:
             stored: What ``config.json`` holds.
             header: Name, shape and dtype of the tensors, where they come from no safetensors file.
+            tied_embedding: Name of the embedding whose table is the codes of the head.
         """
         self.quant_method: Any = _METHOD
         self.stored = stored
         self.header = header
+        self.tied_embedding = tied_embedding
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.stored or {})
@@ -209,7 +223,9 @@ class StoredQuantizer(HfQuantizer):
         modules = dict(model.named_modules())
         for name, tensors in layers_of(header, self.format).items():
             linear = modules.get(name)
-            if type(linear) is not nn.Linear:
+            # of the formats that are read here, GGUF alone has embeddings in codes
+            is_table = type(linear) is nn.Embedding and isinstance(self.format, GGUF)
+            if type(linear) is not nn.Linear and not is_table:
                 kind = "no module of the model" if linear is None else f"a {type(linear).__name__}"
                 raise UnsupportedModelError(
                     f"{name} is quantised with {self.format.name}, but it is {kind}, not an "
@@ -219,6 +235,9 @@ class StoredQuantizer(HfQuantizer):
             stored = StoredLayer(tensors, linear, name)
             self.format.read(stored.layer(dtype, tensors)).check(name)
             model.set_submodule(name, stored)
+        if self.quantization_config.tied_embedding is not None:
+            # nothing is read for it
+            model.set_submodule(self.quantization_config.tied_embedding, nn.Module())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
@@ -233,11 +252,15 @@ class StoredQuantizer(HfQuantizer):
                 from accelerate.hooks import add_hook_to_module
 
                 add_hook_to_module(layer, module._hf_hook)
-            model.set_submodule(name, layer.train(module.training))
+            in_place = QuantisedEmbedding(layer) if module.is_table else layer
+            model.set_submodule(name, in_place.train(module.training))
             self.like[name] = {
                 part: tensor if part in self.format.kept else tensor.to("meta")
                 for part, tensor in tensors.items()
             }
+        if (name := self.quantization_config.tied_embedding) is not None:
+            head = model.get_output_embeddings()
+            model.set_submodule(name, QuantisedEmbedding(head).train(head.training))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -270,17 +293,20 @@ class StoredQuantizer(HfQuantizer):
 
 
 class StoredLayer(nn.Module):
-    """A linear layer while it is read: the tensors of the checkpoint, and the bias."""
+    """A linear layer or an embedding while it is read: the checkpoint's tensors, and the bias."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], linear: nn.Linear, name: str) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], linear: nn.Linear | nn.Embedding, name: str
+    ) -> None:
         super().__init__()
+        self.is_table = isinstance(linear, nn.Embedding)
         self.parts = tuple(tensors)
         self.name, self.dtype = name, linear.weight.dtype
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = linear.weight.shape
         for part, tensor in tensors.items():
             parameter = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
             self.register_parameter(part, parameter)
-        self.bias = linear.bias
+        self.bias = getattr(linear, "bias", None)
 
     def layer(self, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Layer:
         return Layer(

@@ -13,6 +13,7 @@ from cats.errors import UnsupportedModelError
 from cats.model.find import find_gated_mlps
 from cats.model.linear import Linear
 from cats.model.mlp import GatedOperands
+from cats.weights import table_of
 
 _NO_WINDOW = 2**31 - 1
 
@@ -65,7 +66,7 @@ class Decoder:
 
     Attributes:
         base: The module that holds embedding, layers and last norm.
-        embedding: ``[V, D]``.
+        embedding: ``[V, D]``; where it is in codes that the head shares, its layer is the head's.
         layers: The layers, the first one first.
         norm: Weights of the last norm, ``[D]``.
         head: The output head, which gives the logits.
@@ -76,7 +77,7 @@ class Decoder:
     """
 
     base: nn.Module
-    embedding: Tensor
+    embedding: Linear
     layers: list[DecoderLayer]
     norm: Tensor
     head: Linear
@@ -113,7 +114,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
     _norm_form(base.norm)
     return Decoder(
         base=base,
-        embedding=causal_model.get_input_embeddings().weight,
+        embedding=_embedding(causal_model.get_input_embeddings()),
         layers=[
             _layer(layer, config, heads, key_heads, head_size, i)
             for i, layer in enumerate(base.layers)
@@ -125,6 +126,13 @@ def describe_decoder(model: nn.Module) -> Decoder:
         head_size=head_size,
         logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0),
     )
+
+
+def _embedding(module: nn.Module) -> Linear:
+    found = table_of(module)
+    if found is None:
+        raise UnsupportedModelError(f"{type(module).__name__} is no table of embeddings")
+    return Linear(found[0], None, found[1])
 
 
 def _layer(

@@ -9,7 +9,7 @@ from torch import nn
 
 from cats.model.find import find_gated_mlps
 from cats.protocols import CausalModel
-from cats.weights import nbytes, weight_of
+from cats.weights import are_tied, nbytes, weight_of
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -39,7 +39,7 @@ def token_bytes(model: nn.Module, dropped: Mapping[str, float] | None = None) ->
     embedding, head = causal_model.get_input_embeddings(), causal_model.get_output_embeddings()
     total = float(weight_bytes(model))
     # one row of the embedding is read, unless its table is the output head as well
-    if head is None or getattr(head, "weight", None) is not embedding.weight:
+    if not are_tied(embedding, head):
         total -= weight_bytes(embedding)
     for mlp in find_gated_mlps(model) if dropped else ():
         total -= mlp.bytes - mlp.bytes_read((dropped or {}).get(mlp.name, 0.0))

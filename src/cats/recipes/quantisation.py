@@ -18,6 +18,7 @@ from cats.quantisation.rounding import round_head_
 from cats.quantisation.selection import HEAD_BITS
 from cats.recipes.progress import Progress
 from cats.undo import unchanged_on_error
+from cats.weights import are_tied
 
 METHODS = ("rtn", "gptq")
 
@@ -161,8 +162,7 @@ def quantise(
 
 def _is_tied(model: nn.Module) -> bool:
     causal_model = cast(CausalModel, model)
-    head, embedding = causal_model.get_output_embeddings(), causal_model.get_input_embeddings()
-    return head is not None and head.weight is embedding.weight
+    return are_tied(causal_model.get_input_embeddings(), causal_model.get_output_embeddings())
 
 
 def check_method(method: str | None, *, has_blocks: bool) -> str:

@@ -4,6 +4,7 @@ from torch import nn
 
 from cats.weights.base import Weight, nbytes, plain_tensors
 from cats.weights.dense import Dense
+from cats.weights.embedding import QuantisedEmbedding, are_tied, table_of
 from cats.weights.foreign import Foreign
 from cats.weights.packed import Packed
 from cats.weights.quantised import Quantised, QuantisedLinear, is_quantised
@@ -14,11 +15,14 @@ __all__ = [
     "Foreign",
     "Packed",
     "Quantised",
+    "QuantisedEmbedding",
     "QuantisedLinear",
     "Weight",
+    "are_tied",
     "is_quantised",
     "nbytes",
     "plain_tensors",
+    "table_of",
     "weight_of",
 ]
 

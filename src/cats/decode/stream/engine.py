@@ -23,7 +23,7 @@ from cats.decode.state import State
 from cats.decode.stream.chain import Chain
 from cats.decode.stream.packed import pack_, unpack_
 from cats.decode.stream.probe import probe
-from cats.decode.stream.spec import ModelSpec, read_spec
+from cats.decode.stream.spec import ModelSpec, read_spec, with_plain_embedding
 from cats.decode.tracing import exclusion
 from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion import fused_mlps
@@ -76,7 +76,7 @@ class StreamEngine:
         Returns:
             What multiplies the embedding.
         """
-        spec = read_spec(model)
+        spec = with_plain_embedding(read_spec(model))
         lay_out_down(spec, self._laid_out)
         with torch.cuda.device(spec.norm.device):
             # the same name, so that nothing here keeps the plain tensors

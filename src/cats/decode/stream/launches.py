@@ -47,7 +47,7 @@ class Launches:
     def embedding(self, scale: float) -> Launch:
         """The embedding of the newest token, times ``scale``, starts the residual stream."""
         return embedding.launch(
-            table=self.spec.embedding,
+            table=self.spec.embedding.weight,
             token=self.state.tokens,
             residual=self.buffers.residual,
             counters=self.buffers.tickets,

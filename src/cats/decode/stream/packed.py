@@ -10,7 +10,7 @@ from cats.decode.stream.spec import LayerSpec, ModelSpec
 from cats.model import GatedOperands, Linear
 from cats.model.packable import check_packable
 from cats.ops.quantised import PackedColumns, PackedRows, RowLayout
-from cats.weights import Packed, Quantised, QuantisedLinear
+from cats.weights import Dense, Packed, Quantised, QuantisedLinear
 from cats.weights.packed import row_layout
 
 _PROJECTIONS = ("q", "k", "v", "o")
@@ -36,7 +36,12 @@ def pack_(spec: ModelSpec, packed: list[ref[QuantisedLinear]]) -> ModelSpec:
     _check_rows(spec.head, "the head")
     for index, layer in enumerate(spec.layers):
         spec.layers[index] = _packed_layer(layer, packed)
-    return replace(spec, head=_packed(spec.head, QuantisedLinear.pack_rows_, packed))
+    head = _packed(spec.head, QuantisedLinear.pack_rows_, packed)
+    embedding = spec.embedding
+    if embedding.layer is head.layer and not isinstance(embedding.matrix, Dense):
+        # the same codes
+        embedding = embedding.again()
+    return replace(spec, embedding=embedding, head=head)
 
 
 def unpack_(packed: list[ref[QuantisedLinear]], needed: Container[int]) -> None:

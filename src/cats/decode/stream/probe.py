@@ -165,7 +165,9 @@ def embedding_scale(model: nn.Module, spec: ModelSpec, state: State, ids: Tensor
         prefill(model, state, ids, 0)
     finally:
         handle.remove()
-    embedded, entered = spec.embedding[int(ids)].float(), inputs[0].float().view(-1)
+    index = int(ids)
+    embedded = spec.embedding.part(index, index + 1).matrix.dequantised()[0].float()
+    entered = inputs[0].float().view(-1)
     scale = float(entered @ embedded / (embedded @ embedded))
     if not (entered - scale * embedded).norm() <= 1e-2 * entered.norm():
         raise UnsupportedModelError("what enters the first layer is not the scaled embedding")

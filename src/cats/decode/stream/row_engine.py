@@ -23,7 +23,7 @@ from cats.decode.stream.probe import embedding_scale
 from cats.decode.stream.rotary import RotaryTables
 from cats.decode.stream.row_buffers import RowBuffers, split_places
 from cats.decode.stream.rows import RowChain
-from cats.decode.stream.spec import read_spec
+from cats.decode.stream.spec import read_spec, with_plain_embedding
 from cats.errors import UnsupportedModelError
 from cats.ops.cuda.device import multiprocessors
 from cats.ops.cuda.rows_input import TOKENS
@@ -103,7 +103,7 @@ class KernelSteps:
         Raises:
             UnsupportedModelError: If the kernels do not take the model.
         """
-        spec, laid_out = read_spec(model), list[ref[nn.Parameter]]()
+        spec, laid_out = with_plain_embedding(read_spec(model)), list[ref[nn.Parameter]]()
         lay_out_down(spec, laid_out)
         # graphs read these weights, so they stay in memory even if the model gets new ones
         spec = spec.detached()

@@ -92,7 +92,7 @@ class RowChain:
         b, layers = self._buffers, self._spec.layers
         launches = [
             embedding.launch(
-                table=self._spec.embedding,
+                table=self._spec.embedding.weight,
                 tokens=b.tokens,
                 lines=b.lines,
                 active=b.active,

@@ -72,6 +72,14 @@ def read_spec(model: nn.Module) -> ModelSpec:
     )
 
 
+def with_plain_embedding(spec: ModelSpec) -> ModelSpec:
+    """The same model with its embedding in ordinary numbers, a copy where it is in codes."""
+    if isinstance(spec.embedding.matrix, Dense):
+        return spec
+    numbers = Dense(spec.embedding.matrix.dequantised())
+    return replace(spec, embedding=replace(spec.embedding, matrix=numbers))
+
+
 def _check_storage(linear: Linear, name: str) -> None:
     if not isinstance(linear.matrix, Dense | Packed | Quantised):
         raise UnsupportedModelError(
