@@ -29,6 +29,7 @@ from cats.formats.compressed_tensors import CompressedTensors
 from cats.formats.gguf import GGUF
 from cats.formats.gptq import GPTQ
 from cats.formats.torchao import TorchAO
+from cats.protocols import CausalModel
 from cats.weights import QuantisedEmbedding, QuantisedLinear
 from cats.weights.quantised import PLAIN
 
@@ -151,7 +152,7 @@ def _load_gguf(folder: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]
     return model, info
 
 
-def _name_of_embedding(model: Any) -> str:
+def _name_of_embedding(model: CausalModel) -> str:
     embedding = model.get_input_embeddings()
     return next(name for name, module in model.named_modules() if module is embedding)
 
@@ -231,6 +232,7 @@ class StoredQuantizer(HfQuantizer):
                     f"{name} is quantised with {self.format.name}, but it is {kind}, not an "
                     "nn.Linear: load the checkpoint with transformers"
                 )
+            assert isinstance(linear, nn.Linear | nn.Embedding)
             dtype = linear.weight.dtype
             stored = StoredLayer(tensors, linear, name)
             self.format.read(stored.layer(dtype, tensors)).check(name)

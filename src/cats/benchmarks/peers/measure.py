@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -289,10 +290,10 @@ class _Bench:
             return _Sample(torch.tensor(run.tokens)[None], run.times)
 
         runs: dict[str, Callable[[], _Sample]] = {
-            _label(s): (lambda decoder=decoder: own(decoder)) for s, decoder in decoders.items()
+            _label(sparsity): partial(own, decoder) for sparsity, decoder in decoders.items()
         }
         if peer is not None:
-            runs["llama.cpp"] = lambda: others(peer)
+            runs["llama.cpp"] = partial(others, peer)
         return runs
 
     def _models(self, blocks: Tensor) -> dict[float, nn.Module]:
