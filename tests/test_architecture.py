@@ -17,7 +17,7 @@ LAYERS = {
     4: "model fingerprint formats",
     3: "weights",
     2: "ops data results history smollm2",
-    1: "functional config errors storage version undo lazy protocols",
+    1: "functional config errors storage version undo lazy protocols processes",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # config is the content of files: within layer 1, errors and storage lie below it

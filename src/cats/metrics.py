@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import chain
 from typing import cast
 
 import torch
@@ -16,12 +17,17 @@ from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
 from cats.model import CatsActivation, evaluating
+from cats.processes import in_order, rank_and_number
 from cats.protocols import CausalModel
 from cats.weights.placement import check_has_weights, input_device
 
 
 def perplexity(
-    model: nn.Module, batches: Iterable[Batch], *, losses: list[float] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    losses: list[float] | None = None,
+    share: bool = False,
 ) -> float:
     """``exp`` of the mean negative log-likelihood of each token after the first of its block.
 
@@ -30,19 +36,27 @@ def perplexity(
         batches: Token ids ``[B, T]`` with ``T >= 2``, or mappings with ``attention_mask``; padding
             is neither predicted nor counted.
         losses: The mean negative log-likelihood of each block is added at its end.
+        share: Whether the processes of a ``torch.distributed`` group share the batches, which are
+            the same in all of them. Each runs its part, and all get the number of one process.
 
     Raises:
         DataError: If there is nothing to predict, or the likelihood is NaN.
     """
-    return _perplexity(model, batches, None, losses)
+    return _perplexity(model, batches, None, losses, share)
 
 
 def perplexity_and_sparsity(
-    model: nn.Module, batches: Iterable[Batch], *, losses: list[float] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    losses: list[float] | None = None,
+    share: bool = False,
 ) -> tuple[float, dict[str, float]]:
     """:func:`perplexity` and :func:`realized_sparsity` of a sparse model, in one pass."""
     with DroppedNeurons(model) as dropped:
-        value = _perplexity(model, batches, dropped, losses)
+        value = _perplexity(model, batches, dropped, losses, share)
+    if share:
+        dropped.add_processes()
     return value, dropped.shares()
 
 
@@ -76,12 +90,17 @@ def _perplexity(
     batches: Iterable[Batch],
     dropped: DroppedNeurons | None,
     losses: list[float] | None,
+    share: bool,
 ) -> float:
     check_has_weights(model)
-    total, tokens = 0.0, 0
+    rank, processes = rank_and_number() if share else (0, 1)
+    # of each batch, the summed loss of each row and the number of its tokens
+    sums: list[list[tuple[float, int]]] = []
     causal_model = cast(CausalModel, model)
     device = input_device(model)
-    for batch in batches:
+    for index, batch in enumerate(batches):
+        if index % processes != rank:
+            continue
         ids, mask = _to_device(batch, device)
         if dropped is not None:
             dropped.mask = mask
@@ -92,12 +111,20 @@ def _perplexity(
         if mask is not None:
             targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
         # row by row: float32 copies of all logits at once would take gigabytes
-        for row, target in zip(logits[:, :-1], targets, strict=True):
-            loss = float(F.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
-            count = int((target != -100).sum())
-            total, tokens = total + loss, tokens + count
-            if losses is not None and count:
-                losses.append(loss / count)
+        sums.append(
+            [
+                (
+                    float(F.cross_entropy(r.float(), t, reduction="sum", ignore_index=-100)),
+                    int((t != -100).sum()),
+                )
+                for r, t in zip(logits[:, :-1], targets, strict=True)
+            ]
+        )
+    total, tokens = 0.0, 0
+    for loss, count in chain.from_iterable(in_order(sums) if share else sums):
+        total, tokens = total + loss, tokens + count
+        if losses is not None and count:
+            losses.append(loss / count)
     if not tokens:
         raise DataError("no tokens to predict: blocks need at least two tokens")
     if math.isnan(total):
@@ -157,6 +184,15 @@ class DroppedNeurons:
         if not all(self._neurons.values()):
             raise DataError("no tokens to measure sparsity on")
         return {name: float(n) / self._neurons[name] for name, n in self._dropped.items()}
+
+    def add_processes(self) -> None:
+        """Add what the other processes of the ``torch.distributed`` group have counted."""
+        own = {name: (int(n), self._neurons[name]) for name, n in self._dropped.items()}
+        # one piece of work per process
+        counts = in_order([own])
+        for name in own:
+            self._dropped[name] = sum(part[name][0] for part in counts)
+            self._neurons[name] = sum(part[name][1] for part in counts)
 
     def totals(self) -> tuple[int, int]:
         """Dropped neurons of all MLPs, summed over the tokens, and all neurons in the same way."""

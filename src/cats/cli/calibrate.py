@@ -98,8 +98,8 @@ def calibrate(
     limit = _parse_percent(max_loss)
     # torch is imported here
     with options.err.status("starting ..."):
+        from cats.processes import join_processes
         from cats.recipes import calibration
-        from cats.recipes.processes import join_processes
 
     calibration.check_goal(method, sparsity, limit)
     tokens = options.tokens_or_default(tokens, 100_000, block)

@@ -11,6 +11,7 @@ from cats.cli import options
 from cats.cli.running import Terminal, resumable
 from cats.cli.task_options import check_tasks, parse_batch_size
 from cats.errors import ConfigError
+from cats.recipes.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,6 +116,8 @@ def evaluate(
     Example: [b]cats evaluate smollm2 --thresholds cats50.safetensors --tasks paper8 -o DIR[/b]
 
     Example: [b]cats evaluate smollm2 --quantised smollm2-int4 --text wiki.txt[/b]
+
+    Several processes share the work under [b]torchrun[/b] and find the same numbers.
     """
     batch = parse_batch_size(batch_size)
     _check_options(tasks, text, tokens, bos, limit, data_dir)
@@ -131,10 +134,14 @@ def evaluate(
     options.check_tokens(tokens, block)
     names = [] if tasks is None else check_tasks(tasks, data_dir)
     hub = options.hub(revision, subfolder, trust_remote_code)
+    device = options.process_device(device)
     loaded, tokenizer = options.load(
         model, thresholds=thresholds, dtype=dtype, device=device, threads=threads, hub=hub
     )
     from cats.cli.tables import perplexity_table
+    from cats.processes import join_processes
+
+    rank, _ = join_processes()
 
     if tasks is not None or checkpoints or output is not None:
         from cats.apply import densify_
@@ -160,6 +167,8 @@ def evaluate(
             scores = _scores(
                 loaded, tokenizer, variants, settings, names, limit, seed, batch, data_dir, output
             )
+        if rank > 0:
+            return
         if as_json:
             rows = [_perplexity_json(record) for record in perplexities]
             options.print_json([*rows, *map(_task_json, scores)])
@@ -175,7 +184,9 @@ def evaluate(
             tokenizer, options.texts_or_sample(text), length=block, limit=most, bos=bos
         )
     batches = blocks.split(_BLOCKS if batch == "auto" else int(batch))
-    measured = compare_perplexities(loaded, batches, progress=Terminal())
+    measured = compare_perplexities(loaded, batches, progress=_progress())
+    if rank > 0:
+        return
     text_name = options.describe_texts(text)
     if not as_json:
         title = f"{model} on {blocks.numel():,} tokens of {text_name}"
@@ -224,7 +235,7 @@ def _perplexities(
         text=options.describe_texts(text),
         settings=settings | {"bos": bool(text_start(tokenizer, bos)) or None},
         folder=output,
-        progress=Terminal(),
+        progress=_progress(),
     )
 
 
@@ -240,6 +251,7 @@ def _scores(
     data_dir: Path | None,
     output: Path | None,
 ) -> list[TaskScore]:
+    from cats.processes import rank_and_number
     from cats.recipes.evaluation import ask_tasks, write_results
 
     with resumable(output, _has_answers):
@@ -254,11 +266,18 @@ def _scores(
             seed=seed,
             batch_size=batch,
             data_dir=data_dir,
-            progress=Terminal(),
+            progress=_progress(),
         )
-    if output is not None:
+    if output is not None and rank_and_number()[0] == 0:
         write_results(output / "results.jsonl", scores)
     return scores
+
+
+def _progress() -> Progress:
+    """The terminal of the first process; the others are silent."""
+    from cats.processes import rank_and_number
+
+    return Terminal() if rank_and_number()[0] == 0 else Progress()
 
 
 def _print(model: str, perplexities: list[Perplexity], scores: list[TaskScore]) -> None:

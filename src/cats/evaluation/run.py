@@ -17,6 +17,7 @@ from cats.evaluation.answers import Answers, Score, Value, paired_difference
 from cats.evaluation.tasks import evaluate_task, harness_version, task_files
 from cats.evaluation.traffic import token_bytes
 from cats.evaluation.variants import Variant
+from cats.processes import from_first_process, rank_and_number
 from cats.protocols import CausalModel, Tokenizer
 from cats.results import MEAN, Perplexity, TaskScore, environment
 from cats.weights.placement import input_device
@@ -52,6 +53,9 @@ def answer_tasks(
 ) -> Iterator[Answers]:
     """Answers of one variant, task after task.
 
+    The processes of a ``torch.distributed`` group share the questions. The first one reads and
+    writes the folder.
+
     Args:
         model: The dense model.
         tokenizer: Its tokenizer.
@@ -74,15 +78,18 @@ def answer_tasks(
     if "weights" not in settings:
         settings |= identity(model, tokenizer)
     settings |= {**variant.settings, "harness": harness_version()}
+    is_first = rank_and_number()[0] == 0
     for task in tasks:
         settings["data"] = (
             "hub" if data_dir is None else fingerprint.of_files(task_files(task, data_dir))
         )
         path = None if folder is None else folder / variant.label / f"{task}.jsonl"
-        if path is not None and path.exists():
+        answers = None
+        if path is not None and is_first and path.exists():
             answers = Answers.load(path)
             check_same(path, "answers", answers.settings, {"limit": limit, "seed": seed} | settings)
-        else:
+        answers = from_first_process(answers)
+        if answers is None:
             on_task(task)
             with variant.on(model) as running:
                 answers = evaluate_task(
@@ -95,7 +102,7 @@ def answer_tasks(
                     data_dir=data_dir,
                     settings=dict(settings),
                 )
-            if path is not None:
+            if path is not None and is_first:
                 answers.save(path)
         yield answers
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from cats.errors import ConfigError, DataError, StorageError
 from cats.evaluation.answers import Answers, Question, Value
+from cats.processes import in_order, rank_and_number
 from cats.protocols import Tokenizer
 from cats.results import environment
 from cats.weights.placement import input_device
@@ -88,7 +90,8 @@ def evaluate_task(
 ) -> Answers:
     """Ask a model the questions of one task, or of one group of tasks.
 
-    The prompts, the number of examples in them and the metrics are those of the harness.
+    The prompts, the number of examples in them and the metrics are those of the harness. The
+    processes of a ``torch.distributed`` group share the questions, and all get all answers.
 
     Args:
         model: A Hugging Face causal model, dense or sparse.
@@ -117,7 +120,8 @@ def evaluate_task(
         device = input_device(model)
         if batch_size == "auto" and device.type == "cpu":
             batch_size = _CPU_BATCH
-        harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        model_type = _sharing(HFLM) if rank_and_number()[1] > 1 else HFLM
+        harness_model = model_type(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # not simple_evaluate, which spends seconds on a description of the machine
         result = lm_eval.evaluate(
             harness_model,
@@ -135,6 +139,33 @@ def evaluate_task(
         environment=environment(str(device)) | {"version_lm_eval": harness_version()},
         questions=questions,
     )
+
+
+def _sharing(model_type: Any) -> Any:
+    """A model type of the harness whose requests the processes share, question by question.
+
+    The harness would give each process other questions, and so draw other examples for them.
+    """
+
+    class Sharing(model_type):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return _ask_together(super().loglikelihood, requests, disable_tqdm)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return _ask_together(super().generate_until, requests, disable_tqdm)
+
+    return Sharing
+
+
+def _ask_together(ask: Callable[..., list[Any]], requests: list[Any], quiet: bool) -> list[Any]:
+    rank, processes = rank_and_number()
+    by_question = groupby(requests, key=lambda request: (request.task_name, request.doc_id))
+    own = [list(group) for _, group in by_question][rank::processes]
+    # the harness fails on no request
+    given = ask([*chain.from_iterable(own)], disable_tqdm=quiet or rank > 0) if own else []
+    answers = iter(given)
+    parts = [[next(answers) for _ in group] for group in own]
+    return [*chain.from_iterable(in_order(parts))]
 
 
 def harness_version() -> str:

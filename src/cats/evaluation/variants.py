@@ -24,6 +24,7 @@ from cats.evaluation.traffic import mean_share, neuron_shares
 from cats.functional import keep_mask
 from cats.metrics import perplexity, perplexity_and_sparsity
 from cats.model import find_gated_mlps
+from cats.processes import in_order
 from cats.results import QUANTISED
 from cats.weights import QuantisedLinear
 
@@ -57,6 +58,9 @@ class Variant(ABC):
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         """Perplexity, and the share of the gated MLPs' weights that a token reads.
 
+        The processes of a ``torch.distributed`` group share the batches, and all of them get the
+        numbers of one process.
+
         Args:
             model: The dense model.
             batches: As for :func:`cats.metrics.perplexity`.
@@ -76,7 +80,7 @@ class Dense(Variant):
 
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         self.losses = []
-        return perplexity(model, batches, losses=self.losses), 1.0
+        return perplexity(model, batches, losses=self.losses, share=True), 1.0
 
 
 class Sparse(Variant):
@@ -104,7 +108,9 @@ class Sparse(Variant):
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         self.losses = []
         with self.on(model):
-            value, realized = perplexity_and_sparsity(model, batches, losses=self.losses)
+            value, realized = perplexity_and_sparsity(
+                model, batches, losses=self.losses, share=True
+            )
         self.dropped = sum(realized.values()) / len(realized)
         return value, mean_share(model, neuron_shares(model, realized))
 
@@ -190,9 +196,8 @@ class InputThresholds(Variant):
             "calibration_tokens": calibration_tokens,
             "thresholds": fingerprint.of_value(thresholds),
         }
-        # per layer: the share of kept inputs, summed over tokens, and the number of tokens
-        self._kept: dict[str, Tensor | float] = {}
-        self._tokens: dict[str, int] = {}
+        # per layer and batch: the share of kept inputs, summed over tokens, and their number
+        self._kept: dict[str, list[tuple[Tensor, int]]] = {}
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -205,15 +210,16 @@ class InputThresholds(Variant):
             yield model
 
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-        self._kept, self._tokens, self.losses = {}, {}, []
+        self._kept, self.losses = {}, []
         with self.on(model):
-            value = perplexity(model, batches, losses=self.losses)
+            value = perplexity(model, batches, losses=self.losses, share=True)
         shares = {}
         for mlp in find_gated_mlps(model, names=self.thresholds):
             read = 0.0
             for layer, matrix in mlp.matrices.items():
-                name = f"{mlp.name}.{layer}"
-                read += matrix.bytes * float(self._kept[name]) / self._tokens[name]
+                own = [(float(kept), n) for kept, n in self._kept.get(f"{mlp.name}.{layer}", [])]
+                kept, tokens = map(sum, zip(*in_order(own), strict=True))
+                read += matrix.bytes * kept / tokens
             shares[mlp.name] = read / mlp.bytes
         return value, mean_share(model, shares)
 
@@ -221,8 +227,8 @@ class InputThresholds(Variant):
         @torch.no_grad()
         def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             kept = keep_mask(args[0], threshold)
-            self._kept[name] = self._kept.get(name, 0.0) + kept.float().mean(-1).sum()
-            self._tokens[name] = self._tokens.get(name, 0) + kept[..., 0].numel()
+            share = kept.float().mean(-1).sum()
+            self._kept.setdefault(name, []).append((share, kept[..., 0].numel()))
             return args[0].masked_fill(~kept, 0), *args[1:]
 
         return drop

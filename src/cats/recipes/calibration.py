@@ -13,9 +13,9 @@ from cats.config import CatsConfig, check_target
 from cats.errors import ConfigError
 from cats.methods import get_method
 from cats.metrics import perplexity, perplexity_and_sparsity
+from cats.processes import rank_and_number
 from cats.recipes.counting import count
 from cats.recipes.max_loss import largest_sparsity
-from cats.recipes.processes import rank_and_number
 from cats.recipes.progress import Progress
 
 _DEFAULT_TARGET = 0.5

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cats.calibration import Statistics, collect
 from cats.calibration.collection import block_hash
 from cats.errors import DataError
-from cats.recipes.processes import from_first_process, rank_and_number
+from cats.processes import from_first_process, rank_and_number
 from cats.recipes.progress import Progress
 
 # Batches per process between two saves.

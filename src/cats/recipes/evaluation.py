@@ -1,4 +1,8 @@
-"""The quality of a model and of its sparse form, side by side: perplexity or zero-shot tasks."""
+"""The quality of a model and of its sparse form, side by side: perplexity or zero-shot tasks.
+
+Under torchrun all processes call these functions with the same model and text. They share the
+batches and questions, and all get the numbers of one process; the first one writes the files.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from cats.evaluation.run import answer_tasks, check_same, measure_perplexity, te
 from cats.evaluation.run import results as results_of
 from cats.evaluation.variants import Variant
 from cats.metrics import perplexity, perplexity_and_sparsity
+from cats.processes import rank_and_number
 from cats.protocols import Tokenizer
 from cats.recipes.progress import Progress
 from cats.results import Perplexity, Result, TaskScore, read_results
@@ -54,11 +59,14 @@ def compare_perplexities(
     progress = progress or Progress()
     block = getattr(model.config, "cats", None)
     if block is None:
-        return Perplexities(dense=perplexity(model, progress.track(batches, "dense perplexity")))
-    sparse, realized = perplexity_and_sparsity(model, progress.track(batches, "sparse perplexity"))
+        dense = perplexity(model, progress.track(batches, "dense perplexity"), share=True)
+        return Perplexities(dense=dense)
+    sparse, realized = perplexity_and_sparsity(
+        model, progress.track(batches, "sparse perplexity"), share=True
+    )
     densify_(model)
     return Perplexities(
-        dense=perplexity(model, progress.track(batches, "dense perplexity")),
+        dense=perplexity(model, progress.track(batches, "dense perplexity"), share=True),
         sparse=sparse,
         method=block["method"],
         target_sparsity=block["target_sparsity"],
@@ -112,7 +120,7 @@ def measure_perplexities(
             dense_losses=dense_losses,
         )
         dense_losses = dense_losses or variant.losses
-        if variant.label in paths:
+        if variant.label in paths and rank_and_number()[0] == 0:
             write_results(paths[variant.label], [record])
         records.append(record)
     return records
