@@ -16,13 +16,14 @@ from cats.decode.rows.progress import Progress
 from cats.decode.rows.row import Row, Ticket
 from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
-from cats.errors import UnsupportedModelError
+from cats.errors import BackendError, UnsupportedModelError
 from tests.decode.test_stream import GREEDY, head_sizes
 from tests.models import FAMILIES, make_ids, make_model
 from tests.ops.emulator import needs_emulator
 
 pytestmark = needs_emulator
 CAPACITY = 64
+ENDLESS = dict(eos_token_id=None)
 # By how much logits may differ, as a share: the kernels round the input of each matrix.
 TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -283,6 +284,45 @@ def test_kernels_that_differ_from_the_model_are_refused(row_engine, monkeypatch)
     monkeypatch.setattr(row_engine, "embedding_scale", lambda *a: -scale(*a))
     with pytest.raises(UnsupportedModelError, match="differs from the model"):
         row_engine.StreamRows(model, 4, CAPACITY, rows=2)
+
+
+def test_sessions_run_the_kernels_where_they_are_asked_for(row_engine, monkeypatch):
+    from cats.decode.rows import engines
+
+    monkeypatch.setattr(engines, "stream_refusal", lambda device: None)
+    calls = []
+    choose = row_engine.KernelSteps.choose
+    monkeypatch.setattr(row_engine.KernelSteps, "choose", lambda *a: calls.append(1) or choose(*a))
+    model, _ = sparse_model(LlamaConfig)
+    prompts = [make_ids(1, length, seed=i)[0].tolist() for i, length in enumerate((9, 20))]
+    tokens = {}
+    for engine in ("modules", "stream"):
+        with cats.Sessions(model, rows=2, context=CAPACITY, engine=engine) as sessions:
+            opened = [sessions.open(prompt, max_new_tokens=4, **ENDLESS) for prompt in prompts]
+            tokens[engine] = [session.result(60).tokens for session in opened]
+        assert bool(calls) == (engine == "stream")
+    assert tokens["stream"] == tokens["modules"]
+    # in place, but not a tensor of inference mode, whose writes are not seen
+    down = model.model.layers[0].mlp.down_proj.weight
+    assert down.t().is_contiguous()
+    assert not down.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.float(), "float32"),
+        (lambda model: model.register_forward_hook(print), "forward hooks"),
+    ],
+)
+def test_sessions_say_why_kernels_cannot_run(row_engine, monkeypatch, change, reason):
+    from cats.decode.rows import engines
+
+    monkeypatch.setattr(engines, "stream_refusal", lambda device: None)
+    model, _ = sparse_model(LlamaConfig)
+    change(model)
+    with pytest.raises(BackendError, match=f"stream cannot run rows of this model: .*{reason}"):
+        cats.Sessions(model, rows=2, context=CAPACITY, engine="stream")
 
 
 def test_more_rows_than_kernels_take_are_refused(row_engine):

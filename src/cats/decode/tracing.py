@@ -7,6 +7,7 @@ that stores a tensor in its module would leave a fake one there.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,13 @@ class Exclusion:
         self._running = 0
         self._tracer: int | None = None
         self._inside = threading.local()
+
+    def begin_anew(self) -> None:
+        """Forget the other threads, which a forked process does not have."""
+        self.waiting, self._free = 0, threading.Condition()
+        self._running = getattr(self._inside, "depth", 0)
+        if self._tracer != threading.get_ident():
+            self._tracer = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -98,6 +106,9 @@ class Exclusion:
 
 
 exclusion = Exclusion()
+# what the other threads held, nobody would give back
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=exclusion.begin_anew)
 
 
 def shadow_of(model: nn.Module, *, copied_bytes: int = 0) -> nn.Module:

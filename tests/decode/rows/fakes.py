@@ -27,13 +27,14 @@ class FakeEngine:
         self.lines, self.capacity, self.lag = lines, capacity, lag
         self.per_token, self.per_step = per_token, per_step
         self.now, self.log, self.broken = 0.0, [], set()
+        self.freed = False
 
     def prefill(self, row, count):
         first = int(row.prompt[0])
         self.log.append(("prefill", first, row.done, count))
-        self.now += count * self.per_token
         if first in self.broken:
             raise ValueError("broken prompt")
+        self.now += count * self.per_token
         return self._next([row]) if row.done + count == len(row.prompt) else None
 
     def step(self, rows):
@@ -46,6 +47,7 @@ class FakeEngine:
 
     def counted_step(self, row):
         self.log.append(("counted", int(row.prompt[0])))
+        self.now += self.per_step
         if int(row.prompt[0]) in self.broken:
             raise ValueError("broken step")
         return self._next([row]), 0.5
@@ -56,10 +58,19 @@ class FakeEngine:
     def clear(self, line, start, stop):
         pass
 
+    def forget(self):
+        self.log.append(("forget",))
+
+    def free(self):
+        self.freed = True
+
     def synchronize(self):
         pass
 
     def _next(self, rows):
+        for row in rows:
+            if row.choice.options.processors is not None:
+                row.choice.token(torch.zeros(1, 8))
         return torch.tensor([row.position + 1 for row in rows])
 
 
@@ -92,7 +103,7 @@ class Driven:
             **changes,
         )
 
-    def open(self, prompt, new=4, *, count_reads=False, **changes):
+    def open(self, prompt, new=4, *, count_reads=False, on_change=None, **changes):
         ids = torch.tensor([prompt])
         request = Request(
             ids=ids,
@@ -101,12 +112,14 @@ class Driven:
             extras={},
             tokenizer=None,
         )
-        progress = Progress()
+        progress = Progress(on_change)
         self.inbox.put(Ticket(request, progress, count_reads=count_reads))
         return progress
 
     def turn(self, count=1):
         for _ in range(count):
+            # it would wait for ever
+            assert self.scheduler.is_busy() or not self.inbox._queue.empty(), "nothing to do"
             self.scheduler.turn()
 
     def finish(self, *sessions):

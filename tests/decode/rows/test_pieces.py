@@ -30,6 +30,13 @@ def test_a_short_prompt_does_not_change_the_size_of_long_pieces():
     assert sizes.size == size
 
 
+def test_a_piece_that_runs_alone_is_larger_and_one_with_less_time_smaller():
+    sizes = PieceSizes(0.05)
+    sizes.took(100, 0.04)
+    assert (sizes.size, sizes.alone, sizes.within(0.5)) == (100, 2000, 50)
+    assert sizes.within(-1) == 8
+
+
 def test_pieces_are_never_empty():
     sizes = PieceSizes(0.05)
     sizes.took(8, 100.0)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from cats.errors import BackendError, ConfigError
+from cats.errors import BackendError, ConfigError, UnsupportedModelError
 from tests.decode.rows.fakes import Driven, FakeEngine, expected
 
 
@@ -161,6 +161,133 @@ def test_a_criterion_that_raises_ends_only_its_session():
     assert good.reason == "length"
 
 
+class Processor:
+    """Takes the scores as they are, and raises at a length, as one that knows no such text."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def begin(self, ids, mask):
+        self.count = ids.shape[1]
+
+    def scores(self, logits):
+        if self.count == self.length:
+            raise KeyError(self.length)
+        return logits
+
+    def add(self, tokens):
+        self.count += 1
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_raised_after_the_end_of_a_session_does_not_count(lag):
+    driven = Driven(FakeEngine(lag=lag))
+    # the token 5 is chosen from 4 tokens, and ends the session
+    session = driven.open([1, 2, 3], new=9, eos_token_ids=(4,), processors=Processor(5))
+    driven.finish(session)
+    assert (session.reason, session.tokens) == ("stop", [3, 4])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_an_error_comes_after_the_tokens_before_it(lag):
+    driven = Driven(FakeEngine(lag=lag))
+    session = driven.open([1, 2, 3], new=9, processors=Processor(6))
+    driven.finish(session)
+    assert (session.reason, session.tokens) == ("error", [3, 4, 5])
+
+
+def test_a_step_that_fails_after_the_end_of_a_session_does_not_count():
+    driven = Driven(FakeEngine(lag=1))
+    session = driven.open([1, 2, 3], new=9, eos_token_ids=(4,))
+    driven.turn()  # has chosen 3 and 4, and the host has read 3
+    driven.engine.broken.add(1)
+    driven.finish(session)
+    assert (session.reason, session.tokens) == ("stop", [3, 4])
+
+
+def test_steps_run_the_lines_in_order():
+    driven = Driven(FakeEngine(lines=3), rows=3)
+    sessions = [driven.open([i], new=9 if i else 3) for i in range(3)]
+    driven.finish(sessions[0])
+    sessions.append(driven.open([5]))  # gets the line of the first
+    driven.finish(*sessions)
+    assert (5, 1, 2) in steps(driven.engine.log)
+    assert (1, 2, 5) not in steps(driven.engine.log)
+
+
+def test_what_on_change_raises_ends_its_own_session_only():
+    def on_change():
+        raise RuntimeError("Event loop is closed")
+
+    driven = Driven(FakeEngine())
+    good = driven.open([1], new=9)
+    bad = driven.open([2], new=9, on_change=on_change)
+    waiting = driven.open([3], on_change=on_change)
+    driven.finish(good, bad)
+    assert (good.reason, bad.reason) == ("length", "error")
+    assert str(bad.error) == "Event loop is closed"
+    driven.inbox.close()
+    driven.scheduler.run()
+    assert waiting.reason is not None
+
+
+# --- waiting
+
+
+def test_prompts_that_fail_do_not_make_pieces_longer():
+    engine = FakeEngine(capacity=4000, lines=2)
+    driven = Driven(engine, rows=2)
+    engine.broken.add(7)
+    for length in (10, 30, 100, 300, 1000, 3000):
+        driven.finish(driven.open([7] * length))
+    running = driven.open([1], new=400)
+    driven.turn()
+    long = driven.open([2] * 3000, new=2)
+    while not long.tokens:
+        start, before = engine.now, len(running.tokens)
+        driven.turn()
+        assert engine.now - start <= 0.05 + engine.per_step
+        assert len(running.tokens) == before + 1
+
+
+def test_sessions_that_come_together_are_admitted_within_the_bound():
+    class Slow(FakeEngine):
+        def clear(self, line, start, stop):
+            self.now += 0.01
+
+    engine = Slow(lines=16)
+    driven = Driven(engine, rows=16)
+    running = driven.open([1], new=60)
+    driven.turn()
+    sessions = [driven.open([i + 2], new=2) for i in range(15)]
+    while not all(session.tokens for session in sessions):
+        start, before = engine.now, len(running.tokens)
+        driven.turn()
+        assert engine.now - start <= 0.05 + engine.per_step + 0.01
+        assert len(running.tokens) == before + 1
+
+
+def test_the_model_is_compared_once_for_all_sessions_that_come_together():
+    asked = []
+    driven = Driven(FakeEngine(lines=16), rows=16, change=lambda: asked.append(1))
+    for i in range(16):
+        driven.open([i])
+    driven.turn()
+    assert len(asked) == 1
+
+
+def test_a_long_prompt_delays_a_short_one_that_comes_later_by_one_second_at_most():
+    engine = FakeEngine(capacity=9000)
+    driven = Driven(engine)
+    driven.finish(driven.open([9] * 100, new=1))
+    driven.open([1] * 8000)
+    driven.turn(5)
+    start, short = engine.now, driven.open([2] * 8)
+    while not short.tokens:
+        driven.turn()
+    assert engine.now - start < 1
+
+
 # --- prefixes
 
 
@@ -224,13 +351,60 @@ def test_a_session_that_waits_for_anothers_beginning_runs_if_that_one_fails():
 
 def test_after_a_change_of_the_model_nothing_is_reused():
     changes = []
-    driven = Driven(FakeEngine(capacity=200), has_changed=lambda: bool(changes and changes.pop()))
+    driven = Driven(FakeEngine(capacity=200), change=lambda: changes.pop() if changes else None)
     prompt = [*range(1, 40)]
     driven.finish(driven.open(prompt))
-    changes.append(True)
+    changes.append("content")
     again = driven.open(prompt)
     driven.finish(again)
     assert again.reused == 0
+
+
+def test_a_change_of_structure_makes_another_engine_once_the_rows_have_ended():
+    changes, engines = [], []
+
+    def make_engine():
+        assert driven.engine.freed  # two caches at a time may not fit
+        engines.append(FakeEngine(lines=2, capacity=200))
+        return engines[-1]
+
+    driven = Driven(
+        FakeEngine(capacity=200),
+        change=lambda: changes.pop() if changes else None,
+        make_engine=make_engine,
+    )
+    prompt = [*range(1, 40)]
+    running = driven.open(prompt, new=9)
+    driven.turn(2)
+    changes.append("structure")
+    later = driven.open(prompt)
+    driven.turn()
+    assert (running.reason, later.tokens, engines) == (None, [], [])
+    assert ("forget",) in driven.engine.log
+    driven.finish(running, later)
+    assert (later.tokens, later.reused) == (expected(prompt), 0)
+    assert prefills(engines[0].log)
+    assert ("step", 1) in driven.engine.log
+
+
+def test_a_model_that_no_engine_takes_any_more_ends_sessions_with_the_reason():
+    def make_engine():
+        if wrong:
+            raise UnsupportedModelError(wrong[0])
+        return FakeEngine()
+
+    changes, wrong = ["structure"], ["it has other layers now"]
+    driven = Driven(
+        FakeEngine(), change=lambda: changes.pop() if changes else None, make_engine=make_engine
+    )
+    first, second = driven.open([1]), driven.open([2])
+    driven.finish(first, second)
+    assert (first.reason, second.reason) == ("error", "error")
+    assert "other layers" in str(first.error)
+    wrong.clear()
+    third = driven.open([3])
+    driven.finish(third)
+    assert third.tokens == expected([3])
 
 
 # --- the end
@@ -284,3 +458,26 @@ def test_a_counted_step_that_fails_ends_only_its_own_session():
     driven.engine.broken.add(1)
     driven.finish(counting, other)
     assert (counting.reason, other.reason) == ("error", "length")
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_at_most_one_row_is_counted_in_a_step_and_each_gets_its_turn(lag):
+    engine = FakeEngine(lines=16, capacity=200, lag=lag)
+    driven = Driven(engine, rows=16)
+    old = driven.open([99], new=90, count_reads=True)
+    driven.turn(3)
+    sessions = [driven.open([i], new=60, count_reads=True) for i in range(12)]
+    while not all(session.reason for session in sessions):
+        engine.log.clear()
+        driven.turn()
+        assert [entry[0] for entry in engine.log].count("counted") <= 1
+    assert all(len(session.reads) >= 3 for session in (old, *sessions))
+
+
+def test_an_idle_scheduler_keeps_nothing_of_ended_sessions():
+    driven = Driven(FakeEngine(lag=1))
+    session = driven.open([1], new=9, eos_token_ids=(2,))
+    driven.finish(session)
+    driven.inbox.close()
+    driven.turn()
+    assert not driven.scheduler._unread

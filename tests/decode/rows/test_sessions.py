@@ -1,7 +1,9 @@
 """Sessions as their users see them: texts, tokens, ends, errors, threads."""
 
 import gc
+import os
 import threading
+import time
 import weakref
 
 import pytest
@@ -10,7 +12,13 @@ from transformers import LlamaConfig
 
 import cats
 from cats.decode.rows.cache import RowCache
-from cats.errors import ConfigError, DataError, LogitsError, UnsupportedModelError
+from cats.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    LogitsError,
+    UnsupportedModelError,
+)
 from cats.metrics import DroppedNeurons
 from cats.model.traffic import token_bytes
 from tests.models import VOCABULARY, logits, make_ids, make_model, make_tokenizer
@@ -195,7 +203,83 @@ def test_a_kept_error_does_not_keep_the_cache(llama):
     del session, sessions
     gc.collect()
     assert kept is not None
-    assert not [o for o in gc.get_objects() if type(o) is RowCache and o.capacity == 61]
+    assert not buffers_of(61)
+
+
+def buffers_of(capacity):
+    """Keys and values of lines with so many slots."""
+    caches = [o for o in gc.get_objects() if type(o) is RowCache and o.capacity == capacity]
+    return [buffer for cache in caches for buffer in cache.buffers()]
+
+
+def freed(gone):
+    """Whether an object goes soon: the thread of its sessions may still be in a function."""
+    deadline = time.monotonic() + 10
+    while gone() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    return gone() is None
+
+
+def test_what_an_error_was_raised_from_does_not_keep_the_cache():
+    def broken(module, arguments, options):
+        if arguments[0].shape[1] > 1:
+            return  # a prompt, which has another cache
+        try:
+            raise KeyError
+        except KeyError as error:
+            # a frame that holds the cache, and is none of those that raise the second error
+            holds(error, options)
+            raise ValueError("held") from error
+
+    def holds(error, options):
+        try:
+            cache = options
+            raise ZeroDivisionError
+        except ZeroDivisionError as second:
+            assert cache
+            error.__context__ = second
+
+    model = make_model(LlamaConfig)
+    sessions = cats.Sessions(model, rows=2, context=67)
+    model.model.layers[1].register_forward_pre_hook(broken, with_kwargs=True)
+    session = sessions.open([1, 2, 3])
+    with pytest.raises(ValueError, match="held") as kept:
+        session.result(10)
+    sessions.close()
+    del session, sessions
+    gc.collect()
+    assert kept is not None
+    assert not buffers_of(67)
+
+
+def test_a_callback_keeps_its_sessions_alive(llama):
+    tokens, done = [], threading.Event()
+
+    def callback(token):
+        tokens.append(token)
+        if len(tokens) == 20:
+            done.set()
+
+    cats.Sessions(llama, rows=2, context=64).open(
+        [1, 2], max_new_tokens=20, callback=callback, **ENDLESS
+    )
+    gc.collect()
+    assert done.wait(10)
+
+
+def test_a_garbage_collection_does_not_wait_for_the_sessions_that_it_ends(llama):
+    from cats.decode.tracing import exclusion
+
+    sessions = cats.Sessions(llama, rows=2, context=256)
+    session = sessions.open([1], max_new_tokens=250, **ENDLESS)
+    next(session.tokens())
+    thread = sessions._thread
+    with exclusion._free:  # private: a lock that a step needs
+        del sessions, session
+        gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_session_that_raised_is_freed(llama):
@@ -208,8 +292,7 @@ def test_a_session_that_raised_is_freed(llama):
         with pytest.raises(KeyError):
             session.result(10)
         del session
-        gc.collect()
-        assert gone() is None
+        assert freed(gone)
 
 
 # --- errors
@@ -296,6 +379,39 @@ def test_a_model_that_raises_for_one_text_harms_no_other_session():
         assert good.result(10).reason == "length"
 
 
+def test_slots_that_a_failed_pass_has_written_reach_no_later_session():
+    model = make_model(LlamaConfig)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[77] = torch.nan
+
+    def refuse(module, arguments):
+        if arguments[0].isnan().any():
+            raise ArithmeticError("NaN")
+
+    # the first layer has written its keys and values then
+    model.model.layers[1].register_forward_pre_hook(refuse)
+    with cats.Sessions(model, rows=2, context=64) as sessions:
+        for prompt in ([5] * 10 + [77], [5]):
+            call = dict(logits_processor=[only(77)]) if len(prompt) == 1 else {}
+            with pytest.raises(ArithmeticError):
+                sessions.open(prompt, max_new_tokens=5, **call, **ENDLESS).result(10)
+        opened = {
+            length: sessions.open([9] * length, max_new_tokens=20, **ENDLESS) for length in (2, 30)
+        }
+        for length, session in opened.items():
+            tokens = list(session.result(10).tokens)
+            assert tokens == alone(model, [9] * length, max_new_tokens=20, **ENDLESS)
+
+
+def only(token):
+    def processor(ids, scores):
+        scores[:] = -torch.inf
+        scores[:, token] = 0
+        return scores
+
+    return processor
+
+
 # --- refusals
 
 
@@ -339,11 +455,18 @@ def test_text_without_a_tokenizer_is_refused(llama):
         (dict(context=513), "up to the model's, 512"),
         (dict(context=100, cache_tokens=99), "cache_tokens=99 holds no session of context=100"),
         (dict(longest_wait=0), "positive longest_wait"),
+        (dict(engine="eager"), "engine must be one of modules, stream; got 'eager'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(llama, arguments, message):
     with pytest.raises(ConfigError, match=message):
         cats.Sessions(llama, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_engine_stream_is_refused_without_a_gpu(llama):
+    with pytest.raises(BackendError, match="engine stream cannot run rows of this model: "):
+        cats.Sessions(llama, rows=2, context=64, engine="stream")
 
 
 def test_something_else_than_a_model_is_refused():
@@ -396,6 +519,76 @@ def test_a_written_weight_is_seen_and_nothing_old_is_reused():
     assert list(answer.tokens) == alone(model, prompt, max_new_tokens=5, **ENDLESS)
 
 
+def test_what_a_hook_has_changed_is_seen_and_nothing_old_is_reused():
+    model, scale = make_model(LlamaConfig), [1.0]
+    model.model.layers[0].register_forward_hook(lambda m, a, output: output * scale[0])
+    prompt = make_ids(1, 40)[0].tolist()
+    with cats.Sessions(model, rows=2, context=64) as sessions:
+        sessions.open(prompt, max_new_tokens=5, **ENDLESS).result(10)
+        scale[0] = -2.0
+        answer = sessions.open(prompt, max_new_tokens=5, **ENDLESS).result(10)
+        assert answer.reused_tokens == 0
+        assert list(answer.tokens) == alone(model, prompt, max_new_tokens=5, **ENDLESS)
+
+
+@pytest.mark.parametrize("change", ["attention", "dtype", "sparse"])
+def test_a_change_of_the_models_structure_is_followed(change):
+    model = make_model(LlamaConfig)
+    prompts = [make_ids(1, length)[0].tolist() for length in (3, 40)]
+    with cats.Sessions(model, rows=2, context=64) as sessions:
+        [sessions.open(prompt, max_new_tokens=5, **ENDLESS).result(10) for prompt in prompts]
+        if change == "attention":
+            model.set_attn_implementation("eager")
+        elif change == "dtype":
+            model.double()
+        else:
+            cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=0.7))
+        opened = [sessions.open(prompt, max_new_tokens=20, **ENDLESS) for prompt in prompts]
+        for prompt, session in zip(prompts, opened, strict=True):
+            expected = alone(model, prompt, max_new_tokens=20, **ENDLESS)
+            assert list(session.result(20).tokens) == expected
+
+
+def test_a_change_that_no_rows_take_is_an_error_of_the_next_sessions():
+    model = make_model(LlamaConfig)
+    with cats.Sessions(model, rows=2, context=64) as sessions:
+        sessions.open([1], max_new_tokens=2).result(10)
+        inner = model.model.layers[0].self_attn
+        model.model.layers[0].self_attn = Forgetful(inner)
+        with pytest.raises(UnsupportedModelError):
+            sessions.open([1], max_new_tokens=2).result(10)
+        model.model.layers[0].self_attn = inner
+        assert sessions.open([1], max_new_tokens=2, **ENDLESS).result(10).reason == "length"
+
+
+class Forgetful(torch.nn.Module):
+    """Attention that sees no earlier token, and so needs no cache."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states, None
+
+
+def test_a_cache_for_which_there_is_no_memory_is_refused_with_its_size(llama):
+    with pytest.raises(BackendError, match=r"70,368,744,177,664 tokens, which takes .* GiB"):
+        cats.Sessions(llama, rows=2**40, context=64)
+
+
+def test_rows_in_bfloat16_choose_what_single_rows_find_likely():
+    model = make_model(LlamaConfig, hidden_size=64, head_dim=32).to(torch.bfloat16)
+    prompts = [make_ids(1, length, length)[0].tolist() for length in (2, 9, 40, 41, 5)]
+    with cats.Sessions(model, rows=5, context=64) as sessions:
+        opened = [sessions.open(prompt, max_new_tokens=20, **ENDLESS) for prompt in prompts]
+        for prompt, session in zip(prompts, opened, strict=True):
+            tokens = list(session.result(20).tokens)
+            scores = logits(model, torch.tensor([prompt + tokens]))[0].float()[len(prompt) - 1 : -1]
+            chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            assert (scores.amax(1) - chosen).max() < 0.1 * scores.std()
+
+
 # --- threads
 
 
@@ -421,6 +614,37 @@ def test_a_decoder_of_the_same_model_may_run_meanwhile(sessions, llama):
     expected = alone(llama, [7, 8], max_new_tokens=30, **ENDLESS)
     assert alone(llama, [7, 8], max_new_tokens=30, **ENDLESS) == expected
     assert list(session.result(20).tokens) == alone(llama, [1, 2], max_new_tokens=100, **ENDLESS)
+
+
+def test_greedy_sessions_leave_torchs_generator_as_it_is(sessions):
+    state = torch.get_rng_state()
+    sessions.open([1, 2], max_new_tokens=2).result(10)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_forked_process_is_told_to_make_its_own(sessions):
+    session = sessions.open([1, 2], max_new_tokens=120, **ENDLESS)
+    next(session.tokens())
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            sessions.open([1])
+        except BackendError:
+            sessions.close()
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 20
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if status == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert status == (child, 0)
+    assert session.result(10).reason == "length"
 
 
 # --- models whose rows cannot run together

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
@@ -21,29 +22,50 @@ class OneByOne:
         self._session = Session(model, config, "auto")
         self._turns = Turns()
         self._inbox = inbox
+        self._waiting: list[Ticket] = []
+        self._open = True
 
     def run(self) -> None:
         """Serve until the inbox is closed; this is all that a thread does."""
-        waiting: list[Ticket] = []
-        while (new := self._inbox.take(block=not waiting)) is not None:
-            waiting += new
-            self._answer(waiting.pop(0))
-        self._inbox.end()
-        for ticket in waiting:
-            ticket.progress.end("cancelled")
+        failure: BaseException | None = None
+        try:
+            while self._open:
+                if self._waiting:
+                    self._answer(self._waiting.pop(0))
+                self._take_new(block=not self._waiting)
+        except BaseException as error:  # all sessions raise it, and so does the next open()
+            failure = error
+        self._inbox.end(failure)
+        for ticket in self._waiting:
+            ticket.progress.end("cancelled", failure)
         self._session.close()
+
+    def _take_new(self, *, block: bool) -> None:
+        """Take in new sessions, and end those that were cancelled."""
+        if not self._open:
+            return
+        new = self._inbox.take(block=block)
+        self._open = new is not None
+        self._waiting += new or ()
+        for ticket in [t for t in self._waiting if t.progress.cancelled]:
+            self._waiting.remove(ticket)
+            ticket.progress.end("cancelled")
 
     def _answer(self, ticket: Ticket) -> None:
         progress = ticket.progress
-        if progress.cancelled:
-            progress.end("cancelled")
-            return
+        options = replace(ticket.request.options, seed=ticket.seed)
+        request = replace(ticket.request, options=options)
         try:
             with self._turns.take() as turn:
-                for tokens in self._session.answer(ticket.request, turn):
+                for tokens in self._session.answer(request, turn):
                     progress.add(int(tokens[0]))
-                    if progress.cancelled:
+                    self._take_new(block=False)
+                    if progress.cancelled or not self._open:
                         break
-            progress.end("cancelled" if progress.cancelled else self._session.reasons[0])
+            cancelled = progress.cancelled or not self._open
+            progress.end("cancelled" if cancelled else self._session.reasons[0])
         except Exception as error:  # options, the user's own code, or the model
             progress.end("error", error)
+        except BaseException as error:
+            progress.end("error", error)
+            raise

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from cats.errors import BackendError
 
 
 class RowLayer(CacheLayerMixin):
@@ -72,12 +75,23 @@ class RowCache(Cache):
             samples: Keys and values of each layer in turn, ``[1, heads, any, head_dim]``.
             lines: How many lines.
             capacity: Slots of each.
+
+        Raises:
+            BackendError: If there is not so much memory.
         """
         self.capacity, self.window = capacity, 0
         self.first: int | None = None
         self.lines = self.slots = torch.zeros(0, dtype=torch.int64)
         # zeros, since attention multiplies the values of slots that it does not see by 0
-        buffers = [t.new_zeros(lines, t.shape[1], capacity, t.shape[3]) for t in samples]
+        shapes = [(lines, t.shape[1], capacity, t.shape[3]) for t in samples]
+        try:
+            buffers = [t.new_zeros(shape) for t, shape in zip(samples, shapes, strict=True)]
+        except RuntimeError as error:
+            size = sum(prod(s) * t.itemsize for t, s in zip(samples, shapes, strict=True))
+            raise BackendError(
+                f"there is no memory for a cache of {lines * capacity:,} tokens, which takes "
+                f"{size / 2**30:,.1f} GiB: give fewer rows, a smaller context or cache_tokens"
+            ) from error
         pairs = zip(buffers[::2], buffers[1::2], strict=True)
         self.row_layers = [RowLayer(self, keys, values) for keys, values in pairs]
         super().__init__(layers=list(self.row_layers))
@@ -128,6 +142,11 @@ class RowCache(Cache):
         """Copy what some slots of a line hold to another line."""
         for buffer in self.buffers():
             buffer[target, :, slots] = buffer[source, :, slots]
+
+    def free(self) -> None:
+        """Drop the buffers."""
+        for layer in self.row_layers:
+            layer.keys = layer.values = None
 
     def clear(self, line: int, slots: slice) -> None:
         """Zero some slots of a line: NaN in them would reach rows that do not even see them."""

@@ -18,8 +18,6 @@ class Choice:
     Attributes:
         options: Of the session.
         logprobs: Records the log probabilities of chosen tokens; None where nobody asked.
-        error: What choosing raised, in the session's own processors for example. The row's token
-            then means nothing.
     """
 
     def __init__(
@@ -45,7 +43,7 @@ class Choice:
         """
         self.options = options
         self.logprobs = None if logprobs is None else LogprobRecorder(logprobs)
-        self.error: Exception | None = None
+        self._error: Exception | None = None
         self._seen: Tensor | None = None
         if options.sampling.repetition_penalty != 1:
             self._seen = torch.zeros(1, vocabulary, dtype=torch.bool, device=ids.device)
@@ -71,8 +69,16 @@ class Choice:
         try:
             return self._token(logits)
         except Exception as error:  # the user's code may raise anything; only this row ends
-            self.error = error
+            self._error = error
             return torch.zeros(1, dtype=torch.int64, device=logits.device)
+
+    def take_error(self) -> Exception | None:
+        """What choosing the last token raised, in the session's own processors for example.
+
+        That token then means nothing.
+        """
+        error, self._error = self._error, None
+        return error
 
     def _token(self, logits: Tensor) -> Tensor:
         processors, sampling = self.options.processors, self.options.sampling

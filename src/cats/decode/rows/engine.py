@@ -55,5 +55,11 @@ class RowEngine(Protocol):
     def clear(self, line: int, start: int, stop: int) -> None:
         """Zero these slots of a line."""
 
+    def forget(self) -> None:
+        """The structure of the model has changed: what was made of it is of no use."""
+
+    def free(self) -> None:
+        """Free the cache; the engine is not used any more."""
+
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from queue import Empty, SimpleQueue
 
@@ -14,16 +15,23 @@ class Inbox:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Ticket | None] = SimpleQueue()
-        self._lock = threading.Lock()
+        # a garbage collection within one of these methods may call close()
+        self._lock = threading.RLock()
         self._closed = False
         self._failure: BaseException | None = None
+        self._process = os.getpid()
 
     def put(self, ticket: Ticket) -> None:
         """
         Raises:
             ConfigError: If nothing is taken in any more.
-            BackendError: If this is so because of an error.
+            BackendError: If this is so because of an error, or in a forked process.
         """
+        if self._process != os.getpid():
+            raise BackendError(
+                "the thread that runs these sessions is in the process that made them, and this "
+                "one was forked from it: make new ones with cats.Sessions"
+            )
         with self._lock:
             if self._failure is not None:
                 raise BackendError(
@@ -36,6 +44,9 @@ class Inbox:
 
     def close(self) -> None:
         """Take in nothing more; :meth:`take` ends."""
+        # locks of a forked process may be held by threads that it does not have
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._closed = True
             self._queue.put(None)

@@ -30,6 +30,10 @@ class Line:
         self._tokens = np.zeros(capacity, dtype=np.int64)
         self._count = 0
 
+    def writes(self, stop: int) -> None:
+        """Something is to be written into slots before ``stop``, even if it fails midway."""
+        self.written = max(self.written, stop)
+
     @property
     def tokens(self) -> Ids:
         """What its first slots hold: token ``p`` in slot ``p``."""

@@ -95,9 +95,12 @@ class ModuleRows:
         return token, share
 
     def forget(self) -> None:
-        """The structure of the model has changed: what was made of it is of no use."""
         self.traced.forget()
         self._reads = None
+
+    def free(self) -> None:
+        self.forget()
+        self.cache.free()
 
     @property
     def span(self) -> int | None:

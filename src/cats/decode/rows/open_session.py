@@ -66,10 +66,11 @@ class OpenSession:
         self._skip_special_tokens = skip_special_tokens
         if callback is not None:
             # in a thread of its own, so that a slow callback delays no other session
-            self._caller = threading.Thread(
-                target=_call, args=(callback, progress), name="cats callback", daemon=True
+            caller = threading.Thread(
+                target=_call, args=(callback, progress, owner), name="cats callback", daemon=True
             )
-            self._caller.start()
+            caller.start()
+            self._caller = caller
 
     @property
     def reason(self) -> str | None:
@@ -180,7 +181,8 @@ class OpenSession:
         return Detokenizer(self._tokenizer, skip_special_tokens=self._skip_special_tokens)
 
 
-def _call(callback: Callable[[int], object], progress: Progress) -> None:
+def _call(callback: Callable[[int], object], progress: Progress, owner: object) -> None:
+    # the owner must live as long as the callback: dropped, it would cancel the session
     try:
         for token in progress.read():
             callback(token)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 LARGEST = 2048
 _SMALLEST = 8
+# Where nobody waits for a next token, larger pieces take less time per token. They still end
+# soon, since new sessions and cancelled ones wait for them.
+_ALONE = 20
 # Share of the bound that is planned for: later tokens see more earlier ones, and take longer.
 _PLANNED = 0.8
 _GROWTH = 2
@@ -23,6 +26,15 @@ class PieceSizes:
         """
         self.size = _SMALLEST
         self._longest_wait = longest_wait
+
+    @property
+    def alone(self) -> int:
+        """Tokens to run next where nothing else runs."""
+        return min(_ALONE * self.size, LARGEST)
+
+    def within(self, share: float) -> int:
+        """Tokens to run next in what is left of the bound."""
+        return max(int(self.size * share), _SMALLEST)
 
     def took(self, tokens: int, seconds: float) -> None:
         """Learn from a piece that has run.

@@ -28,7 +28,7 @@ class Progress:
         """
         Args:
             on_change: Called after each token and at the end, by the thread that writes, so it must
-                be fast and must not raise.
+                be fast. If it raises, the session ends with this error.
         """
         self.tokens: list[int] = []
         self.reason: str | None = None
@@ -47,8 +47,7 @@ class Progress:
                 self.logprobs.append(logprobs)
             self.tokens.append(token)
             self._changed.notify_all()
-        if self._on_change is not None:
-            self._on_change()
+        self._tell()
 
     def end(self, reason: str, error: BaseException | None = None) -> None:
         """No token follows. The first error counts."""
@@ -56,8 +55,7 @@ class Progress:
             self.error = self.error or error
             self.reason = reason if self.error is None else "error"
             self._changed.notify_all()
-        if self._on_change is not None:
-            self._on_change()
+        self._tell()
 
     def blame(self, error: BaseException) -> None:
         """End the session with an error of a thread that reads it."""
@@ -66,6 +64,15 @@ class Progress:
             if self.reason is not None:
                 self.reason = "error"
         self.cancelled = True
+
+    def _tell(self) -> None:
+        if self._on_change is None:
+            return
+        try:
+            self._on_change()
+        except Exception as error:  # such as that of an event loop which was closed
+            self._on_change = None
+            self.blame(error)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether the session has ended after at most ``timeout`` seconds."""

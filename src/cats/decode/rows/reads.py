@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from torch import Tensor, nn
 
+from cats.decode.rows.row import Row
 from cats.decode.tracing import exclusion, shadow_of
 from cats.fusion import take_out_
 from cats.model import CatsActivation, find_gated_mlps
@@ -57,3 +58,10 @@ class ReadCounter:
             logits = forward(self.model)
         saved = sum(self._savings[name] * float(d.float().mean()) for name, d in dropped.items())
         return logits, 1 - saved
+
+
+def most_overdue(rows: Sequence[Row]) -> Row | None:
+    """The row whose reads are to be counted: one per step, since it delays all others."""
+    due = [(row.started - row.counts_at, row) for row in rows if row.counts_at is not None]
+    overdue, row = max(due, key=lambda pair: pair[0], default=(-1, None))
+    return row if overdue >= 0 else None

@@ -43,7 +43,10 @@ class Ticket:
         self.logprobs, self.count_reads = logprobs, count_reads
         self.stops = stops_of(request.options, request.tokenizer, request.ids, request.mask)
         seed = request.options.seed
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        if seed is None:
+            # as in a decoder, greedy sessions leave torch's own generator as it is
+            seed = int(torch.randint(2**62, ())) if request.options.sampling.do_sample else 0
+        self.seed = seed
         self.prompt: Ids = request.ids[0].cpu().numpy()
 
 
@@ -60,7 +63,8 @@ class Row:
         limit: How many tokens are chosen at most.
         choice: How tokens are chosen.
         progress: Where they go.
-        count_reads: Whether the share of weights that tokens read is counted.
+        counts_at: The number of chosen tokens from which on the share of weights that a token
+            reads is counted; None where it is not.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class Row:
         self.done = self.started = 0
         self.limit = options.max_new_tokens
         self.progress = ticket.progress
-        self.count_reads = ticket.count_reads
+        self.counts_at = 1 if ticket.count_reads else None
         self.choice = Choice(
             self.ids, options, vocabulary, seed=ticket.seed, logprobs=ticket.logprobs
         )
@@ -93,21 +97,18 @@ class Row:
         """The first ``done`` tokens of the prompt are in the cache."""
         self.line.hold(self.done, self.prompt[self.done : done])
         self.done = done
-        self.line.written = max(self.line.written, done)
+        self.line.writes(done)
 
     def start(self) -> None:
         """A step has run the newest token, and chosen another."""
         self.started += 1
-        self.line.written = max(self.line.written, self.position)
 
     def take(self, token: int) -> str | None:
         """Pass on the next token; returns why the session ends with it, or None.
 
         Raises:
-            Exception: What chose the token, or asks whether it is the last, raises.
+            Exception: What asks whether it is the last raises.
         """
-        if self.choice.error is not None:
-            raise self.choice.error
         tokens = torch.tensor([token])
         if self.choice.options.sampling.do_sample:
             check_drawn(tokens)

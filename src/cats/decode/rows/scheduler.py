@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from traceback import walk_stack, walk_tb
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from cats.decode.rows.engine import RowEngine
+from cats.decode.rows.frames import forget_frames
 from cats.decode.rows.inbox import Inbox
-from cats.decode.rows.lines import Ids, Lines, common_length
-from cats.decode.rows.pieces import LARGEST, PieceSizes
-from cats.decode.rows.reads import EVERY
+from cats.decode.rows.lines import Lines
+from cats.decode.rows.pieces import PieceSizes
+from cats.decode.rows.prompts import borrow, take_turn
+from cats.decode.rows.reads import EVERY, most_overdue
 from cats.decode.rows.row import Row, Ticket
+from cats.decode.rows.unread import Unread
+from cats.decode.rows.watch import Change
 from cats.decode.tracing import exclusion
-
-# Copying slots costs some launches for each layer, and so does running a few tokens.
-_WORTH_COPYING = 16
 
 
 class Scheduler:
@@ -34,7 +34,8 @@ class Scheduler:
         rows: int,
         vocabulary: int,
         longest_wait: float,
-        has_changed: Callable[[], bool] = lambda: False,
+        change: Callable[[], Change | None] = lambda: None,
+        make_engine: Callable[[], RowEngine] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """
@@ -44,19 +45,21 @@ class Scheduler:
             rows: How many rows run together at most.
             vocabulary: Size of the vocabulary.
             longest_wait: Seconds that pieces of prompts may take between two steps.
-            has_changed: Asked before a session is admitted: whether the model has changed since
-                the last time.
+            change: Asked before sessions are admitted: what has changed of the model since the
+                last time.
+            make_engine: Makes another engine, for the model as it is then. None keeps the first.
             clock: Seconds, from any start.
         """
         self._engine, self._inbox = engine, inbox
         self._rows, self._vocabulary = rows, vocabulary
-        self._longest_wait, self._has_changed, self._clock = longest_wait, has_changed, clock
+        self._longest_wait, self._clock = longest_wait, clock
+        self._change, self._make_engine, self._outdated = change, make_engine, False
         self._lines = Lines(engine.lines, engine.capacity)
         self._sizes = PieceSizes(longest_wait)
         self._waiting: deque[Ticket] = deque()
         self._prefilling: list[Row] = []
         self._decoding: list[Row] = []
-        self._unread: deque[_Unread] = deque()
+        self._unread: deque[Unread] = deque()
         self._admitted = 0
 
     def run(self) -> None:
@@ -67,13 +70,15 @@ class Scheduler:
                 pass
         except BaseException as error:  # all sessions raise it, and so does the next open()
             failure = error
+            forget_frames(error)
         self._inbox.end(failure)
         for row in (*self._prefilling, *self._decoding):
             row.progress.end("cancelled", failure)
         for ticket in self._waiting:
             ticket.progress.end("cancelled", failure)
         # errors that users keep hold the frames that raised them, and so this object
-        del self._engine, self._has_changed, self._prefilling, self._decoding, self._unread
+        self._engine.free()
+        vars(self).clear()
 
     def turn(self) -> bool:
         """Take in what is new, admit, run pieces of prompts, and step once.
@@ -84,14 +89,19 @@ class Scheduler:
         if not self._take_new():
             return False
         with torch.inference_mode():
+            start = self._clock()
             self._leave_cancelled()
-            self._admit()
-            self._prefill()
+            self._admit(start)
+            self._prefill(start)
             self._step()
         return True
 
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._decoding)
+
     def _take_new(self) -> bool:
-        idle = not (self._waiting or self._prefilling or self._decoding)
+        if idle := not self.is_busy():
+            self._unread.clear()  # steps of rows that have ended, which would stay until the next
         tickets = self._inbox.take(block=idle)
         self._waiting.extend(tickets or ())
         return tickets is not None
@@ -104,20 +114,44 @@ class Scheduler:
             self._waiting.remove(ticket)
             ticket.progress.end("cancelled")
 
-    def _admit(self) -> None:
-        """Give lines to those who have waited longest."""
+    def _admit(self, start: float) -> None:
+        """Give lines to those who have waited longest, while the rows that decode may wait."""
+        asked = False
         while (
             self._waiting
             and len(self._prefilling) + len(self._decoding) < self._rows
             and self._lines.has_free()
         ):
-            ticket = self._waiting.popleft()
+            # each takes time, which is that of the pieces as well
+            if asked and self._decoding and self._clock() - start > self._longest_wait / 2:
+                return
+            ticket = self._waiting[0]
             try:
-                if self._has_changed():
-                    self._lines.forget()
+                if not asked and not self._follow_model():
+                    return
+                asked = True
                 self._prefilling.append(self._admitted_row(ticket))
             except Exception as error:  # its options, or the model as it is now
                 ticket.progress.end("error", error)
+            self._waiting.popleft()
+
+    def _follow_model(self) -> bool:
+        """See what has changed of the model; whether the engine is one for it as it is now."""
+        change = self._change()
+        if change is not None:
+            self._lines.forget()
+        if change == "structure":
+            self._engine.forget()
+            self._outdated = self._make_engine is not None
+        if self._outdated and not (self._prefilling or self._decoding):
+            assert self._make_engine is not None
+            self._unread.clear()
+            # the old cache goes before the new one comes
+            self._engine.free()
+            self._engine = self._make_engine()
+            self._lines = Lines(self._engine.lines, self._engine.capacity)
+            self._outdated = False
+        return not self._outdated
 
     def _admitted_row(self, ticket: Ticket) -> Row:
         line = self._lines.take(ticket.prompt)
@@ -139,58 +173,35 @@ class Scheduler:
 
     # --- prompts
 
-    def _prefill(self) -> None:
+    def _prefill(self, start: float) -> None:
         """Run pieces of prompts, for as long as the rows that decode may wait."""
-        start = now = self._clock()
+        begin = now = self._clock()
         alone, ran = not self._decoding, 0
-        left = LARGEST if alone else self._sizes.size
+        waited = 0.0 if alone else (now - start) / self._longest_wait
+        left = self._sizes.alone if alone else self._sizes.within(1 - waited)
         while left > 0 and (row := self._next_prompt()) is not None:
             count = min(left, len(row.prompt) - row.done)
-            piece_start = now
+            piece_start, before = now, row.done
             with self._ending(row):
                 self._run_piece(row, count)
-            left, ran = left - count, ran + count
+            # a piece that failed says nothing about how long one takes
+            left, ran = left - count, ran + row.done - before
             now = self._clock()
             # if another piece took as long, those who decode would wait too long
             if alone or now - start + (now - piece_start) > self._longest_wait:
                 break
         if ran:
-            self._sizes.took(ran, now - start)
+            self._sizes.took(ran, now - begin)
 
     def _next_prompt(self) -> Row | None:
-        """The row whose turn it is; prompts take turns."""
-        for row in list(self._prefilling):
-            if not self._waits_for_another(row):
-                self._prefilling.remove(row)
-                self._prefilling.append(row)
-                with self._ending(row):
-                    self._borrow(row)
-                    return row
+        while (row := take_turn(self._prefilling)) is not None:
+            with self._ending(row):
+                borrow(row, self._lines, self._engine)
+                return row
         return None
 
-    def _waits_for_another(self, row: Row) -> bool:
-        """Whether an older prompt begins in the same way and has not run so far yet."""
-        return any(
-            older.number < row.number
-            and older.line.stale == row.line.stale
-            and self._shared(older.prompt, row) >= max(row.done + _WORTH_COPYING, older.done + 1)
-            for older in self._prefilling
-        )
-
-    def _borrow(self, row: Row) -> None:
-        """Copy what another line holds of this prompt."""
-        line, _ = self._lines.longest(row.prompt)
-        shared = self._shared(line.tokens, row)
-        if not row.line.stale and shared >= row.done + _WORTH_COPYING:
-            self._engine.copy(line.index, row.line.index, row.done, shared)
-            row.progress.reused += shared - row.done
-            row.reached(shared)
-
-    def _shared(self, tokens: Ids, row: Row) -> int:
-        """How many tokens a row's prompt shares with others, its last one left out."""
-        return min(common_length(tokens, row.prompt), len(row.prompt) - 1)
-
     def _run_piece(self, row: Row, count: int) -> None:
+        row.line.writes(row.done + count)
         with exclusion.running():
             token = self._engine.prefill(row, count)
             self._engine.synchronize()
@@ -203,45 +214,69 @@ class Scheduler:
     # --- steps
 
     def _step(self) -> None:
+        # cached lines that follow each other are read without a copy
         rows = [row for row in self._decoding if row.started < row.limit]
-        counted = [row for row in rows if row.count_reads and row.started % EVERY == 1]
-        if together := [row for row in rows if row not in counted]:
+        rows.sort(key=lambda row: row.line.index)
+        counted = most_overdue(rows)
+        if together := [row for row in rows if row is not counted]:
             self._step_rows(together)
-        for row in counted:
-            self._counted_step(row)
-        while self._unread and (len(self._unread) > self._engine.lag or not rows):
-            for row, token in self._unread.popleft():
+        if counted is not None and counted.progress.reason is None:
+            self._counted_step(counted)
+        self._read(self._engine.lag if rows else 0)
+
+    def _read(self, most: int) -> None:
+        """Pass on tokens, until those of ``most`` steps are still on their way."""
+        while len(self._unread) > most:
+            for row, token, error in self._unread.popleft():
                 # another step may have been started before the host saw that the row has ended
-                if row.progress.reason is None:
-                    with self._ending(row):
-                        if (reason := row.take(token)) is not None:
-                            self._end(row, reason)
+                if row.progress.reason is not None:
+                    continue
+                with self._ending(row):
+                    if error is not None:
+                        raise error
+                    if (reason := row.take(token)) is not None:
+                        self._end(row, reason)
 
     def _step_rows(self, rows: Sequence[Row]) -> None:
         """One step. If it fails, each row runs by itself, so that only the guilty ones end."""
+        for row in rows:
+            row.line.writes(row.position + 1)
         try:
             with exclusion.running():
                 tokens = self._engine.step(rows)
         except Exception as error:  # whatever a model raises
             if len(rows) == 1:
-                self._end(rows[0], "error", error)
+                self._fail(rows[0], error)
                 return
+            self._read(0)
             for row in rows:
-                self._step_rows([row])
+                if row.progress.reason is None:
+                    self._step_rows([row])
         else:
             self._started(rows, tokens)
 
     def _counted_step(self, row: Row) -> None:
-        with self._ending(row):
+        row.line.writes(row.position + 1)
+        try:
             with exclusion.running():
                 token, share = self._engine.counted_step(row)
-            row.progress.reads.append((row.started + 1, share))
-            self._started([row], token)
+        except Exception as error:  # as above
+            self._fail(row, error)
+            return
+        row.counts_at = row.started + EVERY
+        row.progress.reads.append((row.started + 1, share))
+        self._started([row], token)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        """End a row whose step has failed, unless a token that is still unread ends it."""
+        self._read(0)
+        if row.progress.reason is None:
+            self._end(row, "error", error)
 
     def _started(self, rows: Sequence[Row], tokens: Tensor) -> None:
         for row in rows:
             row.start()
-        self._unread.append(_Unread(rows, tokens))
+        self._unread.append(Unread(rows, tokens))
 
     # --- ends
 
@@ -259,34 +294,5 @@ class Scheduler:
                 rows.remove(row)
         self._lines.give_back(row.line)
         if error is not None:
-            _forget_frames(error)
+            forget_frames(error)
         row.progress.end(reason, error)
-
-
-def _forget_frames(error: Exception) -> None:
-    """Clear the frames that an error holds: a user who keeps it would keep the whole cache."""
-    for frame, _ in walk_tb(error.__traceback__):
-        for caller, _ in walk_stack(frame):
-            with suppress(RuntimeError):  # it still runs
-                caller.clear()
-
-
-class _Unread:
-    """The tokens of a step on their way to the host, while later steps run."""
-
-    def __init__(self, rows: Sequence[Row], tokens: Tensor) -> None:
-        self._rows = rows
-        self._event: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self._tokens = torch.empty_like(tokens, device="cpu", pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._tokens = tokens
-
-    def __iter__(self) -> Iterator[tuple[Row, int]]:
-        """Each row and its token, when they are there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return zip(self._rows, self._tokens.tolist(), strict=True)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
-from weakref import finalize, ref
+from weakref import finalize
 
 import torch
 from torch import nn
 
 from cats.decode.inputs import Prompts
-from cats.decode.marks import Marks
 from cats.decode.request import Request
+from cats.decode.rows import thread
 from cats.decode.rows.alone import OneByOne
-from cats.decode.rows.check import checked_rows
+from cats.decode.rows.engine import RowEngine
+from cats.decode.rows.engines import check_row_engine, make_row_engine
 from cats.decode.rows.inbox import Inbox
 from cats.decode.rows.open_session import OpenSession
 from cats.decode.rows.progress import Progress
 from cats.decode.rows.row import Ticket
 from cats.decode.rows.scheduler import Scheduler
-from cats.decode.runner import Runner, runner_of
+from cats.decode.rows.watch import Watch
 from cats.decode.state import device_of
 from cats.decode.tracing import casts
 from cats.decode.values import integer, number
@@ -31,8 +31,6 @@ from cats.errors import ConfigError, DataError, UnsupportedModelError
 from cats.protocols import ModelConfig, Tokenizer
 
 _DEFAULT_CONTEXT = 2048
-# The engine whose marks say when a model has changed.
-_ENGINE = "eager"
 
 
 class Sessions:
@@ -65,6 +63,7 @@ class Sessions:
         context: int | None = None,
         cache_tokens: int | None = None,
         longest_wait: float = 0.05,
+        engine: str = "modules",
     ) -> None:
         """
         Args:
@@ -78,10 +77,15 @@ class Sessions:
                 takes as many as ``rows`` sessions can need.
             longest_wait: Seconds for which pieces of new prompts may delay the next tokens of the
                 sessions that decode. A piece has at least 8 tokens, however long they take.
+            engine: What runs the steps. ``"modules"``: the modules of the model, on any device.
+                ``"stream"``: kernels that read each weight once for all rows, up to 16, on CUDA
+                with 16-bit weights. It has run in an emulator only, so it must be asked for. It
+                stores ``down`` of each MLP column by column, in place.
 
         Raises:
             ConfigError: If a number is out of range, or ``cache_tokens`` is less than ``context``.
             UnsupportedModelError: If the model does not cache plain keys and values.
+            BackendError: If ``stream`` cannot run the model, or there is no memory for the cache.
         """
         model = getattr(model, "_orig_mod", model)
         config: ModelConfig | None = getattr(model, "config", None)
@@ -102,6 +106,7 @@ class Sessions:
             )
         self.cache_tokens = lines * self.context
         self.rows = min(self.rows, lines)
+        check_row_engine(engine)
         wait = number("longest_wait", longest_wait)
         if not wait > 0:
             raise ConfigError(f"expected a positive longest_wait, got {wait}")
@@ -110,11 +115,11 @@ class Sessions:
         self._model, self._tokenizer = model, tokenizer
         self._inbox = Inbox()
         self.refusal: str | None = None
-        worker = self._make_worker(lines, wait)
-        self._thread = threading.Thread(target=worker.run, name="cats sessions", daemon=True)
-        # the thread knows the worker, not this object, which ends it when nobody refers to it
-        self._stop = finalize(self, _stop, self._inbox, self._thread)
-        self._thread.start()
+        worker = self._make_worker(engine, lines, wait)
+        # the thread knows the worker, not this object, which ends it when nobody refers to it; a
+        # garbage collection must not wait, since it may hold a lock that the thread needs
+        self._thread = thread.start(worker.run, self._inbox)
+        finalize(self, self._inbox.close).atexit = False
 
     def open(
         self,
@@ -176,7 +181,8 @@ class Sessions:
 
     def close(self) -> None:
         """Cancel all sessions, wait until the running step has ended, and free the cache."""
-        self._stop()
+        self._inbox.close()
+        thread.join(self._thread)
 
     def __enter__(self) -> Sessions:
         return self
@@ -224,70 +230,34 @@ class Sessions:
             raise ConfigError(f"expected a context up to the model's, {limit}; got {context}")
         return context
 
-    def _make_worker(self, lines: int, longest_wait: float) -> Scheduler | OneByOne:
-        # refuses models without plain keys and values
-        runner, _ = runner_of(self._model, _ENGINE)
+    def _make_worker(self, name: str, lines: int, longest_wait: float) -> Scheduler | OneByOne:
+        model, context, rows = self._model, self.context, self.rows
+        watch = Watch(model)
+
+        # the worker must not know this object
+        def make_engine() -> RowEngine:
+            engine = make_row_engine(name, model, lines, context, rows=rows)
+            watch.change()  # what making the engine has changed is no news
+            return engine
+
         try:
-            engine = checked_rows(
-                self._model,
-                lines,
-                self.context,
-                rows=self.rows,
-                untraceable=runner.untraceable,
-            )
+            engine = make_engine()
         except UnsupportedModelError as error:
             self.refusal = str(error)
             warnings.warn(
-                f"sessions of {type(self._model).__name__} run one after the other: {error}",
+                f"sessions of {type(model).__name__} run one after the other: {error}",
                 stacklevel=3,
             )
-            return OneByOne(self._model, self._inbox)
+            return OneByOne(model, self._inbox)
         return Scheduler(
             engine,
             self._inbox,
-            rows=self.rows,
+            rows=rows,
             vocabulary=self._config.vocab_size,
             longest_wait=longest_wait,
-            has_changed=_Watch(self._model, engine.forget).has_changed,
+            change=watch.change,
+            make_engine=make_engine,
         )
-
-
-class _Watch:
-    """Sees changes of a model."""
-
-    def __init__(self, model: nn.Module, forget_structure: Callable[[], None]) -> None:
-        """
-        Args:
-            model: The model.
-            forget_structure: Called where more has changed than the content of tensors.
-        """
-        self._model, self._forget_structure = model, forget_structure
-        self._runner: ref[Runner] | None = None
-        self._marks: Marks | None = None
-        self.has_changed()
-
-    def has_changed(self) -> bool:
-        """Whether modules, hooks, settings or weights have changed since the last call.
-
-        Raises:
-            UnsupportedModelError: If the model can no longer be decoded.
-        """
-        runner, marks = runner_of(self._model, _ENGINE)
-        old_runner, old_marks = self._runner, self._marks
-        self._runner, self._marks = ref(runner), marks
-        if old_runner is None or old_marks is None:
-            return True
-        if old_runner() is not runner:
-            self._forget_structure()
-            return True
-        return old_marks.content != marks.content
-
-
-def _stop(inbox: Inbox, thread: threading.Thread) -> None:
-    inbox.close()
-    # the thread itself may drop the last reference
-    if thread.ident is not None and thread is not threading.current_thread():
-        thread.join()
 
 
 def _positive(name: str, value: object) -> int:

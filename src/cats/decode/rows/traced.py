@@ -28,10 +28,6 @@ class TracedSteps:
         """The model is no longer the one that was traced."""
         self._steps.clear()
 
-    def drop(self, size: int) -> None:
-        """Do not use the step of so many rows."""
-        del self._steps[size]
-
     def trace(self, model: nn.Module, size: int) -> bool:
         """Trace the step of ``size`` rows; whether its operators do not depend on the length.
 

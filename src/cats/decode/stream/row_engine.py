@@ -54,14 +54,10 @@ class StreamRows(ModuleRows):
         self._steps: KernelSteps | None = None
         with torch.inference_mode():
             steps = KernelSteps(model, self.cache, self._tokens, self._single, rows)
+            # which run prompts, and all steps while algorithms must be deterministic
+            self._check(self.logits, min(3, lines), "modules")
             for size in steps.sizes:
-                count = min(size, rows, lines)
-                difference = difference_from_single_rows(self, steps.logits, count)
-                if not difference <= largest_difference(model):
-                    raise UnsupportedModelError(
-                        f"a step of {count} rows by kernels differs from the model by "
-                        f"{difference:.1%}"
-                    )
+                self._check(steps.logits, min(size, rows, lines), "kernels")
         self._steps = steps
 
     def step(self, rows: Sequence[Row]) -> Tensor:
@@ -75,6 +71,13 @@ class StreamRows(ModuleRows):
         tokens = choose_tokens(logits, [row.choice for row in rows])
         self._tokens[torch.tensor(lines, device=self.device)] = tokens.clamp(min=0)
         return tokens
+
+    def _check(self, step: Callable[..., Tensor], count: int, runs: str) -> None:
+        difference = difference_from_single_rows(self, step, count)
+        if not difference <= largest_difference(self.model):
+            raise UnsupportedModelError(
+                f"a step of {count} rows by {runs} differs from the model by {difference:.1%}"
+            )
 
     def forget(self) -> None:
         """The model is no longer the one that was read: from now on, steps run its modules."""
@@ -104,7 +107,9 @@ class KernelSteps:
             UnsupportedModelError: If the kernels do not take the model.
         """
         spec, laid_out = with_plain_embedding(read_spec(model)), list[ref[nn.Parameter]]()
-        lay_out_down(spec, laid_out)
+        # the weights must not become tensors of inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            lay_out_down(spec, laid_out)
         # graphs read these weights, so they stay in memory even if the model gets new ones
         spec = spec.detached()
         self._device, self._capacity, self._tokens = tokens.device, cache.capacity, tokens
