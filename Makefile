@@ -2,6 +2,7 @@
 #   make demo    see CATS work on a real model; ends in build/demo/report.html
 #   make test    the tests
 #   make test-thorough   the same, with cases that take long: kernels for every generation of GPUs
+#   make test-soak   2,000 sessions with cancels, errors and faults of memory
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
 # WORKERS=4 is how many processes run the tests; without it, one for each core.
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 WHEEL_PIP := build/wheel/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-thorough test-gpu test-sanitize lint wheel clean
+.PHONY: demo test test-thorough test-gpu test-soak test-sanitize lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo -o build/demo
@@ -29,6 +30,9 @@ test-thorough: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
 	$(BIN)/python -m pytest -m "" tests/ops tests/test_fusion.py tests/decode
+
+test-soak: $(VENV)/.dev
+	$(BIN)/python -m tests.decode.rows.soak
 
 test-sanitize:
 	sh tests/ops/sanitize.sh
