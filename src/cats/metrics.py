@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import chain
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,15 +162,15 @@ class DroppedNeurons:
         self._neurons = dict.fromkeys(self._dropped, 0)
         self._stack = ExitStack()
 
-    def __enter__(self) -> DroppedNeurons:
+    def __enter__(self) -> Self:
         for name, act in self._acts.items():
             handle = act.register_forward_hook(
-                lambda m, args, output, name=name: self._count(name, output != 0)
+                lambda m, args, output, name=name: self.count(name, output != 0)
             )
             self._stack.callback(handle.remove)
         for name, mlp in self._fused.items():
             handle = mlp.register_forward_pre_hook(
-                lambda m, args, named, name=name: self._count(name, m.kept(*args, *named.values())),
+                lambda m, args, named, name=name: self.count(name, m.kept(*args, *named.values())),
                 with_kwargs=True,
             )
             self._stack.callback(handle.remove)
@@ -198,7 +198,8 @@ class DroppedNeurons:
         """Dropped neurons of all MLPs, summed over the tokens, and all neurons in the same way."""
         return sum(map(int, self._dropped.values())), sum(self._neurons.values())
 
-    def _count(self, name: str, kept: Tensor) -> None:
+    def count(self, name: str, kept: Tensor) -> None:
+        """Take which neurons of an MLP a pass keeps, ``[..., F]``."""
         kept = kept if self.mask is None else kept[self.mask.to(kept.device)]
         self._dropped[name] = self._dropped[name] + (~kept).sum()
         self._neurons[name] += kept.numel()

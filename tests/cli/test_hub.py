@@ -35,6 +35,8 @@ COMMANDS = {
     "--tasks sciq --data-dir DATA --methods cats --no-speed",
     "bench decode": "bench decode MODEL --sparsity 0 --no-generate --new-tokens 3 --rounds 2 "
     "--prompt-length 4 --read-mib 1 --calibration-tokens 256 --engine eager",
+    "bench sessions": "bench sessions MODEL --sparsity 0 --sessions 2 --seconds 0 --prompts 4,8 "
+    "--new-tokens 2,3",
     "bench finetune": "bench finetune MODEL --text TEXT --calibration-text TEXT --block 32 "
     "--steps 1 --batch-size 4 --method dense -o OUT",
 }

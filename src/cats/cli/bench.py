@@ -172,6 +172,13 @@ def decode(
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
     batch: Annotated[int, options.number(min=1, help="Prompts per batch.")] = 1,
+    rows: Annotated[
+        str | None,
+        other_option(
+            metavar="N,N",
+            help="Time sessions that decode together instead of a batch, so many at a time.",
+        ),
+    ] = None,
     prompt_length: Annotated[int, options.number(min=1, help="Tokens of the prompt.")] = 32,
     new_tokens: Annotated[int, options.number(min=3, help="Tokens to generate.")] = 128,
     rounds: Annotated[int, options.number(min=2, help="Runs per engine, in turns.")] = 5,
@@ -224,7 +231,9 @@ def decode(
 
     from cats.benchmarks.busy import busy_processes
     from cats.benchmarks.decode import Case, measure
+    from cats.benchmarks.decode_rows import measure_rows
     from cats.cli.running import stage
+    from cats.errors import ConfigError
     from cats.report.tokens import LEGEND, panels, tables
 
     options.check_output(output)
@@ -232,7 +241,7 @@ def decode(
     case = Case(
         model=model,
         sparsities=tuple(bench_options.share_of(part) for part in sparsity.split(",")),
-        engines=tuple(engine or ("auto",)),
+        engines=tuple(engine or ("modules" if rows else "auto",)),
         batch=batch,
         prompt_length=prompt_length,
         new_tokens=new_tokens,
@@ -248,11 +257,16 @@ def decode(
         load=load,
     )
     length = max(256, prompt_length + new_tokens)
-    count = max(batch, -(-calibration_tokens // length))
+    counts = [bench_options.positive(part, "--rows") for part in (rows or str(batch)).split(",")]
+    if rows and (batch > 1 or bits is not None or static or torch_int4 or launches):
+        raise ConfigError(
+            "--rows times sessions of dense and CATS models: leave out --batch, --bits, --static, "
+            "--torch-int4 and --launches"
+        )
+    count = max(*counts, -(-calibration_tokens // length))
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, blocks = bench_options.model_and_text(model, dtype, device, count, length, hub)
     if bits is not None:
-        from cats.errors import ConfigError
         from cats.quantisation import quantise_, select
 
         fitting = select(loaded, bits=bits, group_size=group or -1).group_size
@@ -262,7 +276,10 @@ def decode(
             )
         quantise_(loaded, bits=bits, group_size=group or -1)
     with stage() as show, busy_processes(load):
-        measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
+        if rows:
+            measured = measure_rows(loaded, blocks, case, counts, commit=commit, on_stage=show)
+        else:
+            measured = measure(loaded, blocks, case, commit=commit, on_stage=show)
         results = list(bench_options.append_each(output, measured))
     for panel in panels(results):
         for table in tables(panel):

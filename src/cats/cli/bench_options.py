@@ -88,6 +88,12 @@ def positive(text: str, option: str) -> int:
     return int(text)
 
 
+def range_of(text: str, option: str) -> tuple[int, int]:
+    """The two numbers of ``MIN,MAX``; a single one is both."""
+    first, _, last = text.partition(",")
+    return positive(first, option), positive(last or first, option)
+
+
 def share_of(text: str) -> float:
     from cats.errors import ConfigError
 

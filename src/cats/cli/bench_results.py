@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Show, join, draw and quote files of results.", no_args_is_help=True)
 _Measured = Annotated[
     Path,
-    typer.Argument(help="What cats bench mlp, decode, timeline or peer wrote.", metavar="RESULTS"),
+    typer.Argument(
+        help="What cats bench mlp, decode, timeline, peer or sessions wrote.", metavar="RESULTS"
+    ),
 ]
 _Picture = Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or .png.")]
 
@@ -28,7 +30,7 @@ _Picture = Annotated[Path, typer.Option("--output", "-o", help="Picture, .svg or
 @app.command()
 def show(file: _Measured) -> None:
     """Print the tables of a results file."""
-    from cats.report import mlp, peers, timeline, tokens
+    from cats.report import mlp, peers, sessions, timeline, tokens
 
     for benchmark, results in _by_benchmark(file).items():
         if benchmark == "timeline":
@@ -37,14 +39,15 @@ def show(file: _Measured) -> None:
             tables = [mlp.table(panel) for panel in mlp.panels(results)]
         elif benchmark == "peer":
             tables = peers.tables(results)
+        elif benchmark == "sessions":
+            tables = sessions.tables(results)
         else:
             tables = [table for panel in tokens.panels(results) for table in tokens.tables(panel)]
         for table in tables:
             options.out.print(table.rich())
-        if benchmark == "decode":
-            print_legend(tokens.LEGEND)
-        if benchmark == "peer":
-            print_legend(peers.LEGEND)
+        legends = {"decode": tokens.LEGEND, "peer": peers.LEGEND, "sessions": sessions.LEGEND}
+        if benchmark in legends:
+            print_legend(legends[benchmark])
 
 
 @app.command()
@@ -96,6 +99,8 @@ def plot(
         raise ConfigError("--shape is for results of cats bench mlp")
     if prompt_length is not None and benchmark != "decode":
         raise ConfigError("--prompt-length is for results of cats bench decode")
+    if benchmark == "sessions":
+        raise DataError(f"{file}: sessions are a table, not a picture: cats bench results show")
     if benchmark == "timeline":
         figure = timeline.plot(timeline.panels(results))
     elif benchmark == "peer":
@@ -192,10 +197,12 @@ def _by_benchmark(file: Path) -> dict[str, list[Result]]:
 
     results: dict[str, list[Result]] = {}
     for result in read_results(file):
-        if result.benchmark in ("mlp", "decode", "timeline", "peer"):
+        if result.benchmark in ("mlp", "decode", "timeline", "peer", "sessions"):
             results.setdefault(result.benchmark, []).append(result)
     if not results:
-        raise DataError(f"{file} has no result of cats bench mlp, decode, timeline or peer")
+        raise DataError(
+            f"{file} has no result of cats bench mlp, decode, timeline, peer or sessions"
+        )
     return results
 
 

@@ -249,6 +249,75 @@ class Moment(ModelResult):
     event: str
 
 
+class SessionsResult(ModelResult):
+    """Base of what ``cats bench sessions`` measures: sessions that come at random times.
+
+    Attributes:
+        engine: Of :class:`cats.Sessions`.
+        sessions: How many came.
+        seconds: Within how many they came.
+        rows: How many decoded together at most.
+        longest_wait: Seconds for which prompts may delay other sessions.
+        seed: Of times and lengths.
+    """
+
+    benchmark: Literal["sessions"] = "sessions"
+    sparsity: float
+    engine: str
+    sessions: int
+    seconds: float
+    rows: int
+    shortest_prompt: int
+    longest_prompt: int
+    fewest_tokens: int
+    most_tokens: int
+    longest_wait: float
+    seed: int
+
+
+class SessionsRate(SessionsResult):
+    """Tokens of all sessions, over the time in which at least one was open.
+
+    Attributes:
+        full_rate: The same where all of them were opened at once.
+        share: The rate over that one.
+    """
+
+    quantity: Literal["rate"] = "rate"
+    unit: Literal["tokens/s"] = "tokens/s"
+    full_rate: Found
+    share: Found
+
+
+class SessionsWait(SessionsResult):
+    """Base of the waits of many sessions: their percentiles 90 and 99, and the longest one."""
+
+    p90: Found
+    p99: Found
+    longest: Found
+
+
+class FirstTokenWait(SessionsWait):
+    """From the call to the first token of a session; also while it waits for a line."""
+
+    quantity: Literal["first_token"] = "first_token"
+    unit: Literal["ms"] = "ms"
+
+
+class TokenGap(SessionsWait):
+    """Between two tokens of a session."""
+
+    quantity: Literal["gap"] = "gap"
+    unit: Literal["ms"] = "ms"
+
+
+class SessionLatency(SessionsWait):
+    """From the call to the last token of a session."""
+
+    quantity: Literal["latency"] = "latency"
+    unit: Literal["s"] = "s"
+
+
 class SeveralGPUs(Result):
     """Tokens per second of one piece of work on one or more GPUs of one machine.
 
