@@ -44,7 +44,7 @@ def operands(arguments: PackedMLPArguments) -> tuple[Tensor | int | None, ...]:
 
 
 def dequantise_columns(packed: PackedColumns, dtype: torch.dtype) -> Tensor:
-    """The numbers of packed columns ``[D, F]``, computed in float32, column by column in memory.
+    """The numbers of packed columns ``[D, F]``, computed in float32: bit for bit those of torch.
 
     Args:
         packed: On a CPU.
@@ -52,7 +52,7 @@ def dequantise_columns(packed: PackedColumns, dtype: torch.dtype) -> Tensor:
     """
     tensors = packed.columns.contiguous(), packed.scales, packed.extras
     out: Tensor = _WRITE_COLUMNS(*tensors, *packed.layout.numbers, SCALE_CODES[dtype])
-    return out.t()
+    return out
 
 
 def refuses(arguments: PackedMLPArguments) -> str | None:

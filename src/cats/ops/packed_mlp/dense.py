@@ -26,10 +26,7 @@ def packed_gated_mlp(arguments: PackedMLPArguments) -> Tensor:
 
 
 def dequantised(columns: PackedColumns, arithmetic: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """The numbers of packed columns, ``[D, F]`` in ``dtype``: by one kernel where there is one.
-
-    On a CPU, columns of the result are contiguous.
-    """
+    """The numbers of packed columns, ``[D, F]`` in ``dtype``: by one kernel where there is one."""
     if has_kernel(columns.columns, arithmetic):
         from cats.ops.packed_mlp.triton import dequantise_columns
 

@@ -1,5 +1,5 @@
-// The operator cats::_dequantise_columns_cpu, which cpu.py calls: the numbers of packed columns of `down`, one neuron after the
-// other, for products with many tokens. As in packed_linear/dequantise.cpp, each operation rounds to float32.
+// The operator cats::_dequantise_columns_cpu, which cpu.py calls: the numbers of packed columns of `down`, row by row in memory,
+// for products with many tokens. As in packed_linear/dequantise.cpp, each operation rounds to float32.
 #include "packed_linear/numbers.h"
 #include "packed_mlp/column_operands.h"
 
@@ -26,8 +26,7 @@ struct Tables {
   }
 };
 
-template <class T>
-void dequantise_column(const Tables& tables, const uint8_t* column, float* numbers, T* out) {
+void dequantise_column(const Tables& tables, const uint8_t* column, float* numbers) {
   const int64_t D = tables.format.outputs;
   if (tables.format.bits == 8) {
     for (int64_t i = 0; i < D; ++i) numbers[i] = column[i];
@@ -40,7 +39,16 @@ void dequantise_column(const Tables& tables, const uint8_t* column, float* numbe
   for (int64_t i = 0; i < D; ++i) numbers[i] = (numbers[i] - tables.zeros[i]) * tables.scales[i];
   if (tables.format.mode == ZeroMode::kShifts)
     for (int64_t i = 0; i < D; ++i) numbers[i] += tables.shifts[i];
-  for (int64_t i = 0; i < D; ++i) round_to(numbers[i], out[i]);
+}
+
+// Columns that a thread takes at once: a part of a row of them fills whole lines of memory.
+constexpr int64_t kColumnsAtOnce = 32;
+
+// `numbers` [count, D] as columns of `out`, whose rows are `pitch` numbers apart.
+template <class T>
+void write_transposed(const float* numbers, int64_t count, int64_t D, int64_t pitch, T* out) {
+  for (int64_t i = 0; i < D; ++i)
+    for (int64_t k = 0; k < count; ++k) round_to(numbers[k * D + i], out[i * pitch + k]);
 }
 
 AtenTensorHandle compute(const StableIValue* stack) {
@@ -56,23 +64,22 @@ AtenTensorHandle compute(const StableIValue* stack) {
       optional_data_of_size(extras, "extras", format.mode == ZeroMode::kZeros ? uint8 : scale, {groups, D}));
   expect(stack[kDtype] <= 2, "the dtype");
   const auto dtype = static_cast<Number>(stack[kDtype]);
-  const int64_t sizes[2] = {count, D}, strides[2] = {D, 1};
+  const int64_t sizes[2] = {D, count}, strides[2] = {count, 1};
   const AtenTensorHandle out = empty(2, sizes, strides, dtype_of_number(dtype));
   void* numbers = data_of(out);
   const Threads threads = threads_of_torch();
-  constexpr int64_t kColumnsAtOnce = 32;
   for_each(threads, workers_for(count * D, threads), ceil_div(count, kColumnsAtOnce), [&](int64_t chunk) {
     Tables tables(format);
-    std::vector<float> wide(D);
+    std::vector<float> wide(kColumnsAtOnce * D);
     int64_t group = -1;
-    const int64_t last = std::min(count, (chunk + 1) * kColumnsAtOnce);
-    for (int64_t i = chunk * kColumnsAtOnce; i < last; ++i) {
+    const int64_t first = chunk * kColumnsAtOnce, last = std::min(count, first + kColumnsAtOnce);
+    for (int64_t i = first; i < last; ++i) {
       if (format.group_of(i) != group) tables.read(scales, others, group = format.group_of(i));
-      with_type(dtype, [&](auto number) {
-        using T = decltype(number);
-        dequantise_column(tables, codes + i * format.pitch, wide.data(), static_cast<T*>(numbers) + i * D);
-      });
+      dequantise_column(tables, codes + i * format.pitch, wide.data() + (i - first) * D);
     }
+    with_type(dtype, [&](auto number) {
+      write_transposed(wide.data(), last - first, D, count, static_cast<decltype(number)*>(numbers) + first);
+    });
   });
   return out;
 }
