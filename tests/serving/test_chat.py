@@ -261,7 +261,7 @@ def test_a_prompt_that_does_not_fit_is_refused_and_not_cut(client):
     long = [{"role": "user", "content": "x" * 500}]
     error = refusal(client, messages=long, max_tokens=None)
     assert error["code"] == "context_length_exceeded"
-    assert "context is 400 tokens" in error["message"]
+    assert "context length is 400 tokens" in error["message"]
     assert refusal(client, max_tokens=399)["code"] == "context_length_exceeded"
     huge = [{"role": "user", "content": "x" * 300_000}]
     assert refusal(client, messages=huge)["code"] == "context_length_exceeded"

@@ -101,7 +101,7 @@ def test_a_schema_decides_about_the_text(client):
         (dict(tools=[{"type": "function"}]), "tools is not supported"),
         (dict(input=[]), "input"),
         (dict(temperatur=1), "Unrecognized request argument supplied: temperatur"),
-        (dict(input="x" * 500), "context is 400 tokens"),
+        (dict(input="x" * 500), "context length is 400 tokens"),
     ],
 )
 def test_what_is_not_done_is_refused_by_name(client, changes, words):

@@ -108,8 +108,9 @@ class Prompts:
         if room < (new or 1):
             asked = f" and {new} new ones were asked for" if new else ""
             raise _too_long(
-                f"this server's context is {self._context} tokens. The prompt has {prompt}{asked}: "
-                "shorten the prompt or ask for fewer new tokens",
+                # LiteLLM knows the error by these words
+                f"this model's maximum context length is {self._context} tokens on this server. "
+                f"The prompt has {prompt}{asked}: shorten the prompt or ask for fewer new tokens",
                 param,
             )
         return room if new is None else new
@@ -117,8 +118,8 @@ class Prompts:
     def _check_length(self, text: str, param: str) -> None:
         if len(text) > self._longest_text:
             raise _too_long(
-                f"this server's context is {self._context} tokens, which a prompt of {len(text)} "
-                "characters cannot fit: shorten the prompt",
+                f"this model's maximum context length is {self._context} tokens on this server, "
+                f"which a prompt of {len(text)} characters cannot fit: shorten the prompt",
                 param,
             )
 
