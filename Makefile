@@ -2,7 +2,10 @@
 #   make demo    see CATS work on a real model; ends in build/demo/report.html
 #   make test    the tests
 #   make test-thorough   the same, with cases that take long: kernels for every generation of GPUs
-#   make test-soak   2,000 sessions with cancels, errors and faults of memory
+#   make test-page    the chat page in Chromium, which `make test` leaves out where there is none
+#   make test-clients   LiteLLM and LangChain on a server, in an environment of their own
+#   make test-soak    2,000 sessions with cancels, errors and faults of memory
+#   make test-docker   builds the image and asks a container, where Docker runs
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
 # WORKERS=4 is how many processes run the tests; without it, one for each core.
@@ -16,7 +19,7 @@ BIN := $(VENV)/bin
 WHEEL_PIP := build/wheel/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-thorough test-gpu test-soak test-sanitize lint wheel clean
+.PHONY: demo test test-thorough test-gpu test-page test-clients test-soak test-docker test-sanitize lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo -o build/demo
@@ -31,8 +34,22 @@ test-gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
 	$(BIN)/python -m pytest -m "" tests/ops tests/test_fusion.py tests/decode
 
+test-page: $(VENV)/.dev
+	@command -v chromium chromium-browser google-chrome || { echo "no Chromium: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pytest tests/serving/browser tests/serving/page
+
+test-clients: $(VENV)/.dev
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip install --quiet --disable-pip-version-check openai litellm langchain-openai pytest
+	build/clients/bin/python -m pip freeze | grep -E "^(openai|litellm|langchain-openai)=="
+	$(BIN)/python -m tests.serving.tiny_server build/clients/bin/python -m pytest -ra -c /dev/null --rootdir . \
+		--confcutdir tests/serving/clients -p no:cacheprovider tests/serving/clients
+
 test-soak: $(VENV)/.dev
 	$(BIN)/python -m tests.decode.rows.soak
+
+test-docker:
+	sh tests/serving/docker.sh
 
 test-sanitize:
 	sh tests/ops/sanitize.sh
