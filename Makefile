@@ -57,7 +57,7 @@ test-sanitize:
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cats bench results quote --check docs/performance.md docs/quantised.md docs/finetune.md docs/reproduce.md
+	$(BIN)/cats bench results quote --check docs/performance.md docs/quantised.md docs/finetune.md docs/reproduce.md docs/serving.md
 	$(BIN)/mypy
 
 wheel:

@@ -9,6 +9,7 @@ from cats.cli import (
     bench_finetune,
     bench_peer,
     bench_results,
+    bench_serve,
     bench_sessions,
     calibrate,
     demo,
@@ -50,6 +51,7 @@ app.command("lm-eval", context_settings=lm_eval.SETTINGS, add_help_option=False)
 bench.app.command()(bench_finetune.finetune)
 bench.app.command()(bench_peer.peer)
 bench.app.command()(bench_sessions.sessions)
+bench.app.command()(bench_serve.serve)
 bench.app.add_typer(bench_results.app, name="results")
 for name in ("curves", "join", "plot", "quote", "show"):
     anything = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -44,6 +44,7 @@ from cats.results.records import (
     in_codes,
 )
 from cats.results.result import Result, Value
+from cats.results.serving import ServedFirstToken, ServedRate, ServingOverhead, ServingResult
 
 __all__ = [
     "COMPARED",
@@ -80,6 +81,10 @@ __all__ = [
     "PrefillTime",
     "ProfileRecord",
     "Result",
+    "ServedFirstToken",
+    "ServedRate",
+    "ServingOverhead",
+    "ServingResult",
     "SessionLatency",
     "SessionsRate",
     "SessionsResult",

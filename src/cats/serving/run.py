@@ -99,6 +99,7 @@ def listen(settings: Settings) -> socket.socket:
     Raises:
         ConfigError: If there is no such address, or another program has the port.
     """
+    listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -107,6 +108,8 @@ def listen(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise ConfigError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}): choose "
             "another --host or --port, or stop the program that has it"
