@@ -435,6 +435,15 @@ def test_an_error_of_the_scheduler_itself_ends_all_sessions_with_it():
         driven.open([2])
 
 
+def test_the_first_token_of_a_prompt_does_not_wait_for_a_step():
+    driven, seen = Driven(FakeEngine()), []
+    session = driven.open([1, 2])
+    step = driven.engine.step
+    driven.engine.step = lambda rows: (seen.append(list(session.tokens)), step(rows))[1]
+    driven.turn()
+    assert seen == [[2]]
+
+
 # --- counted steps
 
 

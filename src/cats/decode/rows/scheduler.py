@@ -214,6 +214,7 @@ class Scheduler:
     # --- steps
 
     def _step(self) -> None:
+        self._read(self._engine.lag)  # the first tokens of prompts wait for no step
         # cached lines that follow each other are read without a copy
         rows = [row for row in self._decoding if row.started < row.limit]
         rows.sort(key=lambda row: row.line.index)
