@@ -1,4 +1,8 @@
 #include "cpu/avx512.h"
+#include "mlp/cpu/gated_mlp_kernel.h"
+#include "linear/linear_kernel.h"
+#include "packed_linear/packed_linear_kernel.h"
+#include "packed_mlp/packed_mlp_kernel.h"
 
 void cats::gated_mlp_avx512(const GatedMlpCall& call, const Threads& threads) {
   run_dtype<GatedMlp, WideningLanes<Avx512, float>, WideningLanes<Avx512, BFloat16>>(call, threads);

@@ -3,10 +3,7 @@
 
 #include <immintrin.h>
 
-#include "mlp/cpu/gated_mlp_kernel.h"
-#include "linear/linear_kernel.h"
-#include "packed_linear/packed_linear_kernel.h"
-#include "packed_mlp/packed_mlp_kernel.h"
+#include "cpu/rows.h"
 
 namespace cats {
 namespace {
