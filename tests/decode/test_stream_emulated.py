@@ -23,7 +23,7 @@ def sparse_model(config, sparsity=0.5, **changes):
     model = make_model(config, **changes)
     if sparsity:
         cats.sparsify_(model, cats.calibrate(model, [make_ids(8)], target_sparsity=sparsity))
-    from cats.decode.stream.engine import lay_out_down
+    from cats.decode.stream.layout import lay_out_down
 
     lay_out_down(read_spec(model), [])
     return model
@@ -31,9 +31,10 @@ def sparse_model(config, sparsity=0.5, **changes):
 
 def probe(model, spec=None, **options):
     """Raises where a layer or a token differs from the model's."""
+    from cats.decode.stream.chain import Chain
     from cats.decode.stream.probe import probe
 
-    probe(model, spec or read_spec(model), **options)
+    probe(model, spec or read_spec(model), Chain, **options)
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda c: c.__name__)

@@ -27,10 +27,11 @@ def quantised_model(config, kind, *, sparsity=0.5, group_size=32, only="", **cha
 
 def probe(model):
     """Raises where a layer or a token differs from the model's."""
+    from cats.decode.stream.chain import Chain
     from cats.decode.stream.probe import probe
 
     # other lengths change attention only, which reads no weights
-    probe(model, pack_(read_spec(model), []), lengths=(1,))
+    probe(model, pack_(read_spec(model), []), Chain, lengths=(1,))
 
 
 @pytest.mark.usefixtures("chain_module")

@@ -37,7 +37,7 @@ def rows_module(chain_module):
 
 def sparse_model(config, dtype=torch.float16, sparsity=0.5, **changes):
     """A sparse model in 16 bits, and the same numbers in float32."""
-    from cats.decode.stream.engine import lay_out_down
+    from cats.decode.stream.layout import lay_out_down
 
     model = make_model(config, **changes)
     if sparsity:

@@ -21,13 +21,12 @@ from cats.decode.forward import prefill
 from cats.decode.options import Options
 from cats.decode.state import State
 from cats.decode.stream.chain import Chain
-from cats.decode.stream.packed import pack_, unpack_
+from cats.decode.stream.layout import lay_out_, lay_out_again_
 from cats.decode.stream.probe import probe
 from cats.decode.stream.spec import ModelSpec, read_spec, with_plain_embedding
 from cats.decode.tracing import exclusion
 from cats.errors import BackendError, UnsupportedModelError
-from cats.fusion import fused_mlps
-from cats.weights import Dense, QuantisedLinear
+from cats.weights import QuantisedLinear
 
 # Key of a conversation's chain, beside its graphs, which hold the addresses of its buffers.
 _CHAIN = "chain"
@@ -77,13 +76,12 @@ class StreamEngine:
             What multiplies the embedding.
         """
         spec = with_plain_embedding(read_spec(model))
-        lay_out_down(spec, self._laid_out)
         with torch.cuda.device(spec.norm.device):
             # the same name, so that nothing here keeps the plain tensors
-            self._spec = spec = pack_(spec, self._packed)
+            self._spec = spec = lay_out_(spec, self._laid_out, self._packed)
             if self._packed:
                 torch.cuda.empty_cache()
-            return probe(model, spec)
+            return probe(model, spec, Chain)
 
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
@@ -136,36 +134,9 @@ class StreamEngine:
 
     def reset(self) -> None:
         """Store ``down`` and quantised layers again as they were before this engine."""
-        model = self._model()
-        # fused MLPs need the same layouts
-        fused = [mlp for _, mlp in (() if model is None else fused_mlps(model))]
-        needed = {id(owned) for mlp in fused for owned in (*mlp.parameters(), *mlp.modules())}
-        for weight in self._laid_out:
-            down = weight()
-            if down is not None and id(down) not in needed and down.t().is_contiguous():
-                down.data = down.data.contiguous()
         # nothing here keeps a packed layer beside its plain tensors
         self._spec = None
-        unpack_(self._packed, needed)
-        self._laid_out.clear()
-        self._packed.clear()
-
-
-def lay_out_down(spec: ModelSpec, laid_out: list[ref[nn.Parameter]]) -> None:
-    """Store ``down`` of each layer column by column, in place.
-
-    Args:
-        spec: The model.
-        laid_out: Gets the weights that had another layout.
-    """
-    for layer in spec.layers:
-        if not isinstance(layer.mlp.down.matrix, Dense):
-            continue
-        down = layer.mlp.down.weight
-        if not down.t().is_contiguous():
-            down.data = down.data.t().contiguous().t()
-            if isinstance(down, nn.Parameter):
-                laid_out.append(ref(down))
+        lay_out_again_(self._model(), self._laid_out, self._packed)
 
 
 def _chain_of(state: State) -> Chain:

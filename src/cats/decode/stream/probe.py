@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from cats.decode.forward import prefill
 from cats.decode.state import State
-from cats.decode.stream.chain import Chain
 from cats.decode.stream.spec import ModelSpec
 from cats.errors import UnsupportedModelError
 from cats.protocols import CausalModel, ModelConfig
@@ -35,12 +34,29 @@ _LayerArguments = tuple[tuple[Any, ...], dict[str, Any]]
 _MAX_BYTES = 256 * 2**20
 
 
-def probe(model: nn.Module, spec: ModelSpec, lengths: Sequence[int] = LENGTHS) -> float:
+class RunnableChain(Protocol):
+    """The kernels of a token of one conversation, as :class:`.chain.Chain` runs them."""
+
+    def use_frequencies_of(self, length: int) -> None: ...
+
+    def run(self, window: int) -> Tensor: ...
+
+    def run_layer(self, index: int, x: Tensor, window: int) -> Tensor: ...
+
+
+# Makes a chain from a specification, a conversation and the factor of the embedding.
+MakeChain = Callable[[ModelSpec, State, float], RunnableChain]
+
+
+def probe(
+    model: nn.Module, spec: ModelSpec, make_chain: MakeChain, lengths: Sequence[int] = LENGTHS
+) -> float:
     """Compare every layer with the model's own, after several numbers of tokens; then the logits.
 
     Args:
         model: On the device of the kernels.
         spec: Its specification.
+        make_chain: Makes the kernels of a token.
         lengths: How many tokens come before the probed one. Lengths past the sliding window and the
             original context are added.
 
@@ -58,7 +74,7 @@ def probe(model: nn.Module, spec: ModelSpec, lengths: Sequence[int] = LENGTHS) -
         prefill(model, state, ids, 0)  # allocates keys and values
         for stored in state.cache.buffers():
             stored.normal_()
-        chain = Chain(spec, state)
+        chain = make_chain(spec, state, 1.0)
         for length in lengths:
             _probe_layers(model, spec, state, chain, length)
         ids += 1
@@ -66,7 +82,7 @@ def probe(model: nn.Module, spec: ModelSpec, lengths: Sequence[int] = LENGTHS) -
         state.tokens.copy_(ids)
         expected = prefill(model, state, ids, lengths[0]).float()[0]
         state.start_at(lengths[0])
-        scaled_chain = Chain(spec, state, scale)
+        scaled_chain = make_chain(spec, state, scale)
         scaled_chain.use_frequencies_of(lengths[0] + 1)
         actual = scaled_chain.run(lengths[0] + 1)
         error = float((actual - expected).norm() / expected.norm())
@@ -91,7 +107,7 @@ def _lengths(spec: ModelSpec, config: ModelConfig, lengths: Sequence[int]) -> li
 
 
 def _probe_layers(
-    model: nn.Module, spec: ModelSpec, state: State, chain: Chain, length: int
+    model: nn.Module, spec: ModelSpec, state: State, chain: RunnableChain, length: int
 ) -> None:
     """Compare each layer on random inputs, after ``length`` other tokens."""
     chain.use_frequencies_of(length + 1)

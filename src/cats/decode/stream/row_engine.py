@@ -18,7 +18,7 @@ from cats.decode.rows.modules import ModuleRows
 from cats.decode.rows.row import Row
 from cats.decode.runner import largest_difference
 from cats.decode.state import State
-from cats.decode.stream.engine import lay_out_down
+from cats.decode.stream.layout import lay_out_down
 from cats.decode.stream.probe import embedding_scale
 from cats.decode.stream.rotary import RotaryTables
 from cats.decode.stream.row_buffers import RowBuffers, split_places

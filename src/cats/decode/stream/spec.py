@@ -40,8 +40,12 @@ class ModelSpec(Decoder):
         return _detached(self)
 
 
-def read_spec(model: nn.Module) -> ModelSpec:
+def read_spec(model: nn.Module, *, any_mask: bool = False) -> ModelSpec:
     """The specification that modules and configuration suggest; a probe must confirm it.
+
+    Args:
+        model: A decoder.
+        any_mask: Whether the kernels also compare ``up`` or products with thresholds.
 
     Raises:
         UnsupportedModelError: If the kernels cannot run a part of the model.
@@ -55,7 +59,8 @@ def read_spec(model: nn.Module) -> ModelSpec:
         for name, matrix in (matrices | {"gate": layer.mlp.gate, "up": layer.mlp.up}).items():
             _check_rows(matrix, f"{name} of layer {index}")
         _check_storage(layer.mlp.down, f"down of layer {index}")
-        if layer.mlp.router != "gate" or layer.mlp.product_thresholds is not None:
+        on_gate = layer.mlp.router == "gate" and layer.mlp.product_thresholds is None
+        if not on_gate and not any_mask:
             raise UnsupportedModelError(
                 f"thresholds of layer {index} are on up or on products, expected them on the gate"
             )
