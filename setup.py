@@ -38,7 +38,11 @@ SOURCES = {
     "packed_mlp/dequantise.cpp": (["-ffp-contract=off"], ["/fp:precise"]),
     "rms_norm/rms_norm.cpp": ([], []),
     "rotary/rotary.cpp": ([], []),
+    "step/plan.cpp": ([], []),
+    "step/step.cpp": ([], []),
+    "step/team.cpp": ([], []),
     "cpu/generic.cpp": ([], []),
+    "step/generic.cpp": ([], []),
 }
 if IS_X86:
     SOURCES |= {
@@ -46,6 +50,10 @@ if IS_X86:
         "cpu/avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
         "cpu/avx512.cpp": (AVX512, ["/arch:AVX512"]),
         "cpu/avx512_bf16.cpp": ([*AVX512, "-mavx512bf16"], ["/arch:AVX512"]),
+        "step/avx2.cpp": (["-mavx2", "-mfma"], ["/arch:AVX2"]),
+        "step/avx512.cpp": (AVX512, ["/arch:AVX512"]),
+        "step/avx512_vnni.cpp": ([*AVX512, "-mavx512vnni"], ["/arch:AVX512"]),
+        "step/avx512_bf16.cpp": ([*AVX512, "-mavx512vnni", "-mavx512bf16"], ["/arch:AVX512"]),
     }
 
 

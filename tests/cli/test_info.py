@@ -35,8 +35,8 @@ def test_model_shows_the_engine_that_would_decode_it_and_why_not_another(command
     assert engines.keys() == set(ENGINES)
     assert list(engines.values()).count("is taken") == 1
     if not torch.cuda.is_available():
-        assert engines["eager"] == "is taken"
-        assert "on a CPU eager is taken" in engines["compiled"]
+        assert engines["stream"] == "is taken"
+        assert "on a CPU stream is taken" in engines["compiled"]
 
 
 def test_model_that_the_loop_cannot_decode_says_why(command_json, tmp_path):

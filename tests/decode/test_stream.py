@@ -77,9 +77,9 @@ def test_thresholds_on_up_or_on_products_are_refused():
         read_spec(model)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_engine_is_an_error_without_a_gpu():
-    with pytest.raises(BackendError, match="stream"):
+def test_engine_is_an_error_without_kernels(monkeypatch):
+    monkeypatch.setattr("cats.ops.cpu.unavailable", lambda: "the build failed")
+    with pytest.raises(BackendError, match="stream cannot run: the CPU kernels are not available"):
         cats.generate(make_model(), make_ids(1, 4), engine="stream", max_new_tokens=2)
 
 
@@ -201,14 +201,15 @@ def test_heads_of_all_sizes_give_the_tokens_of_transformers(head_dim, heads, key
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (8, 2)])
 def test_layers_after_many_tokens_are_those_of_the_model(heads, key_heads, dtype):
-    from cats.decode.stream.engine import lay_out_down
+    from cats.decode.stream.chain import Chain
+    from cats.decode.stream.layout import lay_out_down
     from cats.decode.stream.probe import probe
 
     sizes = head_sizes(heads, key_heads, 128)
     model = gpu_model(sparsity=0, dtype=dtype, max_position_embeddings=32_768, **sizes)
     spec = read_spec(model)
     lay_out_down(spec, [])
-    probe(model, spec, lengths=(1, 1001, 9000, 30_000))
+    probe(model, spec, Chain, lengths=(1, 1001, 9000, 30_000))
 
 
 @needs_gpu

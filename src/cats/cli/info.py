@@ -268,7 +268,7 @@ def _engines(
 
     from cats.decode import ENGINES
     from cats.decode.cache import SlotCache
-    from cats.decode.engines import make_engine, stream_refusal
+    from cats.decode.engines import make_engine
     from cats.errors import CatsError, UnsupportedModelError
     from cats.fusion import fuse_
     from cats.weights import is_quantised
@@ -277,16 +277,8 @@ def _engines(
         SlotCache(config, 1)
     except UnsupportedModelError as error:
         return {"none": str(error)}
-    works = "works if you name it; on {} {} is taken"
-    if not torch.cuda.is_available():
-        # on a CPU, the choice does not depend on the model
-        reason = stream_refusal(torch.device("cpu"))
-        return {
-            "eager": "is taken",
-            "compiled": works.format("a CPU", "eager"),
-            "stream": f"the engine stream cannot run: {reason}",
-        }
-    loaded, _ = options.load(path, dtype=options.Dtype.auto, device="cuda", hub=hub)
+    device, place = ("cuda", "a GPU") if torch.cuda.is_available() else ("cpu", "a CPU")
+    loaded, _ = options.load(path, dtype=options.Dtype.auto, device=device, hub=hub)
     if sparse and not is_quantised(loaded):
         fuse_(loaded)
     chosen = make_engine("auto", loaded).name
@@ -297,5 +289,5 @@ def _engines(
         except CatsError as error:
             engines[name] = str(error)
         else:
-            engines[name] = works.format("a GPU", chosen)
+            engines[name] = f"works if you name it; on {place} {chosen} is taken"
     return engines | {chosen: "is taken"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Protocol
 
@@ -16,9 +17,10 @@ from cats.decode.options import Options
 from cats.decode.state import State, device_of
 from cats.decode.tracing import casts
 from cats.errors import BackendError, ConfigError
-from cats.ops import cuda
+from cats.ops import cpu, cuda
 from cats.weights.placement import is_dispatched
 
+_LOG = logging.getLogger(__name__)
 ENGINES = ("eager", "compiled", "stream")
 # A key among the captured graphs of a conversation: it decodes with eager, since the engine failed.
 _FALLBACK = "fallback"
@@ -57,7 +59,7 @@ class Engine(Protocol):
 
 
 class AutoEngine:
-    """On a GPU: ``stream`` where it can run, else ``compiled``, else ``eager``.
+    """``stream`` where it can run. Else, on a GPU, ``compiled`` where it can; else ``eager``.
 
     Attributes:
         refusal: Why ``stream`` does not run this model; None where it does.
@@ -72,9 +74,12 @@ class AutoEngine:
             self._stream = _stream_engine(model, untraceable)
         except BackendError as error:
             self.refusal = str(error)
+            _LOG.info("engine='auto' takes another engine: %s", error)
         device = device_of(model)
+        self._is_gpu = device.type == "cuda"
         self._eager = EagerEngine(model, untraceable)
         eager_only = runs_own_code(model) or casts(device) or untraceable is not None
+        eager_only = eager_only or not self._is_gpu
         self._other: Engine = self._eager if eager_only else CompiledEngine(device)
 
     @property
@@ -119,7 +124,9 @@ class AutoEngine:
         return self._choice(one_row=state.batch == 1 and not state.padded)
 
     def _choice(self, *, one_row: bool) -> Engine:
-        if self._stream is None or not one_row or must_be_deterministic():
+        # kernels of a GPU add up in any order
+        forbidden = self._is_gpu and must_be_deterministic()
+        if self._stream is None or not one_row or forbidden:
             return self._other
         return self._stream
 
@@ -127,7 +134,7 @@ class AutoEngine:
 def make_engine(name: str, model: nn.Module, untraceable: str | None = None) -> Engine:
     """The engine of that name for a model.
 
-    ``auto`` is ``eager`` on a CPU, and :class:`AutoEngine` on a GPU.
+    ``auto`` is :class:`AutoEngine` on a CPU and on a GPU, and ``eager`` elsewhere.
 
     Args:
         name: ``"auto"`` or one of :data:`ENGINES`.
@@ -140,7 +147,7 @@ def make_engine(name: str, model: nn.Module, untraceable: str | None = None) -> 
     """
     check_engine(name)
     device = device_of(model)
-    if name == "eager" or (name == "auto" and device.type != "cuda"):
+    if name == "eager" or (name == "auto" and device.type not in ("cpu", "cuda")):
         return EagerEngine(model, untraceable)
     if name == "compiled":
         return CompiledEngine(device, untraceable)
@@ -160,7 +167,11 @@ def check_engine(name: str) -> None:
 
 def stream_refusal(device: torch.device) -> str | None:
     """Why ``stream`` runs no model on a device, or None where it does."""
-    reason: str | None = cuda.unavailable()
+    reason: str | None = None
+    if device.type == "cpu":
+        reason = cpu.unavailable()
+        return None if reason is None else f"the CPU kernels are not available ({reason})"
+    reason = cuda.unavailable()
     if reason is None and device.type != "cuda":
         reason = f"the model is on {device}"
     return reason
@@ -172,7 +183,7 @@ def _stream_engine(model: nn.Module, untraceable: str | None) -> Engine:
     if reason is None and is_dispatched(model):
         reason = (
             "accelerate moves its inputs or weights between devices (device_map): load it on one "
-            "GPU, or leave the engine to engine='auto'"
+            "device, or leave the engine to engine='auto'"
         )
     reason = reason or untraceable
     if reason is None and runs_own_code(model):
@@ -181,6 +192,10 @@ def _stream_engine(model: nn.Module, untraceable: str | None) -> Engine:
         reason = "it does not follow torch.autocast: convert the model"
     if reason is not None:
         raise BackendError(f"the engine stream cannot run: {reason}")
+    if device.type == "cpu":
+        from cats.decode.stream.cpu_engine import CpuStreamEngine
+
+        return CpuStreamEngine(model)
     # needs the packages whose absence `unavailable` reports
     from cats.decode.stream.engine import StreamEngine
 

@@ -40,15 +40,15 @@ def refuses_operands(x: Tensor, *others: Tensor) -> str | None:
 
 def instruction_sets() -> list[str]:
     """The instruction sets that kernels exist for and this processor has, the best one first."""
-    library = _library()
+    kernels = library()
     names: list[str] = []
-    while name := library.cats_instruction_set(len(names)):
+    while name := kernels.cats_instruction_set(len(names)):
         names.append(name.decode())
     return names
 
 
 def instruction_set() -> str:
-    name: bytes = _library().cats_selected()
+    name: bytes = library().cats_selected()
     return name.decode()
 
 
@@ -58,13 +58,18 @@ def select(instruction_set: str) -> None:
     Raises:
         BackendError: If this processor does not have it, or the kernels are not built.
     """
-    if not _library().cats_select(instruction_set.encode()):
+    if not library().cats_select(instruction_set.encode()):
         raise BackendError(
             f"expected one of {', '.join(instruction_sets())}, got {instruction_set!r}"
         )
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The loaded library, whose operators are registered with torch.
+
+    Raises:
+        BackendError: If there is none.
+    """
     loaded = _load()
     if isinstance(loaded, str):
         raise BackendError(f"the CPU kernels are not available: {loaded}")

@@ -72,25 +72,29 @@ bool has_leaf_7(int subleaf, int reg, int mask, unsigned long long state) {
 }
 bool has_avx2() { return has_leaf_7(0, 1, 1 << 5, 0x6); }
 bool has_avx512() { return has_leaf_7(0, 1, 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31, 0xe6); }
-bool has_avx512_bf16() { return has_avx512() && has_leaf_7(1, 0, 1 << 5, 0xe6); }
+bool has_avx512_vnni() { return has_avx512() && has_leaf_7(0, 2, 1 << 11, 0xe6); }
+bool has_avx512_bf16() { return has_avx512_vnni() && has_leaf_7(1, 0, 1 << 5, 0xe6); }
 #else
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 #endif
 bool always() { return true; }
 
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(CATS_X86)
-    {"avx512_bf16", has_avx512_bf16, gated_mlp_avx512_bf16, linear_avx512_bf16, packed_linear_avx512, packed_mlp_avx512},
-    {"avx512", has_avx512, gated_mlp_avx512, linear_avx512, packed_linear_avx512, packed_mlp_avx512},
-    {"avx2", has_avx2, gated_mlp_avx2, linear_avx2, packed_linear_avx2, packed_mlp_avx2},
+    {"avx512_bf16", has_avx512_bf16, gated_mlp_avx512_bf16, linear_avx512_bf16, packed_linear_avx512, packed_mlp_avx512,
+     step_avx512_bf16},
+    {"avx512_vnni", has_avx512_vnni, gated_mlp_avx512, linear_avx512, packed_linear_avx512, packed_mlp_avx512, step_avx512_vnni},
+    {"avx512", has_avx512, gated_mlp_avx512, linear_avx512, packed_linear_avx512, packed_mlp_avx512, step_avx512},
+    {"avx2", has_avx2, gated_mlp_avx2, linear_avx2, packed_linear_avx2, packed_mlp_avx2, step_avx2},
 #endif
-    {"generic", always, gated_mlp_generic, linear_generic, packed_linear_generic, packed_mlp_generic},
+    {"generic", always, gated_mlp_generic, linear_generic, packed_linear_generic, packed_mlp_generic, step_generic},
 };
 
 std::atomic<const InstructionSet*> selected{nullptr};

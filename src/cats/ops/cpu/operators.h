@@ -9,6 +9,7 @@
 #include "linear/linear.h"
 #include "packed_linear/packed_linear.h"
 #include "packed_mlp/packed_mlp.h"
+#include "step/plan.h"
 #include "cpu/threads.h"
 #include "cpu/torch_abi.h"
 
@@ -29,6 +30,7 @@ struct InstructionSet {
   LinearKernel linear;
   PackedLinearKernel packed_linear;
   PackedMlpKernel packed_mlp;
+  Plan::Work step;
 };
 
 // The instruction set in use.
