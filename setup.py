@@ -23,7 +23,7 @@ IS_UNIVERSAL = "arm64" in os.environ.get("ARCHFLAGS", "")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64") and not IS_UNIVERSAL
 # what the kernels gain from -O3, in two thirds of its time
 OPTIONS = ["-O2", "-fpeel-loops", "-ftree-vectorize", "-fno-math-errno"]
-OPTIONS += ["-std=c++17", "-g0", "-fvisibility=hidden"]
+OPTIONS += ["-std=c++17", "-g0", "-fvisibility=hidden", "-pthread"]
 MSVC_OPTIONS = ["/O2", "/std:c++17"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Each source to the compiler options of its instruction set, for GCC and Clang, and for MSVC.
@@ -94,7 +94,10 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
-        self.compiler.link_shared_object(objects, str(target), target_lang="c++")
+        link = [] if is_msvc else ["-pthread"]
+        self.compiler.link_shared_object(
+            objects, str(target), target_lang="c++", extra_postargs=link
+        )
 
 
 class PlatformWheel(bdist_wheel):
