@@ -53,7 +53,7 @@ class CpuChain:
         layers = [self._layer(index, layer, state) for index, layer in enumerate(spec.layers)]
         last = spec.layers[-1]
         model = StepModel(
-            embedding=matrix(spec.embedding, None),
+            embedding=_matrix(spec.embedding),
             head=_matrix(spec.head),
             norm=address(spec.norm),
             logits=address(self._logits),
@@ -72,7 +72,7 @@ class CpuChain:
             key_heads=spec.key_heads,
             head_size=spec.head_size,
             capacity=state.capacity,
-            vocabulary=len(spec.embedding),
+            vocabulary=spec.embedding.matrix.shape[0],
             embedding_scale=embedding_scale,
             epsilon=last.epsilon,
             weight_offset=last.weight_offset,

@@ -34,13 +34,14 @@ def pack_(spec: ModelSpec, packed: list[ref[QuantisedLinear]]) -> ModelSpec:
     for index, layer in enumerate(spec.layers):
         _check(layer, index)
     _check_rows(spec.head, "the head")
+    _check_rows(spec.embedding, "the embedding")
     for index, layer in enumerate(spec.layers):
         spec.layers[index] = _packed_layer(layer, packed)
     head = _packed(spec.head, QuantisedLinear.pack_rows_, packed)
     embedding = spec.embedding
-    if embedding.layer is head.layer and not isinstance(embedding.matrix, Dense):
-        # the same codes
-        embedding = embedding.again()
+    if not isinstance(embedding.matrix, Dense):
+        # where it is the head, these are the same codes
+        embedding = _packed(embedding, QuantisedLinear.pack_rows_, packed)
     return replace(spec, embedding=embedding, head=head)
 
 

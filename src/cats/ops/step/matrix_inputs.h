@@ -14,7 +14,7 @@ namespace {
 
 // A number of a packed row, as the format defines it.
 inline float packed_number(const RowFormat& format, const uint8_t* row, int64_t column) {
-  const int64_t group = column / kBlock >> format.group_shift;
+  const int64_t group = format.group_of(column);
   const uint8_t* extras = row + format.extras_offset;
   const int64_t zero = format.mode == ZeroMode::kZeros ? extras[group] : format.zero;
   const float difference = static_cast<float>(code_at(format, row, column) - zero);
