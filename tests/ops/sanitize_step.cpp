@@ -267,6 +267,8 @@ using Logits = std::vector<std::vector<float>>;
 // The logits of each token of a text.
 Logits run_text(Model& m, Plan& plan, const std::vector<int64_t>& tokens, int64_t helpers, Plan::Work work) {
   Logits result;
+  // the new text overwrites keys that a stopped thread may still read
+  plan.settle();
   for (size_t p = 0; p < tokens.size(); ++p) {
     plan.slot = static_cast<int64_t>(p);
     plan.token = tokens[p];

@@ -83,6 +83,10 @@ class CpuChain:
         """Rotate positions as the model does in a pass over ``length`` tokens."""
         self._rotary.use_frequencies_of(length)
 
+    def settle(self) -> None:
+        """Wait until no thread reads the cache for an earlier token."""
+        self._plan.settle()
+
     def run(self, window: int) -> Tensor:
         """Run the newest token; returns logits ``[V]``, float32.
 

@@ -61,6 +61,9 @@ class CpuStreamEngine:
     def prefill(
         self, model: nn.Module, state: State, ids: Tensor, start: int, options: Options
     ) -> None:
+        chain = state.captured.get(_CHAIN)
+        if isinstance(chain, CpuChain):
+            chain.settle()
         state.advance(prefill(model, state, ids, start, state.take_extras()), options)
 
     def prepare(self, model: nn.Module, state: State, lengths: range, options: Options) -> None:

@@ -59,6 +59,13 @@ class Plan:
         """
         self._check(self._library.cats_step_run(self._handle, 1, padding))
 
+    def settle(self) -> None:
+        """Wait until no thread reads keys and values of earlier tokens: they may be written then.
+
+        Only a thread that the system has stopped in the middle of a token may still do so.
+        """
+        self._library.cats_step_settle(self._handle)
+
     def run_layer(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream ``[D]`` between attention and MLP of a layer, and what its MLP adds.
 
@@ -108,6 +115,7 @@ def _library() -> ctypes.CDLL:
     library.cats_step_team.restype = ctypes.c_int64
     library.cats_step_processors.restype = ctypes.c_int64
     library.cats_step_end.restype = None
+    library.cats_step_settle.restype = None
     library.cats_step_run.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     pointers = (ctypes.c_void_p,) * 3
     library.cats_step_run_layer.argtypes = ctypes.c_void_p, ctypes.c_int64, *pointers

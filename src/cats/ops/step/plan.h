@@ -59,6 +59,8 @@ class Plan final : public Shared {
 
   // Runs parts [first, last) in the calling thread and up to `helpers` others. They see what the caller has written before.
   void run(int64_t first, int64_t last, int64_t helpers, Work work);
+  // Waits until no thread reads what earlier tokens have read, such as keys that a new text is going to overwrite.
+  void settle() const { membership_.settle(); }
   void take_part() override { work_.load()(*this); }
 
   // --- what threads read and write; all memory is that of the caller while nothing runs

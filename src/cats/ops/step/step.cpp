@@ -77,6 +77,9 @@ CATS_EXPORT void* cats_step_make(const cats::StepModel* model) {
 
 CATS_EXPORT void cats_step_end(void* plan) { delete static_cast<cats::Plan*>(plan); }
 
+// Waits until no thread reads the cache any more: it may be written then.
+CATS_EXPORT void cats_step_settle(void* plan) { static_cast<cats::Plan*>(plan)->settle(); }
+
 // Runs the newest token, whose logits are written; with `chooses`, also takes the likeliest next token and moves on. Returns 0,
 // 1 where slot, token or step are out of range, or 2 where the system refused.
 CATS_EXPORT int cats_step_run(void* pointer, int chooses, int64_t padding) {

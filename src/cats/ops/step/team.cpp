@@ -206,7 +206,7 @@ Membership::~Membership() {
   place.helpers = 0;
   place.shared = nullptr;
   // a thread that looked before is inside, and one that looks now finds nothing
-  while (place.inside.load() != 0) std::this_thread::yield();
+  settle();
   place.taken = false;
 }
 
@@ -218,7 +218,11 @@ void Membership::start(int64_t helpers) {
 }
 
 void Membership::stop() {
-  if (place_ >= 0) places[place_].helpers.store(0, std::memory_order_relaxed);
+  if (place_ >= 0) places[place_].helpers = 0;
+}
+
+void Membership::settle() const {
+  while (place_ >= 0 && places[place_].inside.load() != 0) std::this_thread::yield();
 }
 
 }  // namespace cats

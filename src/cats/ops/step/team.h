@@ -27,6 +27,8 @@ class Membership {
   // Lets up to `helpers` threads take part, from now until `stop`. They are started on first use and woken here.
   void start(int64_t helpers);
   void stop();
+  // After `stop`: waits until no thread is in `take_part`. One that the system has stopped may still read what a token has read.
+  void settle() const;
 
  private:
   int place_ = -1;
