@@ -71,7 +71,7 @@ def state_of(model):
 @pytest.mark.parametrize("make", [make_model, longrope], ids=["llama", "phi3"])
 def test_model_is_left_without_fake_tensors(make):
     model = make()
-    cats.generate(model, make_ids(1, 9), max_new_tokens=5, **GREEDY)
+    cats.generate(model, make_ids(1, 9), engine="eager", max_new_tokens=5, **GREEDY)
     tensors = [t for t in state_of(model).values() if isinstance(t, torch.Tensor)]
     tensors += [*model.parameters(), *model.buffers()]
     assert not any(isinstance(t, FakeTensor) for t in tensors)
@@ -84,7 +84,7 @@ def test_forward_that_stores_a_tensor_runs_module_by_module_and_says_so():
     expected = expected_tokens(model, ids, 20)
     called = int(model.model.layers[0].mlp.calls)
     with pytest.warns(UserWarning, match=r"stores .*mlp\.(table|calls)"):
-        actual = cats.generate(model, ids, max_new_tokens=20, **GREEDY)
+        actual = cats.generate(model, ids, engine="eager", max_new_tokens=20, **GREEDY)
     assert torch.equal(actual, expected)
     assert int(model.model.layers[0].mlp.calls) == 2 * called
 
@@ -96,7 +96,7 @@ def test_model_that_changes_with_the_length_gives_its_own_tokens(limit):
     model.model.layers[0] = Unequal(model.model.layers[0], limit)
     expected = expected_tokens(model, ids, limit + 20)
     with pytest.warns(UserWarning, match="differ"):
-        actual = cats.generate(model, ids, max_new_tokens=limit + 20, **GREEDY)
+        actual = cats.generate(model, ids, engine="eager", max_new_tokens=limit + 20, **GREEDY)
     assert torch.equal(actual, expected)
 
 
@@ -113,7 +113,7 @@ def test_wrong_trace_is_not_used(monkeypatch):
 
     monkeypatch.setattr(eager, "trace_unmasked", wrong)
     with pytest.warns(UserWarning, match="differ"):
-        actual = cats.generate(model, ids, max_new_tokens=9, **GREEDY)
+        actual = cats.generate(model, ids, engine="eager", max_new_tokens=9, **GREEDY)
     assert torch.equal(actual, expected_tokens(model, ids, 9))
 
 
@@ -133,7 +133,7 @@ def test_module_that_cannot_be_copied_runs_untraced():
     model, ids = make_model(LlamaConfig), make_ids(1, 9)
     model.model.layers[0].mlp.lock = threading.Lock()
     with pytest.warns(UserWarning, match="cannot be traced"):
-        actual = cats.generate(model, ids, max_new_tokens=9, **GREEDY)
+        actual = cats.generate(model, ids, engine="eager", max_new_tokens=9, **GREEDY)
     assert torch.equal(actual, expected_tokens(model, ids, 9))
 
 
