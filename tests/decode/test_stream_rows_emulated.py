@@ -289,7 +289,7 @@ def test_kernels_that_differ_from_the_model_are_refused(row_engine, monkeypatch)
 def test_sessions_run_the_kernels_where_they_are_asked_for(row_engine, monkeypatch):
     from cats.decode.rows import engines
 
-    monkeypatch.setattr(engines, "stream_refusal", lambda device: None)
+    monkeypatch.setattr(engines, "gpu_refusal", lambda device: None)
     calls = []
     choose = row_engine.KernelSteps.choose
     monkeypatch.setattr(row_engine.KernelSteps, "choose", lambda *a: calls.append(1) or choose(*a))
@@ -318,7 +318,7 @@ def test_sessions_run_the_kernels_where_they_are_asked_for(row_engine, monkeypat
 def test_sessions_say_why_kernels_cannot_run(row_engine, monkeypatch, change, reason):
     from cats.decode.rows import engines
 
-    monkeypatch.setattr(engines, "stream_refusal", lambda device: None)
+    monkeypatch.setattr(engines, "gpu_refusal", lambda device: None)
     model, _ = sparse_model(LlamaConfig)
     change(model)
     with pytest.raises(BackendError, match=f"stream cannot run rows of this model: .*{reason}"):

@@ -63,9 +63,8 @@ class AutoEngine:
 
     Attributes:
         refusal: Why ``stream`` does not run this model; None where it does.
+        lag: As that of every engine.
     """
-
-    lag = 1
 
     def __init__(self, model: nn.Module, untraceable: str | None = None) -> None:
         self.refusal: str | None = None
@@ -77,6 +76,7 @@ class AutoEngine:
             _LOG.info("engine='auto' takes another engine: %s", error)
         device = device_of(model)
         self._is_gpu = device.type == "cuda"
+        self.lag = 1 if self._is_gpu else 0
         self._eager = EagerEngine(model, untraceable)
         eager_only = runs_own_code(model) or casts(device) or untraceable is not None
         eager_only = eager_only or not self._is_gpu
@@ -167,11 +167,15 @@ def check_engine(name: str) -> None:
 
 def stream_refusal(device: torch.device) -> str | None:
     """Why ``stream`` runs no model on a device, or None where it does."""
-    reason: str | None = None
-    if device.type == "cpu":
-        reason = cpu.unavailable()
-        return None if reason is None else f"the CPU kernels are not available ({reason})"
-    reason = cuda.unavailable()
+    if device.type != "cpu":
+        return gpu_refusal(device)
+    reason: str | None = cpu.unavailable()
+    return None if reason is None else f"the CPU kernels are not available ({reason})"
+
+
+def gpu_refusal(device: torch.device) -> str | None:
+    """Why the kernels of a GPU run no model on a device, or None where they do."""
+    reason: str | None = cuda.unavailable()
     if reason is None and device.type != "cuda":
         reason = f"the model is on {device}"
     return reason

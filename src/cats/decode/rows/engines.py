@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cats.decode.engines import stream_refusal
+from cats.decode.engines import gpu_refusal
 from cats.decode.marks import runs_own_code
 from cats.decode.rows.check import checked_rows
 from cats.decode.rows.engine import RowEngine
@@ -47,11 +47,11 @@ def make_row_engine(
     runner, _ = runner_of(model, ENGINE)
     if name == "modules":
         return checked_rows(model, lines, capacity, rows=rows, untraceable=runner.untraceable)
-    reason = stream_refusal(device_of(model)) or runner.untraceable
+    reason = gpu_refusal(device_of(model)) or runner.untraceable
     if reason is None and runs_own_code(model):
         reason = "the model has forward hooks or replaced forward methods, which it would not run"
     if reason is None:
-        # needs the packages whose absence `stream_refusal` reports
+        # needs the packages whose absence `gpu_refusal` reports
         from cats.decode.stream.row_engine import StreamRows
 
         try:
