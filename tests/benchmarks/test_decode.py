@@ -34,8 +34,8 @@ def times(results):
 def test_every_variant_is_measured_with_its_limit(results):
     assert [Result.from_json(r.to_json()) for r in results] == results
     timed = times(results)
-    assert timed.keys() == {("eager", 0.0), ("generate", 0.0), ("eager", 0.5), ("generate", 0.5)}
-    dense, sparse = timed["eager", 0.0].settings, timed["eager", 0.5].settings
+    assert timed.keys() == {("stream", 0.0), ("generate", 0.0), ("stream", 0.5), ("generate", 0.5)}
+    dense, sparse = timed["stream", 0.0].settings, timed["stream", 0.5].settings
     assert dense["realized_sparsity"] == 0
     assert 0.2 < sparse["realized_sparsity"] < 0.8
     # of each neuron that is dropped, a row of up and a column of down are not read
@@ -52,18 +52,18 @@ timing a read of memory
 calibrating on 256 tokens
 dense: running the modules, for the check
 dense, auto: making the engine
-dense, eager: first run
-dense, eager: round 1 of 2
-dense, eager: round 2 of 2
-dense, eager: check
+dense, stream: first run
+dense, stream: round 1 of 2
+dense, stream: round 2 of 2
+dense, stream: check
 cats-50: running the modules, for the check
 cats-50, auto: making the engine
-cats-50, eager: first run
-cats-50, eager: round 1 of 2
-dense, eager: round 1 of 2
-cats-50, eager: round 2 of 2
-dense, eager: round 2 of 2
-cats-50, eager: check"""
+cats-50, stream: first run
+cats-50, stream: round 1 of 2
+dense, stream: round 1 of 2
+cats-50, stream: round 2 of 2
+dense, stream: round 2 of 2
+cats-50, stream: check"""
     assert stages == expected.splitlines()
 
 
@@ -81,8 +81,8 @@ def test_engine_that_computes_something_else_shows_in_its_check(monkeypatch):
     real = cats.Decoder.logits
     monkeypatch.setattr(cats.Decoder, "logits", lambda *a, **k: real(*a, **k).roll(1, dims=-1))
     settings = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.5,)})))
-    assert settings["eager", 0.5].settings["kl"] > 0.01
-    assert settings["eager", 0.5].settings["same_choice"] < 0.5
+    assert settings["stream", 0.5].settings["kl"] > 0.01
+    assert settings["stream", 0.5].settings["same_choice"] < 0.5
 
 
 def test_divergence_of_nan_is_nan_and_of_equals_is_zero():
@@ -101,17 +101,17 @@ def test_start_up_is_a_time_that_passed(results):
 
 def test_dense_loop_of_the_same_minute_is_compared_with(results):
     timed = times(results)
-    assert timed["eager", 0.0].settings["dense_ms"] == timed["eager", 0.0].value
-    assert timed["eager", 0.5].settings["dense_ms"] > 0
+    assert timed["stream", 0.0].settings["dense_ms"] == timed["stream", 0.0].value
+    assert timed["stream", 0.5].settings["dense_ms"] > 0
     first = {
         r.settings["sparsity"]: r
         for r in results
-        if r.quantity == "time_to_first_token" and r.settings["variant"] == "eager"
+        if r.quantity == "time_to_first_token" and r.settings["variant"] == "stream"
     }
     assert first[0.0].settings["dense_ms"] == first[0.0].value
     assert first[0.5].settings["dense_ms"] > 0
     alone = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.5,)})))
-    assert alone["eager", 0.5].settings["dense_ms"] is None
+    assert alone["stream", 0.5].settings["dense_ms"] is None
 
 
 def test_results_of_a_sparsity_come_before_the_next_one_is_run(monkeypatch):
@@ -122,7 +122,7 @@ def test_results_of_a_sparsity_come_before_the_next_one_is_run(monkeypatch):
     results = []
     with pytest.raises(KeyboardInterrupt):
         results.extend(measure(make_model(), make_ids(8), Case(**TINY)))
-    assert times(results).keys() == {("eager", 0.0), ("generate", 0.0)}
+    assert times(results).keys() == {("stream", 0.0), ("generate", 0.0)}
 
 
 def test_engine_that_cannot_run_a_model_is_left_out_with_the_reason(monkeypatch):
@@ -130,7 +130,7 @@ def test_engine_that_cannot_run_a_model_is_left_out_with_the_reason(monkeypatch)
         raise BackendError("not this one")
 
     monkeypatch.setattr(decode_variants, "run_loop", refuse)
-    with pytest.warns(UserWarning, match="eager at 0% is left out: not this one"):
+    with pytest.warns(UserWarning, match="stream at 0% is left out: not this one"):
         timed = times(measure(make_model(), make_ids(8), Case(**TINY | {"sparsities": (0.0,)})))
     assert timed.keys() == {("generate", 0.0)}
 

@@ -278,7 +278,7 @@ def chain_after_a_prompt(model):
 @needs_linux
 def test_forked_process_has_a_team_of_its_own():
     model = long_model()
-    chain, state = chain_after_a_prompt(model)
+    chain, _state = chain_after_a_prompt(model)
     use_threads(3)
     expected = chain.run(6).clone()
     assert step.team_size() >= 2
