@@ -7,7 +7,7 @@
 // bytes. `Set::Bytes` is what an instruction set has for that:
 //
 //   Integers                         64 bytes, or 16 sums of int32
-//   load, low, high                  64 bytes; their low and their high four bits
+//   load, load_once, low, high       64 bytes; their low and their high four bits
 //   zero, dot(sums, codes, x)        sums of 4 neighbouring products of unsigned codes and signed x
 //   shift(sums), to_floats(sums)     128 times the sums; the sums as floats
 //   few<n>(numbers)                  n numbers of any type as floats, n 2 or 4, with multiply_add and multiply for them
@@ -213,14 +213,15 @@ class IntegerRows {
     }
     const int8_t* x = bytes_;
     for (int64_t u = 0; u < format.units; ++u, x += kPlanes * 2 * kUnitBytes) {
-      typename Bytes::Integers sums[kPlanes][kRows];
+      typename Bytes::Integers bytes[kRows], sums[kPlanes][kRows];
+      CATS_UNROLL
+      for (int r = 0; r < kRows; ++r) bytes[r] = Bytes::load_once(rows[r] + u * kUnitBytes);
       CATS_UNROLL
       for (int p = 0; p < kPlanes; ++p) {
         const auto high = Bytes::load(x + p * 2 * kUnitBytes), low = Bytes::load(x + (2 * p + 1) * kUnitBytes);
         CATS_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          const auto bytes = Bytes::load(rows[r] + u * kUnitBytes);
-          const auto codes = kBits == 8 ? bytes : p == 0 ? Bytes::low(bytes) : Bytes::high(bytes);
+          const auto codes = kBits == 8 ? bytes[r] : p == 0 ? Bytes::low(bytes[r]) : Bytes::high(bytes[r]);
           sums[p][r] = Bytes::dot(Bytes::shift(Bytes::dot(Bytes::zero(), codes, high)), codes, low);
         }
       }

@@ -10,6 +10,14 @@ struct VnniBytes {
   using Integers = __m512i;
 
   static Integers load(const void* p) { return _mm512_loadu_si512(p); }
+  // The compiler would load bytes again for each of their halves, and half of the rows lie across two lines.
+  static Integers load_once(const void* p) {
+    Integers bytes = load(p);
+#if defined(__GNUC__)
+    __asm__("" : "+v"(bytes));
+#endif
+    return bytes;
+  }
   static Integers low(Integers bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Integers high(Integers bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
   static Integers zero() { return _mm512_setzero_si512(); }
