@@ -442,7 +442,7 @@ def count(options: argparse.Namespace) -> None:
     from cats import recipes
     from cats.cli.options import Dtype, load, process_device
     from cats.data import read_text, token_blocks
-    from cats.recipes.processes import join_processes
+    from cats.processes import join_processes
 
     rank, processes = join_processes()
     if processes != options.processes:
