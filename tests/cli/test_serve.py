@@ -98,6 +98,7 @@ def test_a_chat_template_of_a_file_replaces_the_models_own(command, checkpoint, 
         (("--api-key", " k"), "an API key is"),
         (("--request-timeout", "0"), "positive request_timeout"),
         (("--chat-template", "absent.jinja"), "absent.jinja"),
+        (("--engine", "stream", "--context", "64", "--rows", "1"), "stream"),
         (("--context", "100000"), "expected a context up to the model's, 512"),
     ],
 )

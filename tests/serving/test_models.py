@@ -1,14 +1,16 @@
 """Which models are served, and what their ids mean."""
 
+import httpx
 import pytest
 import torch
 from torch import nn
 
 import cats
 from cats.errors import UnsupportedModelError
+from cats.quantisation import quantise_
 from cats.serving.models import dense_copy
 from tests.models import logits, make_ids, make_model
-from tests.serving.live import make_chat_model, make_models
+from tests.serving.live import make_chat_model, make_models, serving
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -27,6 +29,22 @@ def test_a_dense_copy_is_the_dense_model_and_shares_its_weights(fused):
     assert not torch.allclose(sparse, dense, atol=1e-3)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in copy.parameters()} == own
+
+
+def test_a_dense_copy_of_packed_codes_shares_them():
+    model = quantise_(make_model(hidden_size=32, head_dim=16, intermediate_size=64), bits=8)
+    ids = make_ids(2, 9)
+    dense = logits(model, ids)
+    cats.sparsify_(model, cats.calibrate(model, [make_ids()], target_sparsity=0.6))
+    cats.fuse_(model)
+    copy = dense_copy(model)
+    torch.testing.assert_close(logits(copy, ids), dense, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(logits(model, ids), dense, atol=1e-3)
+
+    def storages(module):
+        return {buffer.data_ptr() for buffer in module.buffers() if buffer.dtype == torch.uint8}
+
+    assert storages(copy) == storages(model)
 
 
 def test_a_method_that_replaces_the_activation_has_no_dense_copy():
@@ -65,3 +83,21 @@ def test_the_models_own_sampling_counts_where_it_draws():
     models = make_models(model)
     assert models.get("tiny").defaults == {"temperature": 0.6, "top_p": 1.0, "top_k": 20}
     models.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be traced")
+def test_a_model_whose_rows_cannot_run_together_answers_one_request_after_the_other():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = make_chat_model(rope_parameters=rope, max_position_embeddings=512)
+    with pytest.warns(UserWarning, match="one after the other"):
+        models = make_models(model)
+    asked = dict(model="tiny", prompt="A cat is", max_tokens=5, ignore_eos=True, temperature=0)
+    with serving(models) as address, httpx.Client(base_url=address, timeout=30) as client:
+        whole = client.post("/v1/completions", json=asked).json()
+        assert whole["usage"]["completion_tokens"] == 5
+        meter = {"stream": True, "stream_options": {"include_meter": True}}
+        assert client.post("/v1/completions", json=asked | meter).status_code == 200
+        refused = client.post("/v1/completions", json=asked | {"logprobs": 1})
+        assert refused.status_code == 400
+        assert "run one after the other" in refused.json()["error"]["message"]
+        assert client.get("/v1/models").json()["data"][0]["cats"]["rows"] == 1

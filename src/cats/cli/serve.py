@@ -96,6 +96,12 @@ def serve(
     log_json: Annotated[
         bool, typer.Option(help="Log requests as JSON, one object a line.")
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="modules, or [b]stream[/b]: kernels for rows on a GPU, tried in an emulator only."
+        ),
+    ] = "modules",
     fuse: Annotated[bool, typer.Option(help="Run a sparse model's MLPs as one operator.")] = True,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.Device = "auto",
@@ -157,6 +163,7 @@ def serve(
             rows=rows,
             context=context,
             cache_tokens=cache_tokens,
+            engine=engine,
             dense_rows=dense_rows,
             queue=queue,
         )

@@ -138,6 +138,7 @@ def serve_models(
     rows: int = 16,
     context: int | None = None,
     cache_tokens: int | None = None,
+    engine: str = "modules",
     dense_rows: int = 2,
     queue: int = 64,
 ) -> Models:
@@ -150,18 +151,28 @@ def serve_models(
         rows: As for :class:`cats.Sessions`.
         context: As for :class:`cats.Sessions`.
         cache_tokens: As for :class:`cats.Sessions`.
+        engine: As for :class:`cats.Sessions`.
         dense_rows: How many answers of the dense model decode together; 0 leaves it out.
         queue: How many answers of each may wait.
     """
     sessions = Sessions(
-        model, tokenizer=tokenizer, rows=rows, context=context, cache_tokens=cache_tokens
+        model,
+        tokenizer=tokenizer,
+        rows=rows,
+        context=context,
+        cache_tokens=cache_tokens,
+        engine=engine,
     )
     served = [ServedModel(name, sessions, model, tokenizer, queue=queue)]
     if dense_rows and served[0].is_sparse:
         try:
             dense = dense_copy(model)
             dense_sessions = Sessions(
-                dense, tokenizer=tokenizer, rows=dense_rows, context=sessions.context
+                dense,
+                tokenizer=tokenizer,
+                rows=dense_rows,
+                context=sessions.context,
+                engine=engine,
             )
         except CatsError:
             sessions.close()
