@@ -49,6 +49,9 @@ def test_the_image_runs_a_command_that_exists_and_is_no_root():
     serve = get_command(app).commands[name]
     parsed = serve.make_context(name, options).params
     assert (parsed["model"], parsed["host"]) == ("smollm2", "0.0.0.0")
+    made = re.search(r"calibrate smollm2 .*-o (\S+)", "\n".join(instructions("RUN")))[1]
+    assert str(parsed["thresholds"]) == made
+    assert made.startswith("/opt/cats/"), "what the last stage copies"
     assert f"EXPOSE {parsed['port']}" in DOCKERFILE.read_text()
     assert f":{parsed['port']}/health" in instructions("HEALTHCHECK")[0]
     assert re.fullmatch(r"[1-9]\d*", instructions("USER")[-1])

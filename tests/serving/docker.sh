@@ -22,5 +22,6 @@ curl --silent --show-error --fail "$address/" | grep -q '<title>CATS chat</title
 curl --silent --show-error --fail "$address/v1/chat/completions" -H 'Authorization: Bearer key' \
     -H 'Content-Type: application/json' \
     -d '{"model": "smollm2", "messages": [{"role": "user", "content": "Name a pet."}], "max_tokens": 8, "temperature": 0}'
+curl --silent --show-error --fail "$address/v1/models" -H 'Authorization: Bearer key' | grep -q '"smollm2:dense"'
 echo
 echo "the image serves"
