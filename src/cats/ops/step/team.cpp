@@ -12,7 +12,12 @@
 #include <thread>
 
 #if defined(__linux__)
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -38,11 +43,49 @@ struct alignas(64) Place {
 Place places[kPlaces];
 std::atomic<int64_t> pretended{0};
 
+// Where threads sleep until a token begins. On Linux it is a futex: a caller that wakes others must not wait for one of them,
+// and that of a condition variable may, in its lock or for the end of earlier waits.
+class Bed {
+ public:
+  uint32_t calls() const { return calls_.load(); }
+
+  // Sleeps until there was another call than the one that was seen.
+  void sleep(uint32_t seen) {
+    sleeping_.fetch_add(1);
+#if defined(__linux__)
+    static_assert(sizeof calls_ == sizeof(uint32_t));
+    while (calls_.load() == seen) syscall(SYS_futex, &calls_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+#else
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [&] { return calls_.load() != seen; });
+#endif
+    sleeping_.fetch_sub(1);
+  }
+
+  void call() {
+    calls_.fetch_add(1);
+    // a thread that is about to sleep is counted, or sees the new call
+    if (!sleeping_.load()) return;
+#if defined(__linux__)
+    syscall(SYS_futex, &calls_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#else
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    wake_.notify_all();
+#endif
+  }
+
+ private:
+  std::atomic<uint32_t> calls_{0};
+  std::atomic<int64_t> sleeping_{0};
+#if !defined(__linux__)
+  std::mutex mutex_;
+  std::condition_variable wake_;
+#endif
+};
+
 struct Team {
-  std::mutex mutex;
-  std::condition_variable wake;
-  std::atomic<uint64_t> calls{0};  // counts what threads are woken for
-  std::atomic<int64_t> sleeping{0};
+  std::mutex mutex;  // of the threads' creation
+  Bed bed;
   std::atomic<int64_t> size{0};
 
   // Takes part in what runs; returns whether there was anything.
@@ -68,18 +111,14 @@ struct Team {
     pthread_setname_np(pthread_self(), "cats step");
 #endif
     for (;;) {
-      const uint64_t seen = calls.load();
+      const uint32_t seen = bed.calls();
       Clock::time_point until = Clock::now() + kLook;
-      while (calls.load(std::memory_order_relaxed) == seen) {
+      while (bed.calls() == seen) {
         if (help(number)) until = Clock::now() + kLook;
         pause_briefly();
         if (Clock::now() > until) break;
       }
-      if (calls.load() != seen) continue;
-      std::unique_lock<std::mutex> lock(mutex);
-      sleeping.fetch_add(1);
-      wake.wait(lock, [&] { return calls.load() != seen; });
-      sleeping.fetch_sub(1);
+      bed.sleep(seen);
     }
   }
 
@@ -95,12 +134,7 @@ struct Team {
         size.fetch_add(1);
       }
     }
-    calls.fetch_add(1);
-    if (sleeping.load()) {
-      // a thread that is about to sleep holds this, or sees the new count
-      { std::lock_guard<std::mutex> lock(mutex); }
-      wake.notify_all();
-    }
+    bed.call();
   }
 };
 
