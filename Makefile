@@ -4,7 +4,7 @@
 #   make test-thorough   the same, with cases that take long: kernels for every generation of GPUs
 #   make test-page    the chat page in Chromium, which `make test` leaves out where there is none
 #   make test-clients   LiteLLM and LangChain on a server, in an environment of their own
-#   make test-soak    2,000 sessions with cancels, errors and faults of memory
+#   make test-soak    2,000 sessions with cancels, errors and faults of memory; 10,000 requests on one server
 #   make test-docker   builds the image and asks a container, where Docker runs
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
@@ -47,6 +47,7 @@ test-clients: $(VENV)/.dev
 
 test-soak: $(VENV)/.dev
 	$(BIN)/python -m tests.decode.rows.soak
+	$(BIN)/python -m tests.serving.soak --requests 10000 -o build/soak.jsonl
 
 test-docker:
 	sh tests/serving/docker.sh

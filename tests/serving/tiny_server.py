@@ -5,6 +5,7 @@ python -m tests.serving.tiny_server COMMAND...   runs a command, which finds the
                                                  CATS_TEST_SERVER, and ends as it ends
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.serving.live import make_chat_model, make_models, serving
 
 def main():
     torch.set_num_threads(1)
+    logging.disable(logging.INFO)  # a line for each request
     models = make_models(make_chat_model(sparse=True), rows=16, context=512, queue=64)
     if command := sys.argv[1:]:
         with serving(models) as address:

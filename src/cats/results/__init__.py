@@ -45,6 +45,7 @@ from cats.results.records import (
 )
 from cats.results.result import Result, Value
 from cats.results.serving import ServedFirstToken, ServedRate, ServingOverhead, ServingResult
+from cats.results.soak import ServerMemory
 
 __all__ = [
     "COMPARED",
@@ -83,6 +84,7 @@ __all__ = [
     "Result",
     "ServedFirstToken",
     "ServedRate",
+    "ServerMemory",
     "ServingOverhead",
     "ServingResult",
     "SessionLatency",
