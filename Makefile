@@ -6,6 +6,7 @@
 #   make test-clients   LiteLLM and LangChain on a server, in an environment of their own
 #   make test-soak    2,000 sessions with cancels, errors and faults of memory; 10,000 requests on one server
 #   make test-docker   builds the image and asks a container, where Docker runs
+#   make test-families   every family of transformers against docs/families.md
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
 # WORKERS=4 is how many processes run the tests; without it, one for each core.
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 WHEEL_PIP := build/wheel/bin/python -m pip --quiet --disable-pip-version-check
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-thorough test-gpu test-page test-clients test-soak test-docker test-sanitize lint wheel clean
+.PHONY: demo test test-thorough test-families test-gpu test-page test-clients test-soak test-docker test-sanitize lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo -o build/demo
@@ -29,6 +30,9 @@ test: $(VENV)/.dev
 
 test-thorough: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m ""
+
+test-families: $(VENV)/.dev
+	$(BIN)/cats families --check docs/families.md
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"

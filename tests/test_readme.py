@@ -9,6 +9,7 @@ import pytest
 
 import cats
 from cats import checkpoint, data, smollm2
+from cats.model import is_sparse
 from cats.weights import is_quantised
 from tests import models
 
@@ -68,6 +69,20 @@ def test_calibrate_apply_and_save(folder, short_text):
     assert checkpoint.is_sparse_checkpoint("./smollm2-cats50")
     sparse = {name for name, _ in names["model"].named_buffers() if name.endswith("threshold")}
     assert sparse == {f"{name}.act_fn.threshold" for name in names["config"].thresholds}
+
+
+def test_other_libraries_apply_the_thresholds(folder):
+    model = checkpoint.load_dense(folder)
+    config = cats.calibrate(model, [models.make_ids()], target_sparsity=0.5)
+    cats.sparsify_(model, config).save_pretrained("smollm2-cats50")
+    checkpoint.load_tokenizer(folder).save_pretrained("smollm2-cats50")
+    names = {}
+    try:
+        exec(block_below("docs/python.md", "In other libraries"), names)
+    finally:
+        cats.unregister()
+    assert is_sparse(names["model"])
+    assert is_sparse(names["generate"].model)
 
 
 def test_quantise_from_python(folder, short_text):

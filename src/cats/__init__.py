@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cats.decode import Decoder, Sessions, generate, release
     from cats.errors import CatsError
     from cats.fusion import fuse_, unfuse_
+    from cats.integrations.auto import register, unregister
 
 __all__ = [
     "CatsConfig",
@@ -37,9 +38,11 @@ __all__ = [
     "ops",
     "quantisation",
     "recipes",
+    "register",
     "release",
     "sparsify_",
     "unfuse_",
+    "unregister",
 ]
 
 # Loaded on first use: `import cats` and `cats --help` must not wait for torch.
@@ -66,8 +69,10 @@ __getattr__, __dir__ = exports(
         "ops": "cats.ops",
         "quantisation": "cats.quantisation",
         "recipes": "cats.recipes",
+        "register": "cats.integrations.auto",
         "release": "cats.decode",
         "sparsify_": "cats.apply",
         "unfuse_": "cats.fusion",
+        "unregister": "cats.integrations.auto",
     },
 )

@@ -12,7 +12,7 @@ from cats.config import CatsConfig
 from cats.errors import ConfigError, ModelMismatchError
 from cats.fusion import restore_layout_, take_out_
 from cats.methods import get_method
-from cats.model import CatsActivation, GatedMLP, find_gated_mlps
+from cats.model import CatsActivation, GatedMLP, find_gated_mlps, restore_, unswap_
 from cats.protocols import ModelConfig
 from cats.undo import unchanged_on_error
 from cats.weights.placement import has_weights
@@ -95,7 +95,8 @@ def _restore_activations(model: nn.Module, except_for: Container[str] = ()) -> N
     for name, module in list(model.named_modules()):
         for child, act in list(module.named_children()):
             if isinstance(act, CatsActivation) and name not in except_for:
-                setattr(module, child, act.dense)
+                restore_(module, child, act.dense)
+                unswap_(module)
 
 
 def _record(model: nn.Module, block: dict[str, Any] | None) -> None:
@@ -126,11 +127,11 @@ def _matching_mlps(model: nn.Module, config: CatsConfig) -> dict[str, GatedMLP]:
     for name, tensors in config.tensors.items():
         if name not in mlps:
             raise ModelMismatchError(f"{name} is not a gated MLP in this model: {advice}")
-        size = mlps[name].intermediate_size
         for key, tensor in tensors.items():
-            if tensor.numel() not in (1, size):
+            if not mlps[name].fits(tensor):
                 raise ModelMismatchError(
-                    f"{name}.{key} has {tensor.numel()} entries for {size} neurons: {advice}"
+                    f"{name}.{key} has the shape {list(tensor.shape)} for {mlps[name].size}: "
+                    f"{advice}"
                 )
         expected = config.fingerprints.get(name)
         if expected is None or not has_weights(mlps[name].module):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import huggingface_hub
 import safetensors
+import torch
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP library
     GatedRepoError,
     HfHubHTTPError,
@@ -18,18 +19,22 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RepositoryNotFoundError,
 )
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from cats import formats, smollm2
-from cats.apply import sparsify_
+from cats.apply import densify_, sparsify_
 from cats.config import CatsConfig
 from cats.errors import CatsError, ConfigError, FormatError, StorageError
 from cats.protocols import ModelConfig, Tokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
+# Stands for the name of an activation, which no checkpoint renames.
+_NAME = "act_fn"
 # Options that say which files of the hub are meant and how to get them. They hold for every file.
 _CODE_OPTIONS = ("trust_remote_code", "code_revision")
 _FILE_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
@@ -95,8 +100,8 @@ def load_dense(path: str | Path, **kwargs: Any) -> Any:
         raise FormatError(
             f"{path}: {len(wrong)} weights are missing or have the wrong size, such as {wrong[0]}"
         )
-    if hasattr(model.config, "cats"):
-        del model.config.cats
+    # after cats.register(), transformers itself applies them
+    densify_(model)
     return model
 
 
@@ -121,6 +126,8 @@ def read_config(path: str | Path, *, variant: str | None = None, **hub_options: 
             f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         )
     tensors = _read_thresholds(folder, variant, hub_options)
+    if set(block.get("realized_sparsity", ())) - tensors.keys():
+        tensors = _under_names_of_modules(tensors, folder, hub_options)
     if not tensors:
         raise FormatError(f"{path}: config.json has a cats block, but no thresholds are stored")
     return CatsConfig.from_dict(block, tensors, source=str(path))
@@ -277,6 +284,30 @@ def _read_thresholds(
             with safetensors.safe_open(file, "pt") as shard:
                 tensors.setdefault(prefix.rpartition(".")[0], {})[name] = shard.get_tensor(key)
     return tensors
+
+
+def _under_names_of_modules(
+    tensors: dict[str, dict[str, Tensor]], path: str, hub_options: dict[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Thresholds by the names of modules, where transformers saves other names than these.
+
+    It writes the names of a family's first checkpoints, such as those of Mixtral's experts.
+    """
+    trust_remote_code = bool(hub_options.get("trust_remote_code"))
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(
+            _load_config(path, hub_options), trust_remote_code=trust_remote_code
+        )
+    renamings = [c for c in get_model_conversion_mapping(empty) if isinstance(c, WeightRenaming)]
+
+    def renamed(mlp: str) -> str:
+        # patterns may end in a dot, after which the name of a weight follows
+        key = f"{mlp}.{_NAME}"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        return key.removesuffix(f".{_NAME}")
+
+    return {renamed(mlp): named for mlp, named in tensors.items()}
 
 
 def _stored_keys(path: str, variant: str | None, hub_options: dict[str, Any]) -> dict[str, str]:

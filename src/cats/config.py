@@ -26,7 +26,8 @@ class CatsConfig:
         target_sparsity: Fraction of neurons that calibration aimed to drop; None where the method
             has no target (``"relu"``).
         tensors: Name of each sparse MLP, such as ``"model.layers.0.mlp"``, to its named float32
-            tensors. ``"threshold"`` is always there: one number, or ``[F]``.
+            tensors. ``"threshold"`` is always there: one number, ``[F]``, or ``[E, 1]``, one per
+            expert.
         realized_sparsity: Name of each MLP to the fraction dropped on the calibration tokens.
         calibration_tokens: Number of calibration tokens.
         calibration_hash: Hash of the calibration blocks, independent of their order.
@@ -51,9 +52,10 @@ class CatsConfig:
             if "threshold" not in tensors:
                 raise ConfigError(f"{mlp}: expected a tensor named threshold, got {[*tensors]}")
             for name, tensor in tensors.items():
-                if tensor.dtype != torch.float32 or tensor.ndim > 1:
+                is_column = tensor.ndim == 2 and tensor.shape[1] == 1
+                if tensor.dtype != torch.float32 or not (tensor.ndim < 2 or is_column):
                     raise ConfigError(
-                        f"{mlp}.{name}: expected float32, one number or [F]; "
+                        f"{mlp}.{name}: expected float32, one number, [F], or [E, 1] for experts; "
                         f"got {tensor.dtype} {list(tensor.shape)}"
                     )
             if not (tensors["threshold"] >= 0).all():
@@ -71,7 +73,7 @@ class CatsConfig:
 
     @property
     def thresholds(self) -> dict[str, Tensor]:
-        """Name of each sparse MLP to its threshold: one number, or ``[F]``."""
+        """Name of each sparse MLP to its threshold: one number, ``[F]`` or ``[E, 1]``."""
         return {mlp: tensors["threshold"] for mlp, tensors in self.tensors.items()}
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Self, cast
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cats.calibration.collection import forward_hidden
+from cats.calibration.collection import forward_hidden, without_padding
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
 from cats.fusion import fused_mlps
-from cats.model import CatsActivation, evaluating
+from cats.model import CatsActivation, RoutedExperts, Routes, evaluating, watched_routes
+from cats.model.routes import calling_activation
 from cats.processes import in_order, rank_and_number
 from cats.protocols import CausalModel
 from cats.weights.placement import check_has_weights, input_device
@@ -153,6 +155,7 @@ class DroppedNeurons:
             if isinstance(module, CatsActivation)
             and (mlp := name.rpartition(".")[0]) not in self._fused
         }
+        self._parents = dict(model.named_modules())
         if not self._acts and not self._fused:
             raise UnsupportedModelError(
                 "the model is dense: apply thresholds with cats.sparsify_ first"
@@ -164,9 +167,13 @@ class DroppedNeurons:
 
     def __enter__(self) -> Self:
         for name, act in self._acts.items():
-            handle = act.register_forward_hook(
-                lambda m, args, output, name=name: self.count(name, output != 0)
-            )
+            count: Callable[..., None] = partial(self._count_outputs, name)
+            experts = self._parents[name]
+            if isinstance(experts, RoutedExperts):
+                self._stack.enter_context(calling_activation(experts))
+                routes = self._stack.enter_context(watched_routes(experts))
+                count = partial(self._count_experts, name, routes)
+            handle = act.register_forward_hook(count)
             self._stack.callback(handle.remove)
         for name, mlp in self._fused.items():
             handle = mlp.register_forward_pre_hook(
@@ -198,8 +205,25 @@ class DroppedNeurons:
         """Dropped neurons of all MLPs, summed over the tokens, and all neurons in the same way."""
         return sum(map(int, self._dropped.values())), sum(self._neurons.values())
 
+    def _count_outputs(self, name: str, _: nn.Module, args: object, output: Tensor) -> None:
+        self.count(name, output != 0)
+
+    def _count_experts(
+        self, name: str, routes: Routes, _: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        if not output.numel():
+            return
+        tokens = routes.take(output)[1]
+        # an expert that runs on all tokens gets zeros for those that are not its own
+        own = (args[0] != 0).any(-1)
+        if self.mask is not None:
+            own &= self.mask.flatten().to(output.device)[tokens]
+        kept = output[own] != 0
+        self._dropped[name] = self._dropped[name] + (~kept).sum()
+        self._neurons[name] += kept.numel()
+
     def count(self, name: str, kept: Tensor) -> None:
         """Take which neurons of an MLP a pass keeps, ``[..., F]``."""
-        kept = kept if self.mask is None else kept[self.mask.to(kept.device)]
+        kept = kept if self.mask is None else without_padding(name, kept, self.mask)
         self._dropped[name] = self._dropped[name] + (~kept).sum()
         self._neurons[name] += kept.numel()

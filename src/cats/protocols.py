@@ -25,6 +25,7 @@ class ModelConfig(Protocol):
     num_hidden_layers: int
     num_attention_heads: int
     max_position_embeddings: int
+    name_or_path: str
     cats: dict[str, Any]
 
     def get_text_config(self, *, decoder: bool = ...) -> ModelConfig:

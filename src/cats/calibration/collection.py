@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,7 +18,16 @@ from cats.data import Batch, as_batch
 from cats.errors import ConfigError, DataError, UnsupportedModelError
 from cats.fingerprint import of_model
 from cats.methods import get_method
-from cats.model import CatsActivation, GatedMLP, evaluating, find_gated_mlps
+from cats.model import (
+    CatsActivation,
+    GatedExperts,
+    GatedMLP,
+    Routes,
+    evaluating,
+    find_gated_mlps,
+    watched_routes,
+)
+from cats.model.routes import calling_activation
 from cats.weights.placement import check_has_weights, input_device
 
 # First bin of infinity, without the sign; the bins of NaN are above it.
@@ -31,6 +41,7 @@ def calibrate(
     target_sparsity: float | None = None,
     method: str = "cats",
     exclude: Sequence[str] = (),
+    per_expert: bool = False,
 ) -> CatsConfig:
     """Thresholds that drop ``target_sparsity`` of each MLP's neurons on the given text.
 
@@ -44,16 +55,20 @@ def calibrate(
         target_sparsity: Fraction to drop, inside (0, 1); None where the method has no target.
         method: ``"cats"`` or ``"relu"``.
         exclude: Patterns of module names to leave dense, such as ``"model.layers.0.*"``.
+        per_expert: A threshold for each expert of a mixture; by default, the experts of a layer
+            share one.
 
     Raises:
         ConfigError: If the target or the method is wrong.
         UnsupportedModelError: If the model has no gated MLP, or is sparse already.
-        DataError: If there are no tokens, or an activation is NaN or infinite.
+        DataError: If there are no tokens, if an activation is NaN or infinite, or if an expert
+            that needs a threshold got no token.
     """
     if target_sparsity is None and get_method(method).has_target:
         raise ConfigError(f"method {method!r} needs target_sparsity, such as 0.5")
     check_target(target_sparsity)
-    return collect(model, batches, method=method, exclude=exclude).config(target_sparsity)
+    statistics = collect(model, batches, method=method, exclude=exclude, per_expert=per_expert)
+    return statistics.config(target_sparsity)
 
 
 def collect(
@@ -63,6 +78,7 @@ def collect(
     method: str = "cats",
     exclude: Sequence[str] = (),
     statistics: Statistics | None = None,
+    per_expert: bool = False,
 ) -> Statistics:
     """The slow half of :func:`calibrate`: one pass over the text that serves every target.
 
@@ -72,6 +88,7 @@ def collect(
         method: Name of the method, which chooses the values that are counted.
         exclude: As for :func:`calibrate`.
         statistics: Counts of an earlier part of the text, to be added; this object does not change.
+        per_expert: Count each expert of a mixture for itself, too.
 
     Returns:
         Statistics. Their memory does not grow with the number of tokens.
@@ -91,6 +108,12 @@ def collect(
         fingerprints={mlp.name: mlp.fingerprint() for mlp in mlps},
         weights=of_model(model),
     )
+    for mlp in mlps:
+        if isinstance(mlp, GatedExperts):
+            new.expert_tokens[mlp.name] = torch.zeros(mlp.experts, dtype=torch.int64)
+            if per_expert:
+                shape = mlp.experts, _counts.EXPERT_BINS
+                new.expert_counts[mlp.name] = torch.zeros(shape, dtype=torch.int64)
     with _Counting(model, mlps, new) as counting:
         for batch in batches:
             counting.run(*as_batch(batch))
@@ -110,10 +133,12 @@ class _Counting:
         method = get_method(self._statistics.method)
         self._stack.enter_context(evaluating(self._model))
         for mlp in self._mlps:
-
-            def record(values: Tensor, name: str = mlp.name) -> None:
-                self._record(name, values)
-
+            self._stack.enter_context(mlp.opened())
+            record: Callable[[Tensor], None] = partial(self._record, mlp.name)
+            if isinstance(mlp, GatedExperts):
+                self._stack.enter_context(calling_activation(mlp.module))
+                routes = self._stack.enter_context(watched_routes(mlp.module))
+                record = partial(self._record_experts, mlp.name, routes)
             self._stack.callback(method.observe(mlp, record).remove)
         return self
 
@@ -133,14 +158,46 @@ class _Counting:
 
     def _record(self, name: str, values: Tensor) -> None:
         if self._mask is not None:
-            if values.shape[:2] != self._mask.shape:
-                raise UnsupportedModelError(
-                    f"{name} sees activations of shape {list(values.shape)} for a batch of shape "
-                    f"{list(self._mask.shape)}, so padding cannot be left out: calibrate without it"
-                )
-            values = values[self._mask.to(values.device)]
-        counts = self._statistics.counts
-        counts[name] = counts[name].to(values.device).add_(_counts.count(values.detach()))
+            values = without_padding(name, values, self._mask)
+        self._add(self._statistics.counts, name, _counts.count(values.detach()))
+
+    def _record_experts(self, name: str, routes: Routes, values: Tensor) -> None:
+        if not values.numel():
+            return
+        experts, tokens = routes.take(values)
+        # an expert that runs on all tokens gets zeros for those that are not its own
+        own = (values != 0).any(-1)
+        if self._mask is not None:
+            own &= self._mask.flatten().to(values.device)[tokens]
+        values, experts = values[own].detach(), experts[own]
+        statistics, number = self._statistics, len(self._statistics.expert_tokens[name])
+        self._add(statistics.counts, name, _counts.count(values))
+        self._add(statistics.expert_tokens, name, torch.bincount(experts, minlength=number))
+        if name in statistics.expert_counts:
+            by_expert = _counts.count_by_expert(values, experts, number)
+            self._add(statistics.expert_counts, name, by_expert)
+
+    @staticmethod
+    def _add(counts: dict[str, Tensor], name: str, new: Tensor) -> None:
+        counts[name] = counts[name].to(new.device).add_(new)
+
+
+def without_padding(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    """Values of the tokens of a batch that are not padding.
+
+    Args:
+        name: Of the module that they belong to, for messages.
+        values: ``[B, T, F]``, or ``[B * T, F]`` as mixtures of experts have them.
+        mask: ``[B, T]``; False is padding.
+    """
+    if values.shape[:2] == mask.shape:
+        return values[mask.to(values.device)]
+    if values.shape[:-1].numel() == mask.numel():
+        return values.flatten(0, -2)[mask.flatten().to(values.device)]
+    raise UnsupportedModelError(
+        f"{name} sees activations of shape {list(values.shape)} for a batch of shape "
+        f"{list(mask.shape)}, so padding cannot be left out: calibrate without it"
+    )
 
 
 def forward_hidden(model: nn.Module, ids: Tensor, mask: Tensor | None) -> None:
@@ -161,8 +218,9 @@ def block_hash(ids: Tensor) -> int:
 
 def _check_finite(statistics: Statistics) -> None:
     magnitude = torch.arange(_counts.BINS) & (_counts.BINS // 2 - 1)
+    for tensors in (statistics.counts, statistics.expert_tokens, statistics.expert_counts):
+        tensors |= {name: tensor.cpu() for name, tensor in tensors.items()}
     for name, counts in statistics.counts.items():
-        statistics.counts[name] = counts = counts.cpu()
         if bad := int(counts[magnitude >= _INFINITY_BIN].sum()):
             raise DataError(
                 f"{name}: {bad} of {int(counts.sum())} activations are NaN or infinite; "

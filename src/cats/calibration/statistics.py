@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from cats.methods import get_method
 from cats.storage import load_tensors, save_tensors
 
 _HASH_MODULUS = 1 << 64
+# A quantile of the neurons of fewer tokens than these is rough.
+_FEW_TOKENS = 32
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,6 +43,10 @@ class Statistics:
         blocks: How many rows of batches were counted.
         text_hash: Sum over the blocks of a hash of their tokens, modulo 2**64, so that their order
             does not matter.
+        expert_tokens: Name of each module of stacked experts to how many tokens each expert got,
+            ``[E]``, int64.
+        expert_counts: Name of each of these to the counts of each expert, ``[E, EXPERT_BINS]``,
+            int64; empty unless experts get thresholds of their own.
     """
 
     method: str
@@ -49,6 +58,8 @@ class Statistics:
     tokens: int = 0
     blocks: int = 0
     text_hash: int = 0
+    expert_tokens: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    expert_counts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __add__(self, other: Statistics) -> Statistics:
         self._check_same_model(other)
@@ -58,7 +69,17 @@ class Statistics:
             tokens=self.tokens + other.tokens,
             blocks=self.blocks + other.blocks,
             text_hash=(self.text_hash + other.text_hash) % _HASH_MODULUS,
+            expert_tokens=_added(self.expert_tokens, other.expert_tokens),
+            expert_counts=_added(self.expert_counts, other.expert_counts),
         )
+
+    def rare_experts(self, tokens: int = _FEW_TOKENS) -> dict[str, list[int]]:
+        """Name of each module of experts to the experts that got fewer tokens; others are left out.
+
+        Their thresholds, if each expert has its own, are those of a few tokens.
+        """
+        rare = {n: (t < tokens).nonzero()[:, 0].tolist() for n, t in self.expert_tokens.items()}
+        return {name: experts for name, experts in rare.items() if experts}
 
     def config(self, target_sparsity: float | None = None) -> CatsConfig:
         """The thresholds for one target.
@@ -92,10 +113,11 @@ class Statistics:
             def score(values: Tensor, activation: str = self.activations[name]) -> Tensor:
                 return method.score(values, activation)
 
-            if target_sparsity is None:
-                threshold, realized[name] = torch.zeros(()), _counts.fraction_dropped(counts, score)
+            find = partial(_threshold, score=score, target=target_sparsity)
+            if name in self.expert_counts:
+                threshold, realized[name] = self._of_experts(name, find)
             else:
-                threshold, realized[name] = _counts.threshold_at(counts, score, target_sparsity)
+                threshold, realized[name] = find(counts)
             tensors[name] = {"threshold": threshold}
         return CatsConfig(
             method=self.method,
@@ -107,6 +129,32 @@ class Statistics:
             calibration_hash=f"{self.text_hash:016x}",
             fingerprints=self.fingerprints,
         )
+
+    def _of_experts(
+        self, name: str, find: Callable[[Tensor], tuple[Tensor, float]]
+    ) -> tuple[Tensor, float]:
+        """One threshold per expert, ``[E, 1]``, and the fraction that they drop together.
+
+        Raises:
+            DataError: If an expert got no token.
+        """
+        tokens = self.expert_tokens[name]
+        if unseen := (tokens == 0).nonzero()[:, 0].tolist():
+            raise DataError(
+                f"{name}: {len(unseen)} of {len(tokens)} experts, such as number {unseen[0]}, got "
+                f"none of the {self.tokens:,} tokens, so that they have no threshold: calibrate on "
+                "more text, or with one threshold for all experts of a layer (per_expert=False)"
+            )
+        if rare := self.rare_experts().get(name):
+            warnings.warn(
+                f"{name}: experts {', '.join(map(str, rare))} got fewer than {_FEW_TOKENS} of the "
+                f"{self.tokens:,} tokens; their thresholds are rough",
+                stacklevel=4,
+            )
+        found = [find(_counts.widened(counts)) for counts in self.expert_counts[name]]
+        thresholds = torch.stack([threshold for threshold, _ in found])[:, None]
+        shares = torch.tensor([share for _, share in found], dtype=torch.float64)
+        return thresholds, float((shares * tokens).sum() / tokens.sum())
 
     def all_reduce(self) -> Statistics:
         """The sum over all processes of the default ``torch.distributed`` group."""
@@ -123,6 +171,8 @@ class Statistics:
         return replace(
             self,
             counts={name: total(c) for name, c in self.counts.items()},
+            expert_tokens={name: total(t) for name, t in self.expert_tokens.items()},
+            expert_counts={name: total(c) for name, c in self.expert_counts.items()},
             tokens=tokens,
             blocks=blocks,
             text_hash=text_hash % _HASH_MODULUS,
@@ -134,6 +184,11 @@ class Statistics:
         for name, counts in self.counts.items():
             bins = counts.nonzero()[:, 0]
             tensors |= {f"{name}.bins": bins.int(), f"{name}.counts": counts[bins]}
+        tensors |= {f"{name}.expert_tokens": t for name, t in self.expert_tokens.items()}
+        for name, counts in self.expert_counts.items():
+            bins = counts.flatten().nonzero()[:, 0]
+            tensors[f"{name}.expert_bins"] = bins
+            tensors[f"{name}.expert_counts"] = counts.flatten()[bins]
         save_tensors(path, tensors, {"kind": "statistics", **self._block()})
 
     @classmethod
@@ -154,6 +209,15 @@ class Statistics:
                 )
                 for name in block["sizes"]
             }
+            names = [name for name in block["sizes"] if f"{name}.expert_tokens" in tensors]
+            expert_tokens = {name: tensors[f"{name}.expert_tokens"] for name in names}
+            expert_counts = {
+                name: torch.zeros(len(expert_tokens[name]) * _counts.EXPERT_BINS, dtype=torch.int64)
+                .index_put_((tensors[f"{name}.expert_bins"],), tensors[f"{name}.expert_counts"])
+                .view(-1, _counts.EXPERT_BINS)
+                for name in names
+                if f"{name}.expert_bins" in tensors
+            }
             return cls(
                 method=block["method"],
                 activations=block["activations"],
@@ -164,6 +228,8 @@ class Statistics:
                 tokens=block["tokens"],
                 blocks=block["blocks"],
                 text_hash=int(block["text_hash"], 16),
+                expert_tokens=expert_tokens,
+                expert_counts=expert_counts,
             )
         # torch raises RuntimeError if counts and bins differ in number
         except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -191,6 +257,11 @@ class Statistics:
                 "statistics of two different models or methods cannot be added: "
                 "collect both with the same model, method and exclude"
             )
+        if self.expert_counts.keys() != other.expert_counts.keys():
+            raise ModelMismatchError(
+                "statistics with counts per expert and such without cannot be added: collect both "
+                "with the same per_expert"
+            )
         if self.weights != other.weights:
             if not (self.weights and other.weights):
                 raise ModelMismatchError(
@@ -201,3 +272,16 @@ class Statistics:
                 "statistics of two models whose MLPs are alike and whose other weights or dtypes "
                 "differ cannot be added: collect both with the same model"
             )
+
+
+def _added(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor + theirs[name] for name, tensor in mine.items()}
+
+
+def _threshold(
+    counts: Tensor, *, score: Callable[[Tensor], Tensor], target: float | None
+) -> tuple[Tensor, float]:
+    """A threshold and the fraction of the counted values that it drops."""
+    if target is None:
+        return torch.zeros(()), _counts.fraction_dropped(counts, score)
+    return _counts.threshold_at(counts, score, target)

@@ -15,6 +15,7 @@ from cats.cli import (
     demo,
     evaluate,
     export,
+    families,
     finetune,
     generate,
     info,
@@ -38,6 +39,7 @@ app.command()(demo.demo)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(families.families)
 app.command()(finetune.finetune)
 app.command()(generate.generate)
 app.command()(info.info)

@@ -151,9 +151,15 @@ def calibrate(
         )
     if calibrated is None:
         return
-    if output is not None:
-        _save(cast("CausalModel", loaded), tokenizer, calibrated.config, output)
     text_name = options.describe_texts(text)
+    if output is not None:
+        facts = {
+            "calibrated on": text_name,
+            f"perplexity on {calibrated.held_out_tokens:,} held-out tokens": (
+                f"{calibrated.perplexity_sparse:.3f} (dense {calibrated.perplexity_dense:.3f})"
+            ),
+        }
+        _save(cast("CausalModel", loaded), tokenizer, calibrated.config, output, facts)
     if not as_json:
         _print(calibrated, limit, text_name, output)
         return
@@ -215,7 +221,14 @@ def _is_folder(output: Path) -> bool:
     return output.suffix != ".safetensors"
 
 
-def _save(model: CausalModel, tokenizer: Tokenizer, config: CatsConfig, output: Path) -> None:
+def _save(
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    config: CatsConfig,
+    output: Path,
+    facts: dict[str, str],
+) -> None:
+    from cats.card import write_card
     from cats.storage import replacing
 
     if not _is_folder(output):
@@ -224,6 +237,7 @@ def _save(model: CausalModel, tokenizer: Tokenizer, config: CatsConfig, output: 
     with replacing(output, directory=True) as temporary:
         model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
+        write_card(temporary, config.to_dict(), base=model.config.name_or_path, facts=facts)
 
 
 def _print(

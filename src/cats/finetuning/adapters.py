@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cats.card import write_card
 from cats.checkpoint import first_line, from_pretrained, load_dense
 from cats.config import CatsConfig
 from cats.errors import ConfigError, ModelMismatchError, StorageError, UnsupportedModelError
 from cats.finetuning.options import FinetuneOptions
 from cats.fusion import fused_mlps
 from cats.model import CatsActivation, find_gated_mlps
-from cats.protocols import Tokenizer
+from cats.protocols import CausalModel, Tokenizer
 from cats.storage import replacing
 from cats.undo import unchanged_on_error
 from cats.weights import QuantisedLinear, weight_of
@@ -292,6 +293,9 @@ def save_model(
         cast(PreTrainedModel, model).save_pretrained(temporary, **kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
+        config = cast(CausalModel, model).config
+        if block := getattr(config, "cats", None):
+            write_card(temporary, block, base=config.name_or_path)
 
 
 def _adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from cats.errors import BackendError, UnsupportedModelError
 from cats.fusion.base import FusedMLP
 from cats.fusion.mlp import FusedGatedMLP
 from cats.fusion.packed import FusedPackedMLP, packed_unless_error
-from cats.model import CatsActivation, find_gated_mlps, share_hooks
+from cats.model import CatsActivation, RoutedExperts, find_gated_mlps, share_hooks
 from cats.model.fusable import check_fusable, check_memory, is_quantised_mlp
 from cats.ops import BACKENDS
 from cats.undo import lay_out_, unchanged_on_error
@@ -24,7 +24,8 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
 
     An MLP is taken if a probe shows that it computes ``down(act(gate(x)) * up(x))``. The weight of
     ``down`` is laid out column by column, in place: same shape, same name, no second copy. Codes of
-    quantised layers are packed, in place; they are saved and loaded as before.
+    quantised layers are packed, in place; they are saved and loaded as before. The stacked experts
+    of a mixture stay as they are, sparse; its other MLPs are fused.
 
     Args:
         model: A sparse model; see :func:`cats.sparsify_`. Already fused MLPs stay.
@@ -43,24 +44,29 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
     """
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"backend must be auto or one of {', '.join(BACKENDS)}; got {backend!r}")
+    modules = dict(model.named_modules())
     sparse = {
-        name.rpartition(".")[0]
-        for name, module in model.named_modules()
-        if isinstance(module, CatsActivation)
+        name.rpartition(".")[0] for name, m in modules.items() if isinstance(m, CatsActivation)
     }
+    experts = {name for name in sparse if isinstance(modules[name], RoutedExperts)}
     fused = dict(fused_mlps(model))
     if not sparse:
         raise UnsupportedModelError(
             "the model is dense: apply thresholds with cats.sparsify_ first"
         )
-    if sparse == fused.keys():
+    if sparse == experts:
+        raise UnsupportedModelError(
+            "no kernel computes stacked experts, and the model has no other sparse MLP: it runs "
+            "as it is, without fuse_"
+        )
+    if sparse - experts == fused.keys():
         return model
     if "" in sparse:
         raise UnsupportedModelError(
             f"{type(model).__name__} is itself the MLP, and the fused MLP needs a parent module: "
             "put it into one, such as nn.Sequential"
         )
-    mlps = find_gated_mlps(model, names=sparse - fused.keys())
+    mlps = find_gated_mlps(model, names=sparse - experts - fused.keys())
     for mlp in mlps:
         check_fusable(mlp)
     packed = [FusedPackedMLP(mlp, backend) for mlp in mlps if is_quantised_mlp(mlp)]
@@ -123,7 +129,7 @@ def restore_layout_(fused: Iterable[FusedMLP]) -> None:
             # not a weight that was replaced since, by quantisation or another size
             if type(weight) is nn.Parameter and weight.shape == module.down_shape:
                 lay_out_(weight, module.down_stride)
-        act = module._modules[module.activation_name]
+        act = module._modules.get(module.activation_name)
         if isinstance(act, CatsActivation):
             act.narrow_()
 

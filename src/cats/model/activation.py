@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cats.errors import ShapeError
 from cats.functional import ACTIVATIONS, cats_activation
 from cats.model.modules import evaluating
+from cats.model.routes import Routes
 
 
 class CatsActivation(nn.Module):
@@ -18,7 +19,8 @@ class CatsActivation(nn.Module):
 
     Attributes:
         act: The activation that is thresholded.
-        threshold: One number or ``[F]``, always float32, whatever the dtype of the model.
+        threshold: One number, ``[F]``, or ``[E, 1]`` for E stacked experts; always float32,
+            whatever the dtype of the model.
         router: The branch that is compared with it. This module compares the gate; where it is
             ``"up"``, the MLP's own forward does that.
         product_threshold: ``[F]``, float32, or None: what the MLP's own forward compares the
@@ -43,6 +45,7 @@ class CatsActivation(nn.Module):
         self.act = act
         self._replaced = dense if dense is not act else None
         self._narrow_shape: torch.Size | None = None  # of the threshold before widen_
+        self.routes = Routes() if threshold.ndim == 2 else None
         self.register_buffer("threshold", threshold.detach().clone().float())
         if product_threshold is not None:
             product_threshold = product_threshold.detach().clone().float()
@@ -56,7 +59,10 @@ class CatsActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         a = self.act(wide)
-        return (cats_activation(a, self.threshold) if self.router == "gate" else a).to(x.dtype)
+        threshold = self.threshold
+        if self.routes is not None:
+            threshold = threshold[self.routes.take(x)[0]]
+        return (cats_activation(a, threshold) if self.router == "gate" else a).to(x.dtype)
 
     def widen_(self, size: int) -> Tensor:
         """Replace one threshold by ``size`` equal ones, and return the buffer.
@@ -143,6 +149,9 @@ def activation_kind(module: nn.Module) -> str | None:
         return None
     if not isinstance(values, Tensor) or values.shape != grid.shape:
         return None
+    with evaluating(module), torch.no_grad():
+        if not torch.allclose(module(grid[:16].clone()), values[:16], atol=1e-5):
+            return None  # one that looks at several elements, such as a softmax
     for name, act in ACTIVATIONS.items():
         if torch.allclose(values, act(grid), atol=1e-5, rtol=1e-5):
             return name

@@ -110,7 +110,10 @@ def describe_decoder(model: nn.Module) -> Decoder:
     config = causal_model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    try:
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except Exception as error:  # transformers has its own error for sizes that differ by layer
+        raise UnsupportedModelError(f"its layers have heads of several sizes ({error})") from error
     _norm_form(base.norm)
     return Decoder(
         base=base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Container, Sequence
 
 from torch import nn
@@ -10,9 +11,18 @@ from torch import nn
 from cats.errors import ConfigError, UnsupportedModelError
 from cats.functional import ACTIVATIONS
 from cats.model.activation import activation_kind
+from cats.model.experts import GatedExperts, are_stacked_experts, probe_experts
 from cats.model.mlp import GatedMLP
 from cats.model.modules import Replacement
-from cats.model.probe import UNGATED, ProbedMLP, probe
+from cats.model.probe import PROJECTOR, UNCALLABLE, UNGATED, ProbedMLP, probe
+from cats.model.slot import (
+    INLINED,
+    function_activations,
+    has_shapes_of_gated_mlp,
+    inlined_activation,
+    opened,
+    probe_inlined,
+)
 from cats.weights import weight_of
 
 
@@ -21,11 +31,14 @@ def find_gated_mlps(
 ) -> list[GatedMLP]:
     """The gated MLPs of a model, in its order.
 
-    A module is a candidate if one of its children is an activation and its other children with
-    weights are linear layers. A probe with small and large random inputs then checks that the
-    activation runs exactly once, that a zero activation gives a zero output (or the bias), and that
-    the activation is multiplied with something that depends on the input. A candidate without that
-    last property is an ungated MLP; it is left out without an error.
+    A module is a candidate if its children with weights are linear layers, or if it holds stacked
+    experts. Its activation is a child, a function that it keeps, or (if it computes ``down(act(
+    gate(x)) * up(x))`` bit for bit) part of its forward pass. A probe with small and large random
+    inputs then checks that the activation runs exactly once (per token and expert), that a zero
+    activation gives a zero output (or the bias), and that the activation is multiplied with
+    something that depends on the input. A candidate without that last property is an ungated MLP;
+    one whose output has another size than its input is a projector between two models. Both are
+    left out without an error.
 
     Args:
         model: Any module; weights on the ``meta`` device are probed with random values.
@@ -49,37 +62,24 @@ def find_gated_mlps(
             continue
         if isinstance(module, Replacement):
             module = module.original
-        acts = [(n, kind) for n, c in module.named_children() if (kind := activation_kind(c))]
-        if not acts or not _holds_only_linear_layers(module):
+        stacked = are_stacked_experts(module)
+        if not (stacked or _holds_only_linear_layers(module)):
             continue
-        (activation_name, kind), *more = acts
-        reason = f"it has {len(acts)} activation modules" if more else None
-        if not reason and kind not in ACTIVATIONS:
-            reason = f"its activation {kind} is none of {', '.join(ACTIVATIONS)}"
-        if not reason:
-            result = probe(module, activation_name)
-            if result == UNGATED:
-                ungated.append(f"{name} ({type(module).__name__})")
+        found = _examine(name, module, stacked=stacked)
+        if found is None:
+            continue
+        if found == UNGATED:
+            ungated.append(f"{name} ({type(module).__name__})")
+            continue
+        if isinstance(found, GatedMLP):
+            # calibration could not tell which MLP the inputs of a shared activation belong to
+            twin = next((other for other in mlps if other.dense_act is found.dense_act), None)
+            if twin is None:
+                mlps.append(found)
                 continue
-            if isinstance(result, ProbedMLP):
-                mlp = GatedMLP(
-                    name=name,
-                    module=module,
-                    activation_name=activation_name,
-                    activation=kind,
-                    hidden_size=result.hidden_size,
-                    intermediate_size=result.intermediate_size,
-                    layout=result.layout,
-                )
-                # calibration could not tell which MLP the inputs of a shared activation belong to
-                twin = next((other for other in mlps if other.dense_act is mlp.dense_act), None)
-                if twin is None:
-                    mlps.append(mlp)
-                    continue
-                result = f"it shares its activation module with {twin.name}"
-            reason = result
+            found = f"it shares its activation module with {twin.name}"
         raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) cannot be made sparse: {reason}; "
+            f"{name} ({type(module).__name__}) cannot be made sparse: {found}; "
             f"leave it out with exclude=[{name!r}] or a pattern"
         )
     if not mlps:
@@ -89,6 +89,57 @@ def find_gated_mlps(
             f"an activation module and linear layers{hint}"
         )
     return mlps
+
+
+def _examine(name: str, module: nn.Module, *, stacked: bool) -> GatedMLP | str | None:
+    """The gated MLP that a candidate is; a reason, UNGATED, or None where it is none of ours."""
+    acts: dict[str, nn.Module] = {n: c for n, c in module.named_children() if activation_kind(c)}
+    loose_act: nn.Module | None = None
+    if not acts:
+        functions = function_activations(module).items()
+        acts = {name: act for name, act in functions if activation_kind(act) in ACTIVATIONS}
+        loose_act = next(iter(acts.values()), None)
+    if not acts and stacked:
+        # other modules have 3-D parameters too, such as recurrent gates
+        if len(inspect.signature(module.forward).parameters) < 3:
+            return None
+        return "it has no activation module, which its experts would call: thresholds need one"
+    if not acts:
+        if (inlined := probe_inlined(module)) is None:
+            return None
+        kind, result = inlined
+        sizes = result.hidden_size, result.intermediate_size, result.layout
+        return GatedMLP(name, module, INLINED, kind, *sizes, inlined_activation(kind))
+    if len(acts) > 1:
+        return f"it has {len(acts)} activation modules"
+    ((activation_name, act),) = acts.items()
+    kind = activation_kind(act) or ""
+    may_gate = stacked or has_shapes_of_gated_mlp(module)
+    with opened(module, activation_name, loose_act):
+        answer = (probe_experts if stacked else probe)(module, activation_name)
+    if answer == PROJECTOR:
+        return None
+    if isinstance(answer, str):
+        # such as a module whose softmax or sigmoid is no part of an MLP, or a gated attention
+        is_other = kind not in ACTIVATIONS or (answer.startswith(UNCALLABLE) and not may_gate)
+        return answer if answer == UNGATED or not is_other else None
+    if kind not in ACTIVATIONS:
+        return f"its activation {kind} is none of {', '.join(ACTIVATIONS)}"
+    if isinstance(answer, ProbedMLP):
+        sizes = answer.hidden_size, answer.intermediate_size, answer.layout
+        return GatedMLP(name, module, activation_name, kind, *sizes, loose_act)
+    hidden_size, intermediate_size, experts = answer
+    return GatedExperts(
+        name,
+        module,
+        activation_name,
+        kind,
+        hidden_size,
+        intermediate_size,
+        None,
+        loose_act,
+        experts,
+    )
 
 
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
@@ -118,11 +169,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _holds_only_linear_layers(module: nn.Module) -> bool:
-    """Whether it has two or more linear layers, or stacked ones, and no weights of another kind."""
-    own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
-    if own:
-        # stacked experts are candidates, so that the probe refuses them with a reason
-        return sum(p.ndim == 3 for p in own) >= 2
+    """Whether it has two or more linear layers, and no weights of another kind."""
+    if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+        return False
     weights = [weight_of(c) for c in module.children()]
     others = [
         child

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from cats.functional import ACTIVATIONS
 from cats.model.activation import CatsActivation, activation_kind
 from cats.model.linear import Linear
 from cats.model.probe import Layout, inputs
+from cats.model.slot import opened, place_
 from cats.weights import Weight, weight_of
 from cats.weights.placement import materialized
 
@@ -53,6 +55,8 @@ class GatedMLP:
         hidden_size: ``D``.
         intermediate_size: ``F``, the number of neurons.
         layout: Which layers are gate, up and down; None where the probe could not tell.
+        loose_act: The activation as a module, where that of the dense MLP is a function, or is
+            named in its forward pass; else None.
     """
 
     name: str
@@ -62,12 +66,14 @@ class GatedMLP:
     hidden_size: int
     intermediate_size: int
     layout: Layout | None
+    loose_act: nn.Module | None = None
 
     @property
     def act(self) -> nn.Module:
         """The activation module as it is now: that of a sparse MLP is a CatsActivation."""
-        act: nn.Module = getattr(self.module, self.activation_name)
-        return act
+        child = self.module._modules.get(self.activation_name, self.loose_act)
+        assert child is not None
+        return child
 
     @property
     def dense_act(self) -> nn.Module:
@@ -75,7 +81,20 @@ class GatedMLP:
         return self.act.dense if isinstance(self.act, CatsActivation) else self.act
 
     def replace_act(self, act: nn.Module) -> None:
-        setattr(self.module, self.activation_name, act)
+        place_(self.module, self.activation_name, act, self.layout)
+
+    def opened(self) -> AbstractContextManager[None]:
+        """Within the block, the activation of the dense MLP is a child that can be hooked."""
+        return opened(self.module, self.activation_name, self.loose_act, self.layout)
+
+    @property
+    def size(self) -> str:
+        """How many thresholds it may have, for messages."""
+        return f"{self.intermediate_size} neurons"
+
+    def fits(self, threshold: Tensor) -> bool:
+        """Whether a threshold is one number, or one per neuron."""
+        return threshold.numel() == 1 or threshold.shape == (self.intermediate_size,)
 
     @property
     def matrices(self) -> dict[str, Weight]:

@@ -18,8 +18,11 @@ from cats.weights.placement import has_weights, input_device
 # Scales of the probe's inputs: some models clamp values, which only large inputs show.
 _SCALES = (0.01, 1.0, 30.0)
 _TOKENS = 4
-# The answer of the probe to an MLP whose activation is multiplied with nothing.
+# The answers of the probe to an MLP whose activation is multiplied with nothing, and to a gated
+# one whose output has another size than its input.
 UNGATED = "ungated"
+PROJECTOR = "projector"
+UNCALLABLE = "it cannot be called with hidden states alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,48 +68,52 @@ def probe(module: nn.Module, activation_name: str) -> ProbedMLP | str:
         module: A module of linear layers and one activation; on ``meta``, a copy is probed.
         activation_name: Name of that activation.
     """
-    if any(p.ndim == 3 for p in module.parameters(recurse=False)):
-        return "its experts are stacked in one tensor, which CATS does not support yet"
     if not has_weights(module):
         try:
-            module = _with_random_weights(module)
+            module = random_twin(module)
         except (RuntimeError, TypeError) as error:
             return f"its weights are on meta and cannot be drawn at random ({error})"
     shapes = [weight.shape for c in module.children() if (weight := weight_of(c))]
     outputs = {rows for rows, _ in shapes}
+    sizes = [size for size, _ in Counter(columns for _, columns in shapes).most_common()]
     # D enters gate and up and leaves down; F enters down only
-    candidates = [d for d, _ in Counter(i for _, i in shapes).most_common() if d in outputs]
-    if not candidates:
-        return "no linear layer gives back the size that another one takes"
-    hidden_size = candidates[0]
-    layouts, is_gated = [], False
-    for x in inputs(module, hidden_size):
+    sizes.sort(key=lambda size: size not in outputs)
+    errors = []
+    for hidden_size in sizes:
         try:
-            zero = _run(module, activation_name, x, 0.0)
-            one = _run(module, activation_name, x, 1.0)
+            return _probe(module, activation_name, hidden_size)
         except Exception as error:  # a foreign module may raise anything: that is the reason
-            return f"it cannot be called with hidden states alone ({type(error).__name__}: {error})"
+            errors.append(f"{type(error).__name__}: {error}")
+    return f"{UNCALLABLE} ({errors[0]})"
+
+
+def _probe(module: nn.Module, activation_name: str, hidden_size: int) -> ProbedMLP | str:
+    batches = [*inputs(module, hidden_size)]
+    zeros = [_run(module, activation_name, x, 0.0) for x in batches]
+    ones = [_run(module, activation_name, x, 1.0) for x in batches]
+    calls = ones[0].calls
+    # of several activations one after the other, the last one decides
+    last = [_run(module, activation_name, x, 1.0, since=calls - 1) for x in batches * (calls > 1)]
+    # a threshold on up or on products may drop everything for small inputs
+    if not any(_varies(one.output) for one in last or ones):
+        return UNGATED
+    layouts = []
+    for x, zero, one in zip(batches, zeros, ones, strict=True):
         if zero.calls != 1:
             return f"its activation runs {zero.calls} times in a forward pass, expected once"
-        if not (
-            isinstance(zero.output, Tensor)
-            and isinstance(one.output, Tensor)
-            and zero.output.shape == x.shape
-        ):
-            return "it does not return one tensor of the shape of its input"
+        if not isinstance(zero.output, Tensor) or not isinstance(one.output, Tensor):
+            return "it does not return one tensor"
         if one.gate.shape[:2] != x.shape[:2]:
             return f"its activation sees the shape {list(one.gate.shape)}, expected [B, T, F]"
-        spread_of_zero, spread_of_one = _spread(zero.output), _spread(one.output)
-        if spread_of_zero > 1e-3 * max(spread_of_one, one.output.abs().max()):
+        spread = max(_spread(one.output), one.output.abs().max())
+        if _spread(zero.output) > 1e-3 * spread:
             return "its output depends on the input even where its activation is zero"
-        # a threshold on up or on products may drop everything for small inputs
-        is_gated |= bool(spread_of_one > 1e-6 * one.output.abs().max())
+        if zero.output.shape != x.shape:
+            return PROJECTOR
         layouts.append(one.layout())
-    if not is_gated:
-        return UNGATED
     # that of the smallest inputs, on which a clamp has no effect
     layout = next((layout for layout in layouts if layout is not None), None)
-    return ProbedMLP(hidden_size, int(one.gate.shape[-1]), layout)
+    return ProbedMLP(hidden_size, int(ones[-1].gate.shape[-1]), layout)
 
 
 def inputs(module: nn.Module, hidden_size: int) -> Iterator[Tensor]:
@@ -164,15 +171,17 @@ class _Run:
         return None
 
 
-def _run(module: nn.Module, activation_name: str, x: Tensor, fill: float) -> _Run:
-    """A forward pass with the activation's output replaced by a constant."""
+def _run(
+    module: nn.Module, activation_name: str, x: Tensor, fill: float, *, since: int = 0
+) -> _Run:
+    """A forward pass with the activation's output replaced by a constant, from this call on."""
     run = _Run()
 
     def constant(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not args:
             raise TypeError("its activation is called with a keyword argument")
         run.gates.append(args[0])
-        return torch.full_like(output, fill)
+        return torch.full_like(output, fill) if run.calls > since else output
 
     def record_layer(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -203,12 +212,20 @@ def _keeps(product: Tensor, up: Tensor) -> bool:
     return up.shape == product.shape and bool(kept.any()) and _same(up.where(kept, 0), product)
 
 
+def _varies(output: object) -> bool:
+    """Whether an output, that of an activation of one, depends on the token."""
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        return True
+    return bool(_spread(output) > 1e-6 * output.abs().max())
+
+
 def _spread(output: Tensor) -> Tensor:
     """Largest difference between the output of a token and that of the first."""
     return (output - output[:, :1]).abs().max()
 
 
-def _with_random_weights(module: nn.Module) -> nn.Module:
+def random_twin(module: nn.Module) -> nn.Module:
+    """A copy of a module on ``meta`` with random weights, always the same."""
     twin = copy.deepcopy(module)
     for name, child in twin.named_children():
         # codes drawn at random would need their own rules, and what a layer is does not change

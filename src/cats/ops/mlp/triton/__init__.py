@@ -22,7 +22,7 @@ def unavailable() -> str | None:
     """Why it cannot run on this machine, or None. Triton's interpreter runs it on a CPU."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if _interpreted():
+    if is_interpreted():
         return None
     if not torch.cuda.is_available():
         return "no GPU (on a CPU it runs, slowly, with TRITON_INTERPRET=1)"
@@ -34,7 +34,7 @@ def unavailable() -> str | None:
 def refuses(arguments: GatedMLPArguments) -> str | None:
     """Why it leaves this call to another backend, or None."""
     x, gate = arguments.x, arguments.gate
-    if x.device.type != "cuda" and not _interpreted():
+    if x.device.type != "cuda" and not is_interpreted():
         return f"it needs tensors on a GPU, these are on {x.device}"
     if gate.numel() == 0 or x.numel() == 0:
         return "a tensor is empty"
@@ -52,7 +52,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     return launch.gated_mlp(arguments)
 
 
-def _interpreted() -> bool:
+def is_interpreted() -> bool:
     import triton  # type: ignore[import-untyped]
 
     return bool(triton.knobs.runtime.interpret)

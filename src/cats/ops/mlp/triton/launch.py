@@ -25,7 +25,7 @@ class Plan:
 # on an H200 with one token and 16-bit weights (docs/kernels.md).
 _MEASURED = {1024: (4, 4, 4), 2048: (2, 4, 4), 4096: (2, 4, 3), 8192: (1, 8, 2)}
 # Triton's interpreter pays for each operation, not for each byte: few programs, large blocks.
-_INTERPRETED = Plan(rows=32, warps=1, programs=2)
+INTERPRETED = Plan(rows=32, warps=1, programs=2)
 
 
 @cache
@@ -62,7 +62,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     batch, D = x.shape
     F = arguments.gate.shape[0]
     routing, routing_bias, other, other_bias = arguments.by_role()
-    shape = plan(batch, D, F, x.itemsize, _processors(x.device)) if x.is_cuda else _INTERPRETED
+    shape = plan(batch, D, F, x.itemsize, processors(x.device)) if x.is_cuda else INTERPRETED
     partial = torch.empty(shape.programs, batch, D, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
     # Triton launches on the current device, which may not be that of x
@@ -105,7 +105,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
