@@ -22,7 +22,7 @@ def peer(
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="Engine of our decode loop.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="Dtype that our loop computes in.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype that our loop computes in.")] = "float32",
     threads: Annotated[
         int | None,
         options.number(min=1, help="Threads of each program.", show_default="one per processor"),

@@ -72,7 +72,7 @@ class Case:
     model: str
     sparsities: tuple[float, ...] = (0.0, 0.5)
     engine: str = "auto"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
     threads: int = 1
     load: int = 0
     prompt_length: int = 32
