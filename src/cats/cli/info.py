@@ -266,6 +266,7 @@ def _engines(
     """Name of each engine to whether it would decode the model on this machine, or why not."""
     import torch
 
+    from cats.checkpoint import from_pretrained, load_dense
     from cats.decode import ENGINES
     from cats.decode.cache import SlotCache
     from cats.decode.engines import make_engine
@@ -278,7 +279,10 @@ def _engines(
     except UnsupportedModelError as error:
         return {"none": str(error)}
     device, place = ("cuda", "a GPU") if torch.cuda.is_available() else ("cpu", "a CPU")
-    loaded, _ = options.load(path, dtype=options.Dtype.auto, device=device, hub=hub)
+    options.quiet()
+    load = from_pretrained if sparse else load_dense
+    with options.err.status("loading the model ..."):
+        loaded = load(path, dtype="auto", **hub).to(device)
     if sparse and not is_quantised(loaded):
         fuse_(loaded)
     chosen = make_engine("auto", loaded).name
