@@ -103,7 +103,7 @@ def summary(results: Iterable[Result]) -> Table:
     return Table(
         title=f"{own[0].device}, {threads} threads: tokens per second (over llama.cpp in the same "
         "turns, share of the rate at which memory is read)",
-        columns=["model", "", *(f"{load} busy" if load else "quiet" for load in loads)],
+        columns=["model", "", *(f"{load} busy" for load in loads)],
         rows=[
             [model, program, *(cells.get((model, program, load), "") for load in loads)]
             for model, program in rows
