@@ -82,7 +82,7 @@ def calibrate(
         ),
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
+    device: options.SpreadDevice = "auto",
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,

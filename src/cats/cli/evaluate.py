@@ -102,7 +102,7 @@ def evaluate(
         ),
     ] = "auto",
     dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
+    device: options.SpreadDevice = "auto",
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -59,7 +59,7 @@ def generate(
         int, sampling_option(help="Seed of the draw, at a temperature above 0.", metavar="N")
     ] = 0,
     dtype: options.DtypeOption = options.Dtype.auto,
-    device: options.Device = "auto",
+    device: options.SpreadDevice = "auto",
     revision: options.Revision = None,
     subfolder: options.Subfolder = None,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
@@ -30,6 +32,8 @@ T = TypeVar("T")
 # Results go to standard output, everything else to standard error.
 out = Console()
 err = Console(stderr=True)
+# The value of --device for a model that lies wherever there is place.
+_ALL = "all"
 
 
 class Dtype(StrEnum):
@@ -85,6 +89,14 @@ DtypeOption = Annotated[
     typer.Option(metavar="NAME", help="auto (as stored), float32, bfloat16 or float16."),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
+SpreadDevice = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, ...; all: a model that is larger than one GPU lies on all "
+        "of them, then in memory and on disk, from where it runs slowly.",
+    ),
+]
 Block = Annotated[int, number(min=2, help="Tokens per block.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, metavar="N", help="Blocks per forward pass.")
@@ -147,7 +159,7 @@ def load(
         model: Value of the argument MODEL.
         thresholds: A thresholds file to apply.
         dtype: Dtype of the weights.
-        device: ``"auto"`` or a torch device.
+        device: ``"auto"``, a torch device, or ``"all"``: wherever there is place.
         dense: Whether to ignore thresholds that are stored with the model.
         adapter: Folder of an adapter, with thresholds of its own. It is added to the weights where
             these are no codes.
@@ -162,19 +174,30 @@ def load(
 
     hub = hub or {}
     path = resolve(model, **hub)
-    target = torch_device(device)
+    target = torch_device("auto" if device == _ALL else device)
+    how = {"dtype": dtype.value}
+    if device == _ALL:
+        how |= {"device_map": "auto", "offload_folder": _offload_folder()}
     with err.status(escape(f"loading {model} ...")):
         if adapter is not None:
-            loaded = _adapted(path, adapter, dtype=dtype.value, **hub)
+            loaded = _adapted(path, adapter, **how, **hub)
         elif thresholds is not None or (not dense and is_sparse_checkpoint(path, **hub)):
-            loaded = from_pretrained(path, thresholds=thresholds, dtype=dtype.value, **hub)
+            loaded = from_pretrained(path, thresholds=thresholds, **how, **hub)
         else:
-            loaded = load_dense(path, dtype=dtype.value, **hub)
+            loaded = load_dense(path, **how, **hub)
         tokenizer = load_tokenizer(path, **hub)
     on_cpu = target.type == "cpu" or threads is not None
     if on_cpu and (message := use_threads(threads, other_load)):
         err.print(message, style="dim", highlight=False)
-    return loaded.to(target), tokenizer
+    return (loaded if device == _ALL else loaded.to(target)), tokenizer
+
+
+@cache
+def _offload_folder() -> str:
+    """A folder for weights on disk, which the end of this process deletes."""
+    folder = tempfile.TemporaryDirectory(prefix="cats-offload-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def _adapted(path: str, adapter: Path, **kwargs: Any) -> nn.Module:
@@ -199,14 +222,15 @@ def fuse_where_possible(model: nn.Module) -> None:
     from cats.fusion import fuse_
     from cats.model import is_sparse
     from cats.weights import is_quantised
+    from cats.weights.placement import is_dispatched
 
     if not is_sparse(model):
         return
     try:
         fuse_(model)
     except UnsupportedModelError as error:
-        # such as float8: its layers run as they are
-        if not is_quantised(model):
+        # such as float8, and weights on disk: its layers run as they are
+        if not is_quantised(model) and not is_dispatched(model):
             raise
         err.print(f"{error}; it runs without fused MLPs", style="dim")
 
@@ -233,10 +257,18 @@ def torch_device(name: str) -> torch.device:
 
 
 def process_device(name: str) -> str:
-    """The device of ``--device`` for this process: under a launcher, each process has its GPU."""
+    """The device of ``--device`` for this process: under a launcher, each process has its GPU.
+
+    Raises:
+        ConfigError: If each of several processes would take all devices.
+    """
     import torch
 
+    from cats.errors import ConfigError
+
     local_rank = os.environ.get("LOCAL_RANK")
+    if name == _ALL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--device all is for one process: start the command without torchrun")
     if name == "auto" and local_rank is not None and torch.cuda.is_available():
         torch.cuda.set_device(int(local_rank))
         return f"cuda:{local_rank}"
