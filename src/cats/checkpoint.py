@@ -27,6 +27,7 @@ from cats.apply import sparsify_
 from cats.config import CatsConfig
 from cats.errors import CatsError, ConfigError, FormatError, StorageError
 from cats.protocols import ModelConfig, Tokenizer
+from cats.weights import INPUT_THRESHOLD
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
@@ -120,10 +121,10 @@ def read_config(path: str | Path, *, variant: str | None = None, **hub_options: 
             f"cats calibrate {path} -o FILE.safetensors; to load it dense, call "
             f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         )
-    tensors = _read_thresholds(folder, variant, hub_options)
+    tensors, inputs = _read_thresholds(folder, variant, hub_options)
     if not tensors:
         raise FormatError(f"{path}: config.json has a cats block, but no thresholds are stored")
-    return CatsConfig.from_dict(block, tensors, source=str(path))
+    return CatsConfig.from_dict(block, tensors, inputs=inputs, source=str(path))
 
 
 def is_sparse_checkpoint(path: str | Path, **hub_options: Any) -> bool:
@@ -267,16 +268,23 @@ def _split(path: str) -> tuple[str, dict[str, str]]:
 
 def _read_thresholds(
     path: str, variant: str | None, hub_options: dict[str, Any]
-) -> dict[str, dict[str, Tensor]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Thresholds of each MLP by their names, and those of the inputs of linear layers."""
     keys = _stored_keys(path, variant, hub_options)
     prefixes = [key.removesuffix(_THRESHOLD) for key in keys if key.endswith(_THRESHOLD)]
     tensors: dict[str, dict[str, Tensor]] = {}
+    inputs: dict[str, Tensor] = {}
     for key, file in keys.items():
         prefix, _, name = key.rpartition(".")
-        if prefix in prefixes:
-            with safetensors.safe_open(file, "pt") as shard:
-                tensors.setdefault(prefix.rpartition(".")[0], {})[name] = shard.get_tensor(key)
-    return tensors
+        if prefix not in prefixes and name != INPUT_THRESHOLD:
+            continue
+        with safetensors.safe_open(file, "pt") as shard:
+            tensor = shard.get_tensor(key)
+        if name == INPUT_THRESHOLD:
+            inputs[prefix] = tensor
+        else:
+            tensors.setdefault(prefix.rpartition(".")[0], {})[name] = tensor
+    return tensors, inputs
 
 
 def _stored_keys(path: str, variant: str | None, hub_options: dict[str, Any]) -> dict[str, str]:

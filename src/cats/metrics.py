@@ -1,9 +1,9 @@
-"""How well a model predicts, and how many neurons it drops: perplexity and realised sparsity."""
+"""How well a model predicts, how many neurons it drops, and how much of each matrix it reads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Self, cast
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cats.calibration.collection import forward_hidden
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
-from cats.fusion import fused_mlps
+from cats.fusion import ReadShares, fused_mlps
 from cats.model import CatsActivation, evaluating
 from cats.processes import in_order, rank_and_number
 from cats.protocols import CausalModel
@@ -42,7 +42,7 @@ def perplexity(
     Raises:
         DataError: If there is nothing to predict, or the likelihood is NaN.
     """
-    return _perplexity(model, batches, None, losses, share)
+    return _perplexity(model, batches, [], losses, share)
 
 
 def perplexity_and_sparsity(
@@ -54,10 +54,48 @@ def perplexity_and_sparsity(
 ) -> tuple[float, dict[str, float]]:
     """:func:`perplexity` and :func:`realized_sparsity` of a sparse model, in one pass."""
     with DroppedNeurons(model) as dropped:
-        value = _perplexity(model, batches, dropped, losses, share)
+        value = _perplexity(model, batches, [dropped], losses, share)
     if share:
         dropped.add_processes()
     return value, dropped.shares()
+
+
+def perplexity_and_shares(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    losses: list[float] | None = None,
+    share: bool = False,
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """:func:`perplexity`, :func:`realized_sparsity` and :func:`read_shares`, in one pass."""
+    with ReadShares(model) as read, DroppedNeurons(model) as dropped:
+        value = _perplexity(model, batches, [read, dropped], losses, share)
+    if share:
+        read.add_processes()
+        dropped.add_processes()
+    return value, dropped.shares(), read.shares()
+
+
+def read_shares(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Share of each matrix of a sparse model that a token reads, on average over some tokens.
+
+    Args:
+        model: A sparse model.
+        batches: As for :func:`perplexity`.
+
+    Returns:
+        Name of each linear layer that is not read whole to its share, in ``[0, 1]``.
+
+    Raises:
+        UnsupportedModelError: If the model is dense.
+        DataError: If there are no tokens.
+    """
+    with ReadShares(model) as read, evaluating(model):
+        device = input_device(model)
+        for batch in batches:
+            ids, read.mask = _to_device(batch, device)
+            forward_hidden(model, ids, read.mask)
+    return read.shares()
 
 
 def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -88,7 +126,7 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
 def _perplexity(
     model: nn.Module,
     batches: Iterable[Batch],
-    dropped: DroppedNeurons | None,
+    counters: Sequence[DroppedNeurons | ReadShares],
     losses: list[float] | None,
     share: bool,
 ) -> float:
@@ -102,8 +140,8 @@ def _perplexity(
         if index % processes != rank:
             continue
         ids, mask = _to_device(batch, device)
-        if dropped is not None:
-            dropped.mask = mask
+        for counter in counters:
+            counter.mask = mask
         attention = {} if mask is None else {"attention_mask": mask.long()}
         with evaluating(model), torch.no_grad():
             logits = causal_model(input_ids=ids, use_cache=False, **attention).logits

@@ -26,6 +26,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         for table in (vars(module), module._modules, module._parameters, module._buffers)
         if isinstance(table, dict)  # scripted modules have tables of other types
     ]
+    kinds = [(module, type(module)) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     strides = [(p, p.stride()) for p in model.parameters() if type(p) is nn.Parameter]
     settings = getattr(getattr(model, "config", None), "__dict__", {})
@@ -33,6 +34,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for module, kind in kinds:
+            if type(module) is not kind:
+                module.__class__ = kind
         for table, content in tables:
             table.clear()
             table.update(content)
