@@ -164,7 +164,10 @@ EARLY = {
     "upper case": (("calibrate", "-o", "T.SAFETENSORS"), "NAME.safetensors"),
     "suffix of a checkpoint": (("calibrate", "-o", "cats.bin"), "a name without .bin"),
     "folder for statistics": (("calibrate", "--statistics", "."), "is a folder"),
-    "relu and a target": (("calibrate", "--method", "relu", "--sparsity", 0.5), "no sparsity"),
+    "relu and a target": (
+        ("calibrate", "--method", "relu", "--sparsity", 0.5),
+        "no goal to choose",
+    ),
     "part of a block": (("calibrate", "--tokens", 100), "--tokens 100 is less than one block"),
     "part held out": (("calibrate", "--eval-tokens", 100), "--eval-tokens 100 is less than"),
     "profile as folder": (("profile", "-o", "."), "is a folder"),

@@ -322,7 +322,6 @@ class _Costs(ModelResult):
     """Of ``cats bench costs``; ``weights`` is the hash of the model."""
 
     benchmark: Literal["costs"] = "costs"
-    unit: Literal["ms"] = "ms"
     weights: str
 
 
@@ -330,6 +329,7 @@ class TokenCost(_Costs):
     """One token of the dense model, through ``cats.generate``."""
 
     quantity: Literal["token"] = "token"
+    unit: Literal["ms"] = "ms"
 
 
 class MaskTime(_Costs):
@@ -341,6 +341,7 @@ class MaskTime(_Costs):
     """
 
     quantity: Literal["mlps"] = "mlps"
+    unit: Literal["ms"] = "ms"
     mask: str
     dropped: float
 
