@@ -7,7 +7,6 @@ parameters, hooks and whatever refers to it stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, Self, TypeVar
 
 import torch
@@ -110,8 +109,7 @@ def mask_inputs_(layer: L, threshold: Tensor, *, name: str = "the layer") -> L:
     if device.type == "meta":  # offloaded: a forward pass brings its inputs
         device = threshold.device
     if not isinstance(layer, InputMask):
-        kind: type[nn.Module] = type(layer)
-        _change_class_(layer, masked_class(kind))
+        _change_class_(layer, masked_class(type(layer)))
     layer.register_buffer(INPUT_THRESHOLD, threshold.detach().to(device, torch.float32, copy=True))
     return layer
 
@@ -147,9 +145,11 @@ def _change_class_(layer: nn.Module, kind: type[nn.Module]) -> None:
     layer.__class__ = kind
 
 
-@cache
 def masked_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of masked layers of a kind."""
-    return (
-        MaskedLinear if kind is nn.Linear else type(f"Masked{kind.__name__}", (InputMask, kind), {})
-    )
+    if kind not in _MASKED:
+        _MASKED[kind] = type(f"Masked{kind.__name__}", (InputMask, kind), {})
+    return _MASKED[kind]
+
+
+_MASKED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: MaskedLinear}
