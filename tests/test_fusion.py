@@ -626,9 +626,11 @@ def test_change_inside_a_fused_mlp_is_an_error(change):
 class TwoStageMLP(models.MLP):
     """Its own forward compares what its activation cannot see: up."""
 
+    ignores_up = False
+
     def forward(self, x):
         a, u = self.act_fn(self.gate_proj(x)), self.up_proj(x)
-        if self.act_fn.router == "up":
+        if self.act_fn.router == "up" and not self.ignores_up:
             u = cats_activation(u, self.act_fn.threshold)
             a = torch.where(u == 0, 0, a)
         return self.down_proj(a * u)
