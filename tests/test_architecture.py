@@ -21,7 +21,7 @@ LAYERS = {
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # config is the content of files: within layer 1, errors and storage lie below it
-WITHIN = {("config", "errors"), ("config", "storage"), ("storage", "errors")}
+WITHIN = {("config", n) for n in ("errors", "storage", "version")} | {("storage", "errors")}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -71,7 +71,7 @@ def test_thresholds_file_applies_in_another_dtype(sparse, tmp_path):
 
 
 def test_newer_checkpoint_is_refused(sparse, tmp_path):
-    sparse.config.cats["version"] = 2
+    sparse.config.cats["version"] = 3
     sparse.save_pretrained(tmp_path)
     with pytest.raises(FormatError, match="upgrade"):
         cats.from_pretrained(tmp_path)

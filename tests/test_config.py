@@ -82,7 +82,7 @@ def test_statistics_file_is_no_thresholds_file(tmp_path):
 
 def test_file_of_a_newer_release_is_a_format_error(tmp_path):
     with pytest.raises(FormatError, match="upgrade"):
-        CatsConfig.load(_write(tmp_path / "t.safetensors", version=2))
+        CatsConfig.load(_write(tmp_path / "t.safetensors", version=3))
 
 
 @pytest.mark.parametrize(

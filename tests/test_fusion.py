@@ -16,6 +16,7 @@ from cats.functional import cats_activation
 from cats.fusion import FusedGatedMLP, fused_mlps
 from cats.model import CatsActivation
 from cats.ops import backend_for, is_dense_batch, tracing_for_compiler
+from cats.weights import mask_inputs_
 from tests import models
 
 
@@ -623,19 +624,16 @@ def test_change_inside_a_fused_mlp_is_an_error(change):
 
 
 class TwoStageMLP(models.MLP):
-    """Its own forward compares what its activation cannot see: up, and the product."""
+    """Its own forward compares what its activation cannot see: up."""
 
-    ignores_products = False
+    ignores_up = False
 
     def forward(self, x):
         a, u = self.act_fn(self.gate_proj(x)), self.up_proj(x)
-        if self.act_fn.router == "up":
+        if self.act_fn.router == "up" and not self.ignores_up:
             u = cats_activation(u, self.act_fn.threshold)
             a = torch.where(u == 0, 0, a)
-        h = a * u
-        if self.act_fn.product_threshold is not None and not self.ignores_products:
-            h = cats_activation(h, self.act_fn.product_threshold)
-        return self.down_proj(h)
+        return self.down_proj(a * u)
 
 
 def two_stage(router, product_threshold):
@@ -643,7 +641,8 @@ def two_stage(router, product_threshold):
     size = mlp.gate_proj.out_features
     threshold = torch.rand(size) / 2
     products = product_threshold * (1 + torch.rand(size))
-    mlp.act_fn = CatsActivation(nn.SiLU(), threshold, router=router, product_threshold=products)
+    mlp.act_fn = CatsActivation(nn.SiLU(), threshold, router=router)
+    mask_inputs_(mlp.down_proj, products)
     return nn.Sequential(mlp)
 
 
@@ -657,22 +656,32 @@ def test_router_and_product_thresholds_of_a_method_reach_the_operator(router):
         assert (mlp.router, mlp.backend) == (router, "auto")
         torch.testing.assert_close(model(x), expected)
         # both thresholds are read at each call
-        mlp.original.act_fn.product_threshold.fill_(torch.inf)
+        mlp.original.down_proj.input_threshold.fill_(torch.inf)
         assert not model(x).any()
-        mlp.original.act_fn.product_threshold.zero_()
+        mlp.original.down_proj.input_threshold.zero_()
         mlp.original.act_fn.threshold.fill_(torch.inf)
         assert not model(x).any()
         assert not mlp.kept(x).any()
 
 
-def test_mlp_that_does_not_compare_its_products_is_refused():
+def test_mlp_that_drops_inputs_of_up_is_refused_by_name():
     model = two_stage("gate", 0.5)
-    model[0].ignores_products = True
-    with pytest.raises(UnsupportedModelError, match="does not compute"):
+    mask_inputs_(model[0].up_proj, torch.rand(16))
+    with pytest.raises(UnsupportedModelError, match="inputs of up, which no kernel"):
         cats.fuse_(model)
 
 
-def test_product_thresholds_keep_their_dtype():
-    act = two_stage("gate", 0.05)[0].act_fn
-    before = act.product_threshold.clone()
-    assert torch.equal(act.half().product_threshold, before)
+@pytest.mark.parametrize("batch", [1, 3, 8, 40])
+def test_inputs_of_gate_that_are_dropped_reach_the_operator(batch):
+    model, x = two_stage("gate", 0.05), torch.randn(batch, 16)
+    gate = mask_inputs_(model[0].gate_proj, torch.rand(16))
+    with torch.no_grad():
+        expected = model(x)
+        _, mlp = next(fused_mlps(cats.fuse_(model)))
+        assert gate.weight.stride() == (1, models.F)
+        torch.testing.assert_close(model(x), expected)
+        gate.input_threshold.fill_(torch.inf)
+        assert not model(x).any()
+        assert not mlp.kept(x).any()
+    cats.unfuse_(model)
+    assert gate.weight.is_contiguous()

@@ -15,7 +15,7 @@ from cats.decode.stream.spec import read_spec
 from cats.errors import BackendError, ShapeError, UnsupportedModelError
 from cats.fusion import FusedGatedMLP, FusedPackedMLP, fused_mlps
 from cats.model import CatsActivation
-from cats.weights import QuantisedLinear
+from cats.weights import QuantisedLinear, mask_inputs_
 from tests import models
 from tests.quantised import quantise_
 from tests.test_fusion import TwoStageMLP
@@ -342,18 +342,18 @@ def test_a_backend_is_named_or_refused():
 def test_router_and_product_thresholds_of_a_method_reach_the_operator(router):
     mlp, products = TwoStageMLP(size=64), 0.05 * (1 + torch.rand(models.F))
     threshold = torch.rand(models.F) / 2
-    options = dict(router=router, product_threshold=products)
-    mlp.act_fn = CatsActivation(nn.SiLU(), threshold, **options)
+    mlp.act_fn = CatsActivation(nn.SiLU(), threshold, router=router)
     model, x = quantise_(nn.Sequential(mlp), "int4", group_size=32), torch.randn(2, 3, 64)
+    mask_inputs_(mlp.down_proj, products)
     with torch.no_grad():
         expected = model(x)
         _, fused = next(fused_mlps(cats.fuse_(model)))
         assert (type(fused), fused.router) == (FusedPackedMLP, router)
         torch.testing.assert_close(model(x), expected)
         # both thresholds are read at each call
-        fused.original.act_fn.product_threshold.fill_(torch.inf)
+        fused.original.down_proj.input_threshold.fill_(torch.inf)
         assert not model(x).any()
-        fused.original.act_fn.product_threshold.zero_()
+        fused.original.down_proj.input_threshold.zero_()
         fused.original.act_fn.threshold.fill_(torch.inf)
         assert not model(x).any()
         assert not fused.kept(x).any()

@@ -48,7 +48,7 @@ def test_file_of_another_program_is_a_format_error(tmp_path):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ('{"version": 2}', "upgrade"),
+        ('{"version": 3}', "upgrade"),
         ("{}", "no format version"),
         ("[1]", "no format version"),
         ('{"version": "1"}', "no format version"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from cats.apply import densify_, sparsify_
 from cats.config import CatsConfig
 from cats.errors import CatsError, ConfigError, FormatError, StorageError
 from cats.protocols import ModelConfig, Tokenizer
+from cats.weights import INPUT_THRESHOLD
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _THRESHOLD = ".threshold"
@@ -125,12 +127,14 @@ def read_config(path: str | Path, *, variant: str | None = None, **hub_options: 
             f"cats calibrate {path} -o FILE.safetensors; to load it dense, call "
             f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
         )
-    tensors = _read_thresholds(folder, variant, hub_options)
+    tensors, inputs = _read_thresholds(folder, variant, hub_options)
     if set(block.get("realized_sparsity", ())) - tensors.keys():
-        tensors = _under_names_of_modules(tensors, folder, hub_options)
+        renamed = _renaming_of_modules(folder, hub_options)
+        tensors = {renamed(mlp): named for mlp, named in tensors.items()}
+        inputs = {renamed(layer): tensor for layer, tensor in inputs.items()}
     if not tensors:
         raise FormatError(f"{path}: config.json has a cats block, but no thresholds are stored")
-    return CatsConfig.from_dict(block, tensors, source=str(path))
+    return CatsConfig.from_dict(block, tensors, inputs=inputs, source=str(path))
 
 
 def is_sparse_checkpoint(path: str | Path, **hub_options: Any) -> bool:
@@ -274,22 +278,27 @@ def _split(path: str) -> tuple[str, dict[str, str]]:
 
 def _read_thresholds(
     path: str, variant: str | None, hub_options: dict[str, Any]
-) -> dict[str, dict[str, Tensor]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Thresholds of each MLP by their names, and those of the inputs of linear layers."""
     keys = _stored_keys(path, variant, hub_options)
     prefixes = [key.removesuffix(_THRESHOLD) for key in keys if key.endswith(_THRESHOLD)]
     tensors: dict[str, dict[str, Tensor]] = {}
+    inputs: dict[str, Tensor] = {}
     for key, file in keys.items():
         prefix, _, name = key.rpartition(".")
-        if prefix in prefixes:
-            with safetensors.safe_open(file, "pt") as shard:
-                tensors.setdefault(prefix.rpartition(".")[0], {})[name] = shard.get_tensor(key)
-    return tensors
+        if prefix not in prefixes and name != INPUT_THRESHOLD:
+            continue
+        with safetensors.safe_open(file, "pt") as shard:
+            tensor = shard.get_tensor(key)
+        if name == INPUT_THRESHOLD:
+            inputs[prefix] = tensor
+        else:
+            tensors.setdefault(prefix.rpartition(".")[0], {})[name] = tensor
+    return tensors, inputs
 
 
-def _under_names_of_modules(
-    tensors: dict[str, dict[str, Tensor]], path: str, hub_options: dict[str, Any]
-) -> dict[str, dict[str, Tensor]]:
-    """Thresholds by the names of modules, where transformers saves other names than these.
+def _renaming_of_modules(path: str, hub_options: dict[str, Any]) -> Callable[[str], str]:
+    """Gives a module its own name, where transformers saves weights under another one.
 
     It writes the names of a family's first checkpoints, such as those of Mixtral's experts.
     """
@@ -300,14 +309,14 @@ def _under_names_of_modules(
         )
     renamings = [c for c in get_model_conversion_mapping(empty) if isinstance(c, WeightRenaming)]
 
-    def renamed(mlp: str) -> str:
+    def renamed(module: str) -> str:
         # patterns may end in a dot, after which the name of a weight follows
-        key = f"{mlp}.{_NAME}"
+        key = f"{module}.{_NAME}"
         for renaming in renamings:
             key, _ = renaming.rename_source_key(key)
         return key.removesuffix(f".{_NAME}")
 
-    return {renamed(mlp): named for mlp, named in tensors.items()}
+    return renamed
 
 
 def _stored_keys(path: str, variant: str | None, hub_options: dict[str, Any]) -> dict[str, str]:

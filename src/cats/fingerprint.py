@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from cats.config import CatsConfig
 from cats.errors import StorageError
 from cats.protocols import Tokenizer
-from cats.weights import plain_tensors
+from cats.weights import INPUT_THRESHOLD, plain_tensors
 
 _DIGITS = 16
 # Elements of each weight that are hashed one by one; its checksum covers all of them.
 _SAMPLES = 64
-_THRESHOLD = ".threshold"
+_THRESHOLDS = (".threshold", f".{INPUT_THRESHOLD}")
 
 
 def of_model(model: nn.Module) -> str:
@@ -36,7 +36,7 @@ def of_model(model: nn.Module) -> str:
     values: list[Tensor] = []
     descriptions: list[list[object]] = []
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor) or name.endswith(_THRESHOLD):
+        if not isinstance(tensor, Tensor) or name.endswith(_THRESHOLDS):
             continue
         for plain in plain_tensors(tensor.detach()):
             descriptions.append([name, list(plain.shape), str(plain.dtype), plain.is_meta])
@@ -51,9 +51,10 @@ def of_model(model: nn.Module) -> str:
 def of_thresholds(config: CatsConfig) -> str:
     """Hash of a config's method, router and tensors."""
     digest = hashlib.sha256(json.dumps([config.method, config.router]).encode())
-    for mlp, tensors in sorted(config.tensors.items()):
+    masks = {layer: {INPUT_THRESHOLD: tensor} for layer, tensor in config.inputs.items()}
+    for owner, tensors in sorted((config.tensors | masks).items()):
         for name, tensor in sorted(tensors.items()):
-            digest.update(json.dumps([mlp, name, list(tensor.shape)]).encode())
+            digest.update(json.dumps([owner, name, list(tensor.shape)]).encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:_DIGITS]
 

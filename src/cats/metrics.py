@@ -1,9 +1,9 @@
-"""How well a model predicts, and how many neurons it drops: perplexity and realised sparsity."""
+"""How well a model predicts, how many neurons it drops, and how much of each matrix it reads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from cats.calibration.collection import forward_hidden, without_padding
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
-from cats.fusion import fused_mlps
+from cats.fusion import ReadShares, fused_mlps
 from cats.model import CatsActivation, RoutedExperts, Routes, evaluating, watched_routes
-from cats.model.routes import calling_activation
+from cats.model.routes import calling_activation, own_rows
 from cats.processes import in_order, rank_and_number
 from cats.protocols import CausalModel
 from cats.weights.placement import check_has_weights, input_device
@@ -44,7 +44,7 @@ def perplexity(
     Raises:
         DataError: If there is nothing to predict, or the likelihood is NaN.
     """
-    return _perplexity(model, batches, None, losses, share)
+    return _perplexity(model, batches, [], losses, share)
 
 
 def perplexity_and_sparsity(
@@ -56,10 +56,49 @@ def perplexity_and_sparsity(
 ) -> tuple[float, dict[str, float]]:
     """:func:`perplexity` and :func:`realized_sparsity` of a sparse model, in one pass."""
     with DroppedNeurons(model) as dropped:
-        value = _perplexity(model, batches, dropped, losses, share)
+        value = _perplexity(model, batches, [dropped], losses, share)
     if share:
         dropped.add_processes()
     return value, dropped.shares()
+
+
+def perplexity_and_shares(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    losses: list[float] | None = None,
+    share: bool = False,
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """:func:`perplexity`, :func:`realized_sparsity` and :func:`read_shares`, in one pass."""
+    with ReadShares(model) as read, DroppedNeurons(model) as dropped:
+        value = _perplexity(model, batches, [read, dropped], losses, share)
+    if share:
+        read.add_processes()
+        dropped.add_processes()
+    return value, dropped.shares(), read.shares()
+
+
+def read_shares(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Share of each matrix of a sparse model that a token reads, on average over some tokens.
+
+    Args:
+        model: A sparse model.
+        batches: As for :func:`perplexity`.
+
+    Returns:
+        Name of each linear layer that is not read whole to its share, in ``[0, 1]``. Of stacked
+        experts, the name of their module, to the share of the experts that a token is routed to.
+
+    Raises:
+        UnsupportedModelError: If the model is dense.
+        DataError: If there are no tokens.
+    """
+    with ReadShares(model) as read, evaluating(model):
+        device = input_device(model)
+        for batch in batches:
+            ids, read.mask = _to_device(batch, device)
+            forward_hidden(model, ids, read.mask)
+    return read.shares()
 
 
 def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -90,7 +129,7 @@ def realized_sparsity(model: nn.Module, batches: Iterable[Batch]) -> dict[str, f
 def _perplexity(
     model: nn.Module,
     batches: Iterable[Batch],
-    dropped: DroppedNeurons | None,
+    counters: Sequence[DroppedNeurons | ReadShares],
     losses: list[float] | None,
     share: bool,
 ) -> float:
@@ -104,8 +143,8 @@ def _perplexity(
         if index % processes != rank:
             continue
         ids, mask = _to_device(batch, device)
-        if dropped is not None:
-            dropped.mask = mask
+        for counter in counters:
+            counter.mask = mask
         attention = {} if mask is None else {"attention_mask": mask.long()}
         with evaluating(model), torch.no_grad():
             logits = causal_model(input_ids=ids, use_cache=False, **attention).logits
@@ -213,12 +252,7 @@ class DroppedNeurons:
     ) -> None:
         if not output.numel():
             return
-        tokens = routes.take(output)[1]
-        # an expert that runs on all tokens gets zeros for those that are not its own
-        own = (args[0] != 0).any(-1)
-        if self.mask is not None:
-            own &= self.mask.flatten().to(output.device)[tokens]
-        kept = output[own] != 0
+        kept = output[own_rows(routes, args[0], self.mask)] != 0
         self._dropped[name] = self._dropped[name] + (~kept).sum()
         self._neurons[name] += kept.numel()
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
+# Thresholds on the inputs of layers have this one, so that releases without them refuse the file.
+MASKS_VERSION = 2
 _METADATA_KEY = "cats"
 
 
@@ -69,7 +71,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         block = json.loads(metadata[_METADATA_KEY])
     except json.JSONDecodeError as error:
         raise FormatError(f"{path}: its cats block is not valid JSON ({error})") from error
-    check_version(block, str(path))
+    check_version(block, str(path), MASKS_VERSION)
     return tensors, block
 
 
@@ -112,16 +114,24 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cats"
 
 
-def check_version(block: object, source: str) -> None:
-    """Raise FormatError unless ``block`` is a mapping with the format version of this release."""
+def check_version(block: object, source: str, newest: int = FORMAT_VERSION) -> None:
+    """Raise FormatError unless ``block`` is a mapping with a format version of this release."""
     version = block.get("version") if isinstance(block, dict) else None
     if not isinstance(version, int):
         raise FormatError(f"{source}: its cats block has no format version")
-    if version != FORMAT_VERSION:
+    if not FORMAT_VERSION <= version <= newest:
+        release = block.get("release") if isinstance(block, dict) else None
         raise FormatError(
-            f"{source}: format version {version}, this release reads {FORMAT_VERSION}; "
-            "upgrade with pip install -U cats-llm"
+            f"{source}: format version {version}, this release reads up to {newest}; "
+            f"{upgrade_advice(release)}"
         )
+
+
+def upgrade_advice(release: object) -> str:
+    """How to get the release that wrote a file; ``release`` is what the file says."""
+    if isinstance(release, str) and release.replace(".", "").isalnum():
+        return f"upgrade with pip install 'cats-llm>={release}'"
+    return "upgrade with pip install -U cats-llm"
 
 
 @contextmanager

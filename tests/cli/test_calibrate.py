@@ -94,7 +94,32 @@ def test_default_number_of_tokens_is_never_refused(command, checkpoint, text, ar
     assert "the text has 2400 tokens, too few for one block of 200000" in err
 
 
+def test_split_of_masks_is_found_and_applied(command, command_json, checkpoint, text, tmp_path):
+    path = tmp_path / "cascade.safetensors"
+    goal = ("--method", "cascade", "--bytes", "0.6", "--attention")
+    report = command_json("calibrate", checkpoint, "--text", text, *SMALL, *goal, "-o", path)
+    assert (report["target_bytes"], report["target_sparsity"]) == (0.6, None)
+    assert report["bytes_read"] == pytest.approx(0.6, abs=0.08)
+    use = ("--thresholds", path)
+    for arguments in (
+        ("evaluate", checkpoint, "--text", text, "--block", 32, *use),
+        ("generate", checkpoint, "a", "--engine", "eager", *use),
+        ("info", path),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 0, err
+
+
 BAD = {
+    "two goals": ("calibrate", "MODEL", "--sparsity", "0.5", "--bytes", "0.5"),
+    "several masks and a sparsity": (
+        "calibrate",
+        "MODEL",
+        "--method",
+        "cascade",
+        "--sparsity",
+        "0.5",
+    ),
     "relu and a target": ("calibrate", "MODEL", "--method", "relu", "--sparsity", "0.5"),
     "a target and a loss": ("calibrate", "MODEL", "--sparsity", "0.5", "--max-loss", "2%"),
     "pattern of nothing": ("calibrate", "MODEL", "--exclude", "*vision*"),
@@ -139,7 +164,10 @@ EARLY = {
     "upper case": (("calibrate", "-o", "T.SAFETENSORS"), "NAME.safetensors"),
     "suffix of a checkpoint": (("calibrate", "-o", "cats.bin"), "a name without .bin"),
     "folder for statistics": (("calibrate", "--statistics", "."), "is a folder"),
-    "relu and a target": (("calibrate", "--method", "relu", "--sparsity", 0.5), "no sparsity"),
+    "relu and a target": (
+        ("calibrate", "--method", "relu", "--sparsity", 0.5),
+        "no goal to choose",
+    ),
     "part of a block": (("calibrate", "--tokens", 100), "--tokens 100 is less than one block"),
     "part held out": (("calibrate", "--eval-tokens", 100), "--eval-tokens 100 is less than"),
     "profile as folder": (("profile", "-o", "."), "is a folder"),

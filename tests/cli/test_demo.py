@@ -9,9 +9,10 @@ SMALL = ("--max-new-tokens", 4, "--tokens", 1024, "--eval-tokens", 1024)
 
 def test_demo_compares_dense_and_sparse(command_json, checkpoint, text):
     report = command_json("demo", "--model", checkpoint, "--text", text, *SMALL)
-    assert report["cats"]["token_bytes"] < report["dense"]["token_bytes"]
-    assert report["dense"]["tokens_per_second"] > 0
-    assert report["target_sparsity"] == 0.5
+    sides = report["sides"]
+    assert sides["cats-50"]["token_bytes"] < sides["dense"]["token_bytes"]
+    assert sides["dense"]["tokens_per_second"] > 0
+    assert sides["cats-70"]["target_sparsity"] == 0.7
 
 
 def test_demo_ends_in_a_page_of_what_it_measured(command, checkpoint, text, tmp_path):
@@ -22,9 +23,15 @@ def test_demo_ends_in_a_page_of_what_it_measured(command, checkpoint, text, tmp_
     assert "report.html" in "".join(out.split())  # long paths are wrapped
     material = Material.read([folder])
     (perplexities,) = material.perplexities().values()
-    assert [r.settings["variant"] for r in perplexities] == ["dense", "cats-50"]
+    assert [r.settings["variant"] for r in perplexities] == [
+        "dense",
+        "cats-50",
+        "cats-70",
+        "cascade-b66.7",
+        "cascade-b53.3",
+    ]
     (times,) = material.times().values()
-    assert len(times) == 4
+    assert len(times) == 6
     assert len(material.profiles) == 2
     page = (folder / "report.html").read_text("utf-8")
     assert "<svg" in page

@@ -176,3 +176,16 @@ def test_folder_of_an_older_release_is_refused(reproduce, tmp_path):
     (tmp_path / "run" / "recipe.json").unlink()
     code, _, err = reproduce(*common)
     assert (code, "no recipe.json that says what they are of" in err) == (1, True)
+
+
+def test_methods_with_several_masks_read_the_bytes_of_cats(reproduce, tmp_path):
+    options = ("--methods", "cats,cascade", "--tasks", "none", "--no-speed")
+    code, _, err = reproduce(*options)
+    assert code == 0, err
+    (path,) = (tmp_path / "run" / "perplexity").glob("cascade-b66.7*")
+    (record,) = read_results(path)
+    assert (record.method, record.target_bytes) == ("cascade", pytest.approx(2 / 3))
+    assert record.mlp_share == pytest.approx(2 / 3, abs=0.06)
+    before = path.read_bytes()
+    assert reproduce(*options)[0] == 0
+    assert path.read_bytes() == before

@@ -18,6 +18,8 @@ from cats.decode.forward import prefill
 from cats.decode.state import State
 from cats.decode.stream.spec import read_spec
 from cats.errors import BackendError, UnsupportedModelError
+from cats.weights import mask_inputs_, unmask_inputs_
+from tests import models
 from tests.models import FAMILIES, assert_same_tokens, make_ids, make_model
 from tests.thorough import usual
 
@@ -72,8 +74,13 @@ def test_thresholds_on_up_or_on_products_are_refused():
     act.router = "up"
     with pytest.raises(UnsupportedModelError, match="on up or on products"):
         read_spec(model)
-    act.router, act.product_threshold = "gate", torch.zeros(1)
+    act.router = "gate"
+    mask_inputs_(model.model.layers[1].mlp.down_proj, torch.zeros(models.F))
     with pytest.raises(UnsupportedModelError, match="on up or on products"):
+        read_spec(model)
+    unmask_inputs_(model.model.layers[1].mlp.down_proj)
+    mask_inputs_(model.model.layers[0].self_attn.o_proj, torch.zeros(16))
+    with pytest.raises(UnsupportedModelError, match="o of layer 0 drops small inputs"):
         read_spec(model)
 
 

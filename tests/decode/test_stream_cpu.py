@@ -116,8 +116,8 @@ def test_masks_on_up_and_on_products_are_those_of_the_modules():
     for layer, router in zip(model.model.layers, ("up", "gate"), strict=True):
         layer.mlp = two_stage(router, 0.05)[0]
     engine_of(model)
-    model.model.layers[1].mlp.ignores_products = True
-    with pytest.raises(BackendError, match="layer 1 differs"):
+    model.model.layers[0].mlp.ignores_up = True
+    with pytest.raises(BackendError, match="layer 0 differs"):
         engine_of(model)
 
 

@@ -7,9 +7,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, MixtralConfig
 
 import cats
-from cats.errors import DataError, ModelMismatchError, UnsupportedModelError
+from cats.benchmarks.decode_bytes import bytes_of_rows
+from cats.errors import ConfigError, DataError, ModelMismatchError, UnsupportedModelError
+from cats.evaluation.inputs import InputCounts
+from cats.evaluation.traffic import mean_share, mlp_shares
 from cats.model import GatedExperts, find_gated_mlps, is_sparse
-from cats.model.traffic import token_bytes, weight_bytes
+from cats.model.traffic import share_of_layers, sparsity_at, token_bytes, weight_bytes
 from tests import models
 
 E = 4
@@ -245,4 +248,34 @@ def test_a_token_reads_the_experts_that_it_is_routed_to(mixture):
     other = weight_bytes(mixture) - of_experts - embedding
     assert token_bytes(mixture) == other + of_experts / 2  # 2 of 4
     half = token_bytes(mixture, {mlp.name: 0.5 for mlp in experts})
-    assert half == pytest.approx(other + of_experts / 2 * (1 / 3 + 2 / 3 * 0.5))
+    assert half == pytest.approx(other + of_experts / 2 / 2)
+
+
+def test_of_its_experts_a_token_reads_gate_and_what_is_kept(mixture):
+    ids = models.make_ids(4, 32)
+    config = _calibrate(mixture)
+    sparse = cats.sparsify_(copy.deepcopy(mixture), config)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    batch = dict(input_ids=ids, attention_mask=mask)
+    dropped = cats.metrics.realized_sparsity(sparse, [batch])
+    read = cats.metrics.read_shares(sparse, [batch])
+    assert read == pytest.approx({n: 1 - share * 2 / 3 for n, share in dropped.items()})
+    _, again, both = cats.metrics.perplexity_and_shares(sparse, [batch])
+    assert (again, both) == (dropped, read)
+    assert share_of_layers(sparse, read) == pytest.approx(sum(read.values()) / len(read))
+    assert mean_share(sparse, mlp_shares(sparse, read)) == share_of_layers(sparse, read)
+    assert sparsity_at(sparse, 2 / 3) == pytest.approx(0.5)
+
+
+def test_methods_with_several_masks_refuse_experts(mixture):
+    batches = [models.make_ids(2, 8)]
+    with pytest.raises(UnsupportedModelError, match="stacked experts have no linear layers"):
+        cats.calibrate(mixture, batches, target_bytes=0.5, method="cascade")
+    with pytest.raises(ConfigError, match="per expert"):
+        cats.calibrate(mixture, batches, target_bytes=0.5, method="cascade", per_expert=True)
+    with pytest.raises(UnsupportedModelError, match="stacked experts have no linear layers"):
+        InputCounts.collect(mixture, batches)
+    sparse = cats.sparsify_(copy.deepcopy(mixture), _calibrate(mixture))
+    with pytest.raises(UnsupportedModelError, match="several rows"):
+        bytes_of_rows(sparse, [models.make_ids(1, 8)[0]], 2)

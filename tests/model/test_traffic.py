@@ -43,11 +43,13 @@ def test_dropped_neurons_are_not_read(config, fused):
     cats.sparsify_(model, cats.calibrate(model, [models.make_ids()], target_sparsity=0.5))
     if fused:
         cats.fuse_(model)
-    dropped = {"model.layers.0.mlp": 0.5, "model.layers.1.mlp": 0.75}
-    saved = 2 * MATRIX * (0.5 + 0.75)
-    assert token_bytes(model, dropped) == pytest.approx(token_bytes(model) - saved)
-    del dropped["model.layers.0.mlp"]
-    assert token_bytes(model, dropped) == pytest.approx(token_bytes(model) - 2 * MATRIX * 0.75)
+    shares = {"model.layers.0.mlp.down_proj": 0.5, "model.layers.1.mlp.down_proj": 0.25}
+    saved = MATRIX * (0.5 + 0.75)
+    assert token_bytes(model, shares) == pytest.approx(token_bytes(model) - saved)
+    read = cats.metrics.read_shares(model, [models.make_ids()])
+    dropped = cats.metrics.realized_sparsity(model, [models.make_ids()])
+    saved = 2 * MATRIX * sum(dropped.values())
+    assert token_bytes(model, read) == pytest.approx(token_bytes(model) - saved)
 
 
 def test_weights_on_meta_are_counted():

@@ -52,6 +52,7 @@ class Inputs:
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     product_thresholds: Tensor | None = None
+    input_thresholds: Tensor | None = None
 
     def args(self) -> tuple[Tensor | str | None, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -82,6 +83,7 @@ def make_inputs(
     sparsity: float = 0.5,
     per_neuron: bool = False,
     product_sparsity: float | None = None,
+    input_sparsity: float | None = None,
     bias: bool = False,
     activation: str = "silu",
     router: str = "gate",
@@ -93,6 +95,8 @@ def make_inputs(
         sparsity: Share of neurons that a token drops: 0 keeps all, 1 has infinite thresholds.
         per_neuron: Thresholds differ by up to a half between neurons.
         product_sparsity: Share of kept products dropped by ``product_thresholds``; None has none.
+        input_sparsity: Share of the entries of ``x`` that the router drops; its columns are
+            contiguous then. None drops none.
         separate: Move thresholds away from every value (:data:`BAND`), so that all backends keep
             the same neurons.
     """
@@ -112,6 +116,10 @@ def make_inputs(
         up_bias=normal(F, scale=0.5) if bias else None,
         down_bias=normal(D) if bias else None,
     )
+    if input_sparsity is not None:
+        masks = thresholds_at(inputs.x.double(), input_sparsity, per_neuron=True, band=0)
+        columns = getattr(inputs, router).t().contiguous().t()
+        inputs = inputs.replace(input_thresholds=masks, **{router: columns})
     band = BAND[dtype] if separate else 0
     routed = router_output(inputs)
     thresholds = thresholds_at(routed, sparsity, per_neuron=per_neuron, band=band)
@@ -160,8 +168,12 @@ def product(inputs: Inputs) -> Tensor:
 def _branches(inputs: Inputs) -> tuple[Tensor, Tensor]:
     wide = inputs.double()
     linear = torch.nn.functional.linear
-    gate = ACTIVATIONS[inputs.activation](linear(wide.x, wide.gate, wide.gate_bias))
-    return gate, linear(wide.x, wide.up, wide.up_bias)
+    kept = wide.x
+    if inputs.input_thresholds is not None:
+        kept = torch.where(keep_mask(inputs.x, inputs.input_thresholds), kept, 0)
+    x = {inputs.router: kept}
+    gate = linear(x.get("gate", wide.x), wide.gate, wide.gate_bias)
+    return ACTIVATIONS[inputs.activation](gate), linear(x.get("up", wide.x), wide.up, wide.up_bias)
 
 
 class RefusedError(Exception):

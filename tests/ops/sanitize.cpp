@@ -125,16 +125,18 @@ double dot(const std::vector<float>& matrix, int64_t row, const std::vector<floa
   return total;
 }
 
-// The largest difference between a kernel and a plain loop, relative to the tolerance.
-double error_of(cats::GatedMlpKernel kernel, int64_t B, int64_t D, int64_t F, bool bfloat16, float threshold, int64_t threads) {
+// The largest difference between a kernel and a plain loop, relative to the tolerance. A router that drops inputs is [D, F].
+double error_of(cats::GatedMlpKernel kernel, int64_t B, int64_t D, int64_t F, bool bfloat16, float threshold, bool drops_inputs,
+                int64_t threads) {
   std::mt19937 random(static_cast<unsigned>(B * 1000003 + D * 1009 + F));
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   const Values x(B * D, 1, random), gate(F * D, scale, random), up(F * D, scale, random);
   const Values down(F * D, 1 / std::sqrt(static_cast<float>(F)), random), up_bias(F, 1, random), down_bias(D, 1, random);
-  const std::vector<float> thresholds(F, threshold);
+  const std::vector<float> thresholds(F, threshold), input_thresholds(D, 0.5f);
   Output out(B * D);
 
   GatedMlpCall call{};
+  if (drops_inputs) call.input_thresholds = input_thresholds.data();
   call.B = B;
   call.D = D;
   call.F = F;
@@ -155,7 +157,12 @@ double error_of(cats::GatedMlpKernel kernel, int64_t B, int64_t D, int64_t F, bo
   for (int64_t b = 0; b < B; ++b) {
     std::vector<double> expected(down_bias.exact.begin(), down_bias.exact.end());
     for (int64_t j = 0; j < F; ++j) {
-      const double g = dot(gate.exact, j, x.exact, b, D), a = g / (1 + std::exp(-g));
+      double g = drops_inputs ? 0 : dot(gate.exact, j, x.exact, b, D);
+      for (int64_t i = 0; drops_inputs && i < D; ++i) {
+        const double value = x.exact[b * D + i];
+        if (!(std::fabs(value) < 0.5)) g += gate.exact[i * F + j] * value;
+      }
+      const double a = g / (1 + std::exp(-g));
       if (std::fabs(a) < threshold) continue;
       const double h = a * (dot(up.exact, j, x.exact, b, D) + up_bias.exact[j]);
       for (int64_t i = 0; i < D; ++i) expected[i] += h * down.exact[j * D + i];
@@ -415,7 +422,8 @@ int main() {
         for (const bool bfloat16 : {false, true})
           for (const float threshold : {0.0f, 0.1234567f, std::numeric_limits<float>::infinity()})
             for (const int64_t threads : {1, 3}) {
-              const double error = error_of(set.gated_mlp, B, D, F, bfloat16, threshold, threads);
+              const double error = std::max(error_of(set.gated_mlp, B, D, F, bfloat16, threshold, false, threads),
+                                            error_of(set.gated_mlp, B, D, F, bfloat16, threshold, true, threads));
               worst = std::max(worst, error);
               if (error <= 1) continue;
               std::printf("%s: wrong by %g of the tolerance for B %lld, D %lld, F %lld, bfloat16 %d, threshold %g\n",

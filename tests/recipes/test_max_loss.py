@@ -22,7 +22,9 @@ def search(monkeypatch, model, progress, limit, loss):
 
     statistics = cats.collect(model, BATCHES)
     monkeypatch.setattr(max_loss, "perplexity", fake)
-    largest = largest_sparsity(model, statistics, BATCHES, max_loss=limit, progress=progress)
+    largest = largest_sparsity(
+        model, lambda p: statistics.config(p / 100), BATCHES, max_loss=limit, progress=progress
+    )
     return largest, measured
 
 
@@ -31,7 +33,7 @@ def test_the_largest_sparsity_within_the_limit_is_found(monkeypatch, model, prog
     largest, measured = search(
         monkeypatch, model, progress, 0.037001, lambda share, where: share / 10
     )
-    assert largest.target_sparsity == 0.37
+    assert largest.config.target_sparsity == 0.37
     assert largest.perplexity_dense == pytest.approx(10)
     # most shares are compared on a part alone, and nothing is measured twice
     assert [share for share, where in measured if where == "rest"] == [0, 37, 38]
@@ -52,14 +54,14 @@ def test_the_limit_holds_on_the_whole_text_where_a_part_misleads(
         # of two batches, one is the part
         return ((1 + loss(share, "part")) * (1 + loss(share, "rest"))) ** 0.5 - 1
 
-    share = largest.target_sparsity
+    share = largest.config.target_sparsity
     assert of_both(share) <= 0.037001 < of_both(share + 0.01)
 
 
 @pytest.mark.parametrize(("limit", "share"), [(0.0995, 0.99), (0.0015, 0.01)])
 def test_both_ends_are_reached(monkeypatch, model, progress, limit, share):
     largest, _ = search(monkeypatch, model, progress, limit, lambda share, where: share / 10)
-    assert largest.target_sparsity == share
+    assert largest.config.target_sparsity == share
 
 
 def test_a_limit_that_nothing_keeps_is_an_error_and_the_model_dense(monkeypatch, model, progress):

@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from cats.errors import FormatError
 from cats.history import is_history
-from cats.results import DemoTime, MLPTime, Perplexity, Result, TaskScore, read_results
+from cats.results import (
+    DemoTime,
+    MaskTime,
+    MLPTime,
+    Perplexity,
+    Result,
+    TaskScore,
+    TokenCost,
+    read_results,
+)
 from tests.records import (
     demo_time,
     first_token_time,
@@ -28,8 +37,8 @@ COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 def test_committed_results_are_read_and_written_again_byte_for_byte():
     files = [path for path in sorted(COMMITTED.rglob("*.jsonl")) if not is_history(path)]
     assert files
-    # a demo writes no committed file
-    kinds = {DemoTime}
+    # a demo writes no committed file, and costs are those of each user's device
+    kinds = {DemoTime, MaskTime, TokenCost}
     for path in files:
         results = read_results(path)
         assert "".join(result.to_json() + "\n" for result in results) == path.read_text()

@@ -14,11 +14,14 @@ from tests.serving.live import make_chat_model, make_models, serving
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_dense_copy_is_the_dense_model_and_shares_its_weights(fused):
+@pytest.mark.parametrize(
+    "target", [{"target_sparsity": 0.6}, {"method": "cascade", "target_bytes": 0.5}]
+)
+def test_a_dense_copy_is_the_dense_model_and_shares_its_weights(fused, target):
     model = make_model()
     ids = make_ids(2, 9)
     dense = logits(model, ids)
-    cats.sparsify_(model, cats.calibrate(model, [make_ids()], target_sparsity=0.6))
+    cats.sparsify_(model, cats.calibrate(model, [make_ids()], **target))
     if fused:
         cats.fuse_(model)
     sparse = logits(model, ids)

@@ -255,7 +255,7 @@ def test_a_token_reads_codes_and_scales(pair):
         if type(m) is nn.Linear
     )
     assert saved > 0
-    assert token_bytes(model, 1.0) == token_bytes(dense, 1.0) - saved
+    assert token_bytes(model) == token_bytes(dense) - saved
 
 
 def test_variants_are_evaluated(pair, batches):

@@ -7,13 +7,15 @@ import copy
 from torch import nn
 
 from cats.model import find_gated_mlps
-from cats.weights import Dense, QuantisedLinear
+from cats.weights import Dense, InputMask, QuantisedLinear
 
 
 def copy_for_fusion(model: nn.Module) -> nn.Module:
     """A copy that shares all weights except those whose layout ``fuse_`` changes."""
-    downs = [mlp.down.matrix for mlp in find_gated_mlps(model)]
-    moved = {id(t) for down in downs if isinstance(down, Dense) for t in down.tensors}
+    mlps = find_gated_mlps(model)
+    moving = [mlp.down.matrix for mlp in mlps]
+    moving += [mlp.gate.matrix for mlp in mlps if isinstance(mlp.gate.layer, InputMask)]
+    moved = {id(t) for matrix in moving if isinstance(matrix, Dense) for t in matrix.tensors}
     codes = [
         tensor
         for module in model.modules()

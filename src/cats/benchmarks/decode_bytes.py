@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import cast
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from cats.benchmarks.decode_case import Case
 from cats.calibration.collection import forward_hidden
-from cats.metrics import DroppedNeurons, realized_sparsity
-from cats.model import CatsActivation, evaluating, traffic
+from cats.errors import UnsupportedModelError
+from cats.fusion import ReadShares
+from cats.metrics import read_shares, realized_sparsity
+from cats.model import evaluating, is_sparse, traffic
 from cats.protocols import CausalModel
 from cats.weights import table_of
 from cats.weights.placement import input_device
@@ -26,27 +28,28 @@ def token_bytes(model: nn.Module, tokens: Tensor, case: Case) -> tuple[float, fl
     """Bytes that a step must read, and the realised sparsity of the tokens that were timed.
 
     Of the weights, a step reads all except an embedding that is only looked up in, and except the
-    rows of ``up`` and columns of ``down`` of dropped neurons. Of the cache it reads the used slots,
-    here their mean number. For several prompts the result is a lower bound, since a neuron is read
-    if any of them keeps it.
+    rows and columns that masks drop. Of the cache it reads the used slots, here their mean number.
+    For several prompts the result is a lower bound, since a neuron is read if any of them keeps it.
 
     Args:
         model: A model, dense or sparse.
         tokens: Prompts and new tokens, ``[B, T + N]``.
         case: What was timed.
     """
-    shares: dict[str, float] = {}
-    if any(isinstance(module, CatsActivation) for module in model.modules()):
-        shares = _sparsity_after_prompt(model, tokens, case.prompt_length)
+    read: dict[str, float] = {}
+    dropped: dict[str, float] = {}
+    if is_sparse(model):
+        read = _after_prompt(read_shares, model, tokens, case.prompt_length)
+        dropped = _after_prompt(realized_sparsity, model, tokens, case.prompt_length)
     mean_slots = case.prompt_length + case.new_tokens / 2
-    bytes_read = traffic.token_bytes(model, shares) + case.batch * slot_bytes(model) * mean_slots
-    return bytes_read, fmean(shares.values()) if shares else 0.0
+    bytes_read = traffic.token_bytes(model, read) + case.batch * slot_bytes(model) * mean_slots
+    return bytes_read, fmean(dropped.values()) if dropped else 0.0
 
 
 def bytes_of_rows(model: nn.Module, texts: Sequence[Tensor], steps: int) -> tuple[float, float]:
     """Bytes that a step of several rows must read, and the share of neurons that all rows drop.
 
-    A neuron is read where any of the rows keeps it. Each row reads its own slots of the cache.
+    What one of the rows keeps is read. Each row reads its own slots of the cache.
 
     Args:
         model: A model, dense or sparse.
@@ -55,28 +58,40 @@ def bytes_of_rows(model: nn.Module, texts: Sequence[Tensor], steps: int) -> tupl
         steps: How many.
     """
     shares: dict[str, float] = {}
-    if any(isinstance(module, CatsActivation) for module in model.modules()):
-        union: dict[str, Tensor] = {}
+    dropped: list[float] = []
+    if is_sparse(model):
+        union = _Union(model, steps)
         for text in texts:
-            with _Kept(model) as kept, evaluating(model):
+            with union, evaluating(model):
                 forward_hidden(model, text[None].to(input_device(model)), None)
-            for name, mask in kept.masks.items():
-                union[name] = mask[-steps:] | union.get(name, mask[-steps:])
-        shares = {name: 1 - float(mask.float().mean()) for name, mask in union.items()}
+        shares, dropped = union.shares_of_steps()
     slots = sum(len(text) - (steps - 1) / 2 for text in texts)
     bytes_read = traffic.token_bytes(model, shares) + slot_bytes(model) * slots
-    return bytes_read, fmean(shares.values()) if shares else 0.0
+    return bytes_read, fmean(dropped) if dropped else 0.0
 
 
-class _Kept(DroppedNeurons):
-    """Which neurons each MLP keeps in one pass, ``[T, F]``."""
+class _Union(ReadShares):
+    """What any of several rows keeps in the last steps of its text."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, steps: int) -> None:
         super().__init__(model)
-        self.masks: dict[str, Tensor] = {}
+        if self.experts:
+            raise UnsupportedModelError(
+                f"{self.experts[0]}: what several rows read of stacked experts is not counted"
+            )
+        self._steps = steps
+        self._masks: dict[str, Tensor] = {}
 
-    def count(self, name: str, kept: Tensor) -> None:
-        self.masks[name] = kept.reshape(-1, kept.shape[-1])
+    def count(self, name: str, values: Tensor) -> None:
+        kept = (values != 0).reshape(-1, values.shape[-1])[-self._steps :]
+        self._masks[name] = kept | self._masks.get(name, kept)
+
+    def shares_of_steps(self) -> tuple[dict[str, float], list[float]]:
+        """As ``shares``, and the share of neurons that all rows drop, of each MLP."""
+        for name, mask in self._masks.items():
+            super().count(name, mask)
+        neurons = [mask for name, mask in self._masks.items() if name in self.mlps]
+        return self.shares(), [1 - float(mask.float().mean()) for mask in neurons]
 
 
 def slot_bytes(model: nn.Module) -> int:
@@ -93,12 +108,15 @@ def slot_bytes(model: nn.Module) -> int:
     return 2 * config.num_hidden_layers * int(heads) * int(head_size) * table[0].dtype.itemsize
 
 
-def _sparsity_after_prompt(
-    model: nn.Module, tokens: Tensor, prompt_length: int
+def _after_prompt(
+    measure: Callable[[nn.Module, list[Tensor]], dict[str, float]],
+    model: nn.Module,
+    tokens: Tensor,
+    prompt_length: int,
 ) -> dict[str, float]:
-    """Realised sparsity of each MLP on the inputs of the steps: all tokens after the prompt."""
+    """A mean over the inputs of the steps: all tokens after the prompt."""
     inputs, prompt = tokens[:, :-1], tokens[:, :prompt_length]
-    on_inputs, on_prompt = (realized_sparsity(model, [ids]) for ids in (inputs, prompt))
+    on_inputs, on_prompt = (measure(model, [ids]) for ids in (inputs, prompt))
     n, p = inputs.shape[1], prompt_length
     # a causal model computes the same for the prompt with and without what follows
     return {name: (on_inputs[name] * n - on_prompt[name] * p) / (n - p) for name in on_inputs}

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from cats.calibration import counts as _counts
 from cats.calibration.statistics import Statistics
-from cats.config import CatsConfig, check_target
 from cats.data import Batch, as_batch
-from cats.errors import ConfigError, DataError, UnsupportedModelError
+from cats.errors import DataError, UnsupportedModelError
 from cats.fingerprint import of_model
-from cats.methods import get_method
+from cats.methods import get_counted
 from cats.model import (
     CatsActivation,
     GatedExperts,
@@ -34,43 +33,6 @@ from cats.weights.placement import check_has_weights, input_device
 _INFINITY_BIN = int(_counts.count(torch.tensor([float("inf")])).argmax())
 
 
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    target_sparsity: float | None = None,
-    method: str = "cats",
-    exclude: Sequence[str] = (),
-    per_expert: bool = False,
-) -> CatsConfig:
-    """Thresholds that drop ``target_sparsity`` of each MLP's neurons on the given text.
-
-    The dense model does not change. For several targets, call :func:`collect` once, and then
-    ``config`` of its result for each.
-
-    Args:
-        model: A dense Hugging Face model with gated MLPs.
-        batches: Token ids ``[B, T]``, or mappings with ``input_ids`` and, where rows are padded,
-            ``attention_mask``; padding is not counted. See :func:`cats.data.token_blocks`.
-        target_sparsity: Fraction to drop, inside (0, 1); None where the method has no target.
-        method: ``"cats"`` or ``"relu"``.
-        exclude: Patterns of module names to leave dense, such as ``"model.layers.0.*"``.
-        per_expert: A threshold for each expert of a mixture; by default, the experts of a layer
-            share one.
-
-    Raises:
-        ConfigError: If the target or the method is wrong.
-        UnsupportedModelError: If the model has no gated MLP, or is sparse already.
-        DataError: If there are no tokens, if an activation is NaN or infinite, or if an expert
-            that needs a threshold got no token.
-    """
-    if target_sparsity is None and get_method(method).has_target:
-        raise ConfigError(f"method {method!r} needs target_sparsity, such as 0.5")
-    check_target(target_sparsity)
-    statistics = collect(model, batches, method=method, exclude=exclude, per_expert=per_expert)
-    return statistics.config(target_sparsity)
-
-
 def collect(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -80,24 +42,20 @@ def collect(
     statistics: Statistics | None = None,
     per_expert: bool = False,
 ) -> Statistics:
-    """The slow half of :func:`calibrate`: one pass over the text that serves every target.
+    """The slow half of :func:`cats.calibrate`: one pass over the text that serves every target.
 
     Args:
         model: A dense model.
-        batches: As for :func:`calibrate`.
+        batches: As for :func:`cats.calibrate`.
         method: Name of the method, which chooses the values that are counted.
-        exclude: As for :func:`calibrate`.
+        exclude: As for :func:`cats.calibrate`.
         statistics: Counts of an earlier part of the text, to be added; this object does not change.
         per_expert: Count each expert of a mixture for itself, too.
 
     Returns:
         Statistics. Their memory does not grow with the number of tokens.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, CatsActivation):
-            raise UnsupportedModelError(
-                f"{name} is sparse already: calibrate the dense model (cats.densify_)"
-            )
+    check_dense(model)
     check_has_weights(model)
     mlps = find_gated_mlps(model, exclude=exclude)
     new = Statistics(
@@ -121,6 +79,15 @@ def collect(
     return new if statistics is None else statistics + new
 
 
+def check_dense(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model that has thresholds already."""
+    for name, module in model.named_modules():
+        if isinstance(module, CatsActivation):
+            raise UnsupportedModelError(
+                f"{name} is sparse already: calibrate the dense model (cats.densify_)"
+            )
+
+
 class _Counting:
     """Hooks on the model that add to statistics while the text runs."""
 
@@ -130,7 +97,7 @@ class _Counting:
         self._stack = ExitStack()
 
     def __enter__(self) -> _Counting:
-        method = get_method(self._statistics.method)
+        method = get_counted(self._statistics.method)
         self._stack.enter_context(evaluating(self._model))
         for mlp in self._mlps:
             self._stack.enter_context(mlp.opened())

@@ -17,7 +17,7 @@ from torch import Tensor
 from cats.calibration import counts as _counts
 from cats.config import CatsConfig, check_target
 from cats.errors import ConfigError, DataError, FormatError, ModelMismatchError
-from cats.methods import get_method
+from cats.methods import get_counted
 from cats.storage import load_tensors, save_tensors
 
 _HASH_MODULUS = 1 << 64
@@ -92,7 +92,7 @@ class Statistics:
             ConfigError: If the target does not fit the method.
             DataError: If there were no tokens, or an MLP never ran.
         """
-        method = get_method(self.method)
+        method = get_counted(self.method)
         check_target(target_sparsity)
         if method.has_target != (target_sparsity is not None):
             needs = "needs" if method.has_target else "has no"

@@ -288,6 +288,40 @@ def decode(
 
 
 @app.command()
+def costs(
+    model: options.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the results to this file.")],
+    rounds: Annotated[int, options.number(min=2, help="Timed passes of each mask.")] = 7,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    commit: options.Commit = None,
+    revision: options.Revision = None,
+    subfolder: options.Subfolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Time what each kind of mask saves on this device, for [b]cats calibrate --speed[/b].
+
+    Example: [b]cats bench costs smollm2 -o costs.jsonl[/b]
+    """
+    from cats.benchmarks.costs import measure
+    from cats.cli.running import stage
+    from cats.recipes.evaluation import write_results
+
+    options.check_output(output)
+    hub = options.hub(revision, subfolder, trust_remote_code)
+    loaded, _ = options.load(
+        model, dtype=dtype, device=device, dense=True, hub=hub, threads=threads
+    )
+    with stage() as show:
+        results = list(measure(loaded, name=model, rounds=rounds, commit=commit, on_stage=show))
+    write_results(output, results)
+    for result in results:
+        what = " ".join(str(v) for n, v in result.settings.items() if n in ("mask", "dropped"))
+        options.out.print(f"{result.quantity} {what}: {result.value:.3f} ms", highlight=False)
+
+
+@app.command()
 def timeline(
     model: bench_options.ModelOrShape = "smollm2",
     sparsity: bench_options.Targets = "0,0.5",

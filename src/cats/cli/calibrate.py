@@ -31,14 +31,50 @@ def calibrate(
     sparsity: Annotated[
         float | None, typer.Option(help="Target sparsity, inside (0, 1).", show_default="0.5")
     ] = None,
+    bytes_: Annotated[
+        float | None,
+        typer.Option(
+            "--bytes",
+            help="Instead of --sparsity: share of the bytes of the MLPs (and of attention's "
+            "projections) that a token reads, inside (0, 1).",
+            show_default="0.5 for methods with several masks",
+        ),
+    ] = None,
     max_loss: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --sparsity: find the largest one at which the held-out perplexity "
-            "rises by no more than this, such as 2%."
+            help="Instead of a target: skip as much as the held-out perplexity allows, which rises "
+            "by no more than this, such as 2%."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="cats, or relu (which has no target).")] = "cats",
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Instead of a target: skip the least that makes a token X times as fast as dense, "
+            "by --costs.",
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What [b]cats bench costs MODEL[/b] measured of this model on this device.",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="cats; relu (which has no target); or one with several masks, whose split is "
+            "searched: neuron, two-stage, teal, cascade."
+        ),
+    ] = "cats",
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention", help="Drop inputs of attention's projections too (several masks)."
+        ),
+    ] = False,
     text: options.Texts = None,
     eval_text: Annotated[
         Path | None,
@@ -78,7 +114,7 @@ def calibrate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Save the counts to this file every 32 batches, and continue from it.",
+            help="Save counts, or inputs and paths, to this file on the way, and continue from it.",
         ),
     ] = None,
     dtype: options.DtypeOption = options.Dtype.auto,
@@ -89,9 +125,11 @@ def calibrate(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find the thresholds with which a model drops a share of its neurons.
+    """Find the thresholds with which a model skips a share of its weights.
 
     Example: [b]cats calibrate HuggingFaceTB/SmolLM2-135M --text c4.txt -o cats50.safetensors[/b]
+
+    Example: [b]cats calibrate smollm2 --method cascade --bytes 0.5 -o cascade.safetensors[/b]
 
     Several processes share the work under [b]torchrun[/b] and find the same thresholds.
     """
@@ -101,7 +139,7 @@ def calibrate(
         from cats.processes import join_processes
         from cats.recipes import calibration
 
-    calibration.check_goal(method, sparsity, limit)
+    calibration.check_goal(method, sparsity, bytes_, limit, speed, attention)
     tokens = options.tokens_or_default(tokens, 100_000, block)
     eval_tokens = options.tokens_or_default(eval_tokens, 10_000, block, "--eval-tokens")
     if output is not None:
@@ -142,8 +180,12 @@ def calibrate(
             blocks,
             held_out,
             target_sparsity=sparsity,
+            target_bytes=bytes_,
             max_loss=limit,
+            speed=speed,
+            costs=costs,
             method=method,
+            attention=attention,
             exclude=exclude or [],
             batch_size=batch_size,
             statistics=statistics,
@@ -179,6 +221,8 @@ def _to_dict(calibrated: Calibration) -> dict[str, object]:
     return {
         "method": config.method,
         "target_sparsity": config.target_sparsity,
+        "target_bytes": config.target_bytes,
+        "bytes_read": calibrated.bytes_read,
         "calibration_tokens": config.calibration_tokens,
         "calibration_hash": config.calibration_hash,
         "thresholds": _mean_thresholds(config),
@@ -252,10 +296,13 @@ def _print(
     table = layer_table(_mean_thresholds(config), calibrated.realized_sparsity)
     options.out.print(table.rich())
     if max_loss is not None:
-        options.out.print(
-            f"[b]{config.target_sparsity:.0%}[/b] is the largest sparsity whose held-out "
-            f"perplexity rises by no more than {max_loss:.2%}"
+        found = (
+            f"[b]{config.target_sparsity:.0%}[/b] is the largest sparsity"
+            if config.target_bytes is None
+            else f"[b]{config.target_bytes:.0%}[/b] is the least share of bytes"
         )
+        options.out.print(f"{found} whose held-out perplexity rises by no more than {max_loss:.2%}")
+    options.out.print(f"a token reads {calibrated.bytes_read:.1%} of the layers that have masks")
     options.out.print(
         f"perplexity on {calibrated.held_out_tokens:,} held-out tokens: dense {dense:.3f}, "
         f"{config.method} {sparse:.3f} ({loss(dense, sparse)})\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,15 +16,23 @@ if TYPE_CHECKING:
 
 
 def demo(
-    sparsity: Annotated[float, typer.Option(help="Target sparsity, inside (0, 1).")] = 0.5,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="A sparsity of CATS, inside (0, 1); repeatable. The other method reads the same "
+            "bytes.",
+            show_default="0.5, 0.7",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="The method to compare with CATS: one with several masks.")
+    ] = "cascade",
     text: options.Texts = None,
-    tokens: Annotated[
-        int, options.number(min=1, help="Use at most N calibration tokens.")
-    ] = 10_240,
+    tokens: Annotated[int, options.number(min=1, help="Use at most N calibration tokens.")] = 8_192,
     eval_tokens: Annotated[
         int, options.number(min=2, help="Use at most N held-out tokens.")
-    ] = 8_000,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Prompt of both models.")] = (
+    ] = 6_144,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Prompt of all models.")] = (
         "Explain in two sentences why the sky is blue."
     ),
     max_new_tokens: Annotated[int, options.number(min=2, help="Generate at most N tokens.")] = 64,
@@ -51,12 +60,16 @@ def demo(
 ) -> None:
     """Calibrate a small model, and compare dense and sparse: quality, text, speed.
 
-    Example: [b]cats demo --sparsity 0.7 --prompt "What is a cat?"[/b]
+    Example: [b]cats demo --sparsity 0.6 --prompt "What is a cat?"[/b]
     """
+    from cats.calibration.paths import staged_method
     from cats.config import check_target
     from cats.recipes.demonstration import BLOCK, demonstrate
 
-    check_target(sparsity)
+    sparsities = sparsity or (0.5, 0.7)
+    for target in sparsities:
+        check_target(target)
+    staged_method(method)
     options.check_tokens(tokens, BLOCK)
     options.check_tokens(eval_tokens, BLOCK, "--eval-tokens")
     if output is not None:
@@ -71,7 +84,8 @@ def demo(
         tokenizer,
         options.texts_or_sample(text),
         prompt=prompt,
-        target_sparsity=sparsity,
+        sparsities=sparsities,
+        method=method,
         tokens=tokens,
         held_out_tokens=eval_tokens,
         max_new_tokens=max_new_tokens,
@@ -104,24 +118,21 @@ def _print(demonstration: Demonstration) -> None:
     from rich.markup import escape
     from rich.panel import Panel
 
-    from cats.cli.tables import layer_table, speed_table
-    from cats.config import label_of
+    from cats.cli.tables import speed_table
     from cats.report import Material
 
-    name = label_of("cats", demonstration.target_sparsity)
     out = options.out
-    out.print(layer_table(demonstration.thresholds, demonstration.realized_sparsity).rich())
     out.print(f"[b]{escape(demonstration.prompt)}[/b]")
-    for label, side in (("dense", demonstration.dense), (name, demonstration.cats)):
+    for label, side in demonstration.sides.items():
         out.print(Panel(escape(side.answer.text.strip()), title=label, title_align="left"))
     out.print(speed_table(demonstration).rich())
     for tradeoff in Material(results=demonstration.results()).tradeoffs():
         out.print(f"[b]{escape(tradeoff.sentence())}[/b]", highlight=False)
-    cats = demonstration.cats
+    dense = demonstration.dense
     out.print(
-        "transformers: model.generate. cats: cats.generate with the engine "
-        f"{cats.answer.engine}; {name} runs with fused MLPs there. Each speed is the median "
-        f"of {len(cats.rounds)} runs in turns.",
+        f"Speeds: cats.generate with the engine {dense.answer.engine}, sparse models with fused "
+        f"MLPs; each is the median of {len(dense.rounds)} runs in turns. model.generate of "
+        f"transformers gives {median(dense.transformers_rounds):.1f} tokens per second, dense.",
         style="dim",
     )
     out.print(

@@ -106,6 +106,8 @@ def _describe(model: str, hub: options.Hub) -> Sections:
         _, block = load_tensors(model)
         if block.get("kind") == "statistics":
             return _describe_statistics(model)
+        if block.get("kind") == "samples":
+            return _describe_samples(model)
         return _describe_config(name, CatsConfig.load(model))
     if (Path(model) / "adapter_config.json").is_file():
         return _describe_adapter(Path(model))
@@ -185,7 +187,12 @@ def _describe_config(title: str, config: CatsConfig) -> Sections:
         + (f", {shares[name]} dropped in calibration" if name in shares and not same else "")
         for name, t in _by_layer(config.thresholds).items()
     }
-    return {title: block, "MLPs": thresholds}
+    sections: Sections = {title: block, "MLPs": thresholds}
+    if config.inputs:
+        sections["Inputs"] = {
+            name: f"threshold {float(t.mean()):.4f}" for name, t in _by_layer(config.inputs).items()
+        }
+    return sections
 
 
 def _describe_adapter(folder: Path) -> Sections:
@@ -249,6 +256,22 @@ def _describe_statistics(path: str) -> Sections:
             f"in {int(counts.count_nonzero()):,} bins"
         )
     return {Path(path).name: about, "MLPs": mlps}
+
+
+def _describe_samples(path: str) -> Sections:
+    from cats.calibration import Paths, Samples
+
+    samples, block = Samples.load(path)
+    about: dict[str, object] = {
+        "kind": "samples: inputs and gradients for methods with several masks",
+        "calibration_tokens": samples.tokens,
+        "blocks": samples.blocks,
+        "layers": len(samples.inputs),
+    }
+    for method, paths in block.get("paths", {}).items():
+        known = Paths.from_dict(paths, path)
+        about[method] = f"paths of {len(known.points)} layers, least bytes {known.lowest:.1%}"
+    return {Path(path).name: about}
 
 
 def _by_layer(values: Mapping[str, V]) -> dict[str, V]:

@@ -89,3 +89,6 @@ def profile(
     options.out.print(activation_table(title, measured).rich())
     shares = ", ".join(f"{value:.1%} ({name})" for name, value in measured.by_token.items())
     options.out.print(f"share of zeros of a token, quantiles over the tokens: {shares}")
+    for kind, read in measured.read.items():
+        of_rows = ", ".join(f"{share:.1%} ({rows})" for rows, share in read.items())
+        options.out.print(f"{kind} that are read, by rows that are decoded together: {of_rows}")

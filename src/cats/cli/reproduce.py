@@ -33,8 +33,9 @@ def reproduce(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Methods to compare with the dense model, of cats,relu,input,teal.",
-            show_default="all",
+            help="Methods to compare with the dense model, of cats, relu, input, teal, neuron, "
+            "two-stage and cascade.",
+            show_default="cats,relu,input,teal",
         ),
     ] = None,
     text: Annotated[
@@ -63,7 +64,8 @@ def reproduce(
     seed: options.Seed = 0,
     bos: options.Bos = None,
     tasks: Annotated[
-        str, typer.Option(metavar="NAMES", help="Zero-shot tasks, separated by commas.")
+        str,
+        typer.Option(metavar="NAMES", help="Zero-shot tasks, separated by commas; or none."),
     ] = "paper8",
     limit: Annotated[
         int | None,
@@ -90,7 +92,7 @@ def reproduce(
     Example: [b]cats reproduce --model mistralai/Mistral-7B-v0.1 -o mistral[/b]
 
     The methods are dense, CATS, ReLU, and input thresholding, uniform and as TEAL allocates it.
-    Input thresholding reads as many bytes per token as each CATS target. Results that are in the
+    All but ReLU read as many bytes per token as each CATS target. Results that are in the
     folder already are not measured again.
     """
     from cats.data import read_text
@@ -109,7 +111,7 @@ def reproduce(
     # a wrong name is an error before the model is loaded
     calibration = None if text is None else read_text(text)
     evaluation = {path.name: read_text(path) for path in eval_text or []}
-    names = check_tasks(tasks, data_dir)
+    names = [] if tasks == "none" else check_tasks(tasks, data_dir)
     hub = options.hub(revision, subfolder, trust_remote_code)
     loaded, tokenizer = options.load(model, dtype=dtype, device=device, dense=True, hub=hub)
     recipe = Recipe(

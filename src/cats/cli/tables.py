@@ -67,7 +67,7 @@ def perplexity_table(title: str, measured: Perplexities) -> Table:
     if measured.sparse is None or measured.method is None:
         return Table(title=title, columns=("model", "perplexity"), rows=[["dense", dense]])
     sparse = [
-        label_of(measured.method, measured.target_sparsity),
+        label_of(measured.method, measured.target_sparsity, measured.target_bytes),
         f"{_mean(measured.realized_sparsity):.1%}",
         f"{measured.sparse:.3f}",
         loss(measured.dense, measured.sparse),
@@ -124,18 +124,20 @@ def task_table(title: str, scores: Sequence[TaskScore]) -> Table:
 
 
 def speed_table(demonstration: Demonstration) -> Table:
-    """One row for the dense model and one for the sparse model: quality, and both loops' speed."""
-    sparse = label_of("cats", demonstration.target_sparsity)
+    """One row per model: bytes, quality and speed, each beside that of the dense model."""
+    dense = demonstration.dense
     return Table(
-        columns=("model", "perplexity, held-out text", "transformers, tokens/s", "cats, tokens/s"),
+        columns=("model", "MB per token", "perplexity", "change", "tokens/s", "speed"),
         rows=[
             [
                 label,
+                f"{side.token_bytes / 1e6:.0f}",
                 f"{side.perplexity:.2f}",
-                f"{side.transformers_tokens_per_second:.1f}",
+                "" if side is dense else loss(dense.perplexity, side.perplexity),
                 f"{side.tokens_per_second:.1f}",
+                "" if side is dense else f"{side.tokens_per_second / dense.tokens_per_second:.2f}x",
             ]
-            for label, side in (("dense", demonstration.dense), (sparse, demonstration.cats))
+            for label, side in demonstration.sides.items()
         ],
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from cats.calibration import counts as _counts
 from cats.calibration.collection import forward_hidden
-from cats.config import check_target
+from cats.config import CatsConfig, check_target
 from cats.data import Batch, as_batch
 from cats.errors import DataError
-from cats.evaluation.variants import InputThresholds, PreHook
+from cats.evaluation.variants import InputThresholds
 from cats.functional import keep_mask
-from cats.model import GatedMLP, find_gated_mlps
+from cats.model import GatedExperts, GatedMLP, find_gated_mlps
 from cats.weights.placement import input_device
 
 # TEAL's greedy search: the share of the MLP's weights that one step drops, the largest share that a
@@ -25,6 +26,7 @@ from cats.weights.placement import input_device
 _STEP = 0.05
 _LARGEST = 0.99
 _SEARCH_TOKENS = 256
+PreHook: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
 # Magnitudes have no sign bit.
 _BINS = _counts.BINS // 2
 
@@ -52,10 +54,13 @@ class InputCounts:
         """Run the text through the dense model, without padding.
 
         Raises:
-            UnsupportedModelError: If the model has no gated MLP.
+            UnsupportedModelError: If the model has no gated MLP, or stacked experts.
             DataError: If there are no tokens, or a batch is padded.
         """
         collected = cls(mlps=find_gated_mlps(model), counts={}, samples={}, tokens=0)
+        for mlp in collected.mlps:
+            if isinstance(mlp, GatedExperts):
+                mlp.known_layout()  # raises: they have no inputs of layers
         device = input_device(model)
         with ExitStack() as stack:
             for mlp in collected.mlps:
@@ -96,13 +101,23 @@ class InputCounts:
     def _variant(
         self, method: str, target: float, sparsities: dict[str, dict[str, float]]
     ) -> InputThresholds:
-        thresholds = {
-            mlp: {name: self._threshold(f"{mlp}.{name}", s) for name, s in layers.items()}
-            for mlp, layers in sparsities.items()
-        }
-        return InputThresholds(
-            thresholds, method=method, target=target, calibration_tokens=self.tokens
+        by_name = {mlp.name: mlp for mlp in self.mlps}
+        inputs = {}
+        for mlp, layers in sparsities.items():
+            for name, share in layers.items():
+                columns = by_name[mlp].matrices[name].shape[1]
+                inputs[f"{mlp}.{name}"] = torch.full(
+                    (columns,), self._threshold(f"{mlp}.{name}", share)
+                )
+        config = CatsConfig(
+            method="teal",
+            target_sparsity=None,
+            target_bytes=1 - target,
+            tensors={mlp: {"threshold": torch.zeros(())} for mlp in sparsities},
+            inputs=inputs,
+            calibration_tokens=self.tokens,
         )
+        return InputThresholds(config, method=method, target=target)
 
     def _threshold(self, layer: str, sparsity: float) -> float:
         """The magnitude below which that share of the layer's inputs lies."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from cats.calibration.collection import forward_hidden
 from cats.data import Batch, as_batch
 from cats.errors import DataError, UnsupportedModelError
-from cats.fusion import fused_mlps
-from cats.model import CatsActivation, activation_kind
+from cats.fusion import ReadShares, fused_mlps
+from cats.model import CatsActivation, activation_kind, is_sparse
 from cats.storage import save_json
 from cats.weights.placement import input_device
 
@@ -67,12 +67,16 @@ class Profile:
         tokens: Number of tokens that the model read.
         near: Magnitude below which an output counts as near zero.
         by_token: Quantiles over the tokens (``"5 %"`` ...) of the share of zeros in all layers.
+        read: Kind of mask, such as ``"columns of down"``, to the number of tokens from different
+            texts that are decoded together, to the share of its entries that is read then. Empty
+            for a dense model.
     """
 
     layers: list[Layer]
     tokens: int
     near: float
     by_token: dict[str, float]
+    read: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def save(self, path: Path, **about: object) -> None:
         """Write one JSON document that ``cats report`` reads.
@@ -102,7 +106,11 @@ def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) ->
     counters = [_Counter(name, module, near) for name, module in _activations(model)]
     zeros_by_token: list[Tensor] = []
     device = input_device(model)
+    numbers = (1, *UNIONS)
+    reads = ReadShares(model, together=numbers) if is_sparse(model) else None
     with ExitStack() as stack:
+        if reads is not None:
+            stack.enter_context(reads)
         for counter in counters:
             stack.callback(counter.module.register_forward_hook(counter.count).remove)
         for batch in batches:
@@ -126,7 +134,16 @@ def profile(model: nn.Module, batches: Iterable[Batch], *, near: float = 0.1) ->
         tokens=len(shares),
         near=near,
         by_token={f"{q:.0%}": v for q, v in zip(_QUANTILES, quantiles, strict=True)},
+        read={} if reads is None else _by_kind(reads, numbers),
     )
+
+
+def _by_kind(reads: ReadShares, numbers: Iterable[int]) -> dict[str, dict[int, float]]:
+    read: dict[str, dict[int, float]] = {}
+    for number in numbers:
+        for kind, share in reads.by_kind(number).items():
+            read.setdefault(kind, {})[number] = share
+    return read
 
 
 def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -161,7 +161,7 @@ def measure_perplexity(
         **text_settings(batches),
         "realized_sparsity": variant.dropped,
         "mlp_share": share,
-        "token_bytes": token_bytes(variant.base(model), share),
+        "token_bytes": token_bytes(variant.base(model), variant.read),
     }
     if dense_losses is not None:
         difference = paired_losses(dense_losses, variant.losses)

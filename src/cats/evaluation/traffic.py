@@ -6,20 +6,28 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from cats.model import find_gated_mlps, traffic
+from cats.model import GatedExperts, find_gated_mlps, traffic
 
 
-def neuron_shares(model: nn.Module, dropped: Mapping[str, float]) -> dict[str, float]:
-    """Name of each MLP to the share of its bytes that a token reads.
+def mlp_shares(model: nn.Module, layers: Mapping[str, float]) -> dict[str, float]:
+    """Name of each MLP that is not read whole to the share of its bytes that a token reads.
 
     Args:
         model: Any model with gated MLPs.
-        dropped: Name of each MLP to the share of its neurons that is dropped.
+        layers: Name of a linear layer, or of a module of stacked experts, to the share that is
+            read, see :func:`cats.metrics.read_shares`; the others are read whole.
     """
-    return {
-        mlp.name: mlp.bytes_read(dropped[mlp.name]) / mlp.bytes
-        for mlp in find_gated_mlps(model, names=dropped)
-    }
+    shares = {}
+    for mlp in find_gated_mlps(model):
+        if isinstance(mlp, GatedExperts):
+            if mlp.name in layers:
+                shares[mlp.name] = layers[mlp.name]
+            continue
+        names = {f"{mlp.name}.{name}": matrix for name, matrix in mlp.matrices.items()}
+        if names.keys() & layers.keys():
+            read = sum(matrix.bytes * layers.get(name, 1.0) for name, matrix in names.items())
+            shares[mlp.name] = read / mlp.bytes
+    return shares
 
 
 def mean_share(model: nn.Module, shares: Mapping[str, float]) -> float:
@@ -29,16 +37,15 @@ def mean_share(model: nn.Module, shares: Mapping[str, float]) -> float:
         model: Any model with gated MLPs.
         shares: Name of an MLP to its share; it is 1 for the others.
     """
-    sizes = {mlp.name: mlp.bytes for mlp in find_gated_mlps(model)}
+    sizes = {mlp.name: traffic.routed_bytes(model, mlp) for mlp in find_gated_mlps(model)}
     return sum(size * shares.get(name, 1.0) for name, size in sizes.items()) / sum(sizes.values())
 
 
-def token_bytes(model: nn.Module, share: float) -> int:
+def token_bytes(model: nn.Module, layers: Mapping[str, float] | None = None) -> int:
     """Bytes of weights that a token reads, attention and output head included.
 
     Args:
         model: A causal model.
-        share: Share of the gated MLPs' bytes that is read.
+        layers: As for :func:`mlp_shares`.
     """
-    mlps = sum(mlp.bytes for mlp in find_gated_mlps(model))
-    return round(traffic.token_bytes(model) - mlps * (1 - share))
+    return round(traffic.token_bytes(model, layers))

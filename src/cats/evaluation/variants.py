@@ -8,27 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cats import fingerprint
 from cats.apply import densify_, sparsify_
 from cats.config import CatsConfig, label_of
 from cats.data import Batch
 from cats.errors import ConfigError
-from cats.evaluation.traffic import mean_share, neuron_shares
-from cats.functional import keep_mask
-from cats.metrics import perplexity, perplexity_and_sparsity
-from cats.model import find_gated_mlps
-from cats.processes import in_order
+from cats.evaluation.traffic import mean_share, mlp_shares
+from cats.metrics import perplexity, perplexity_and_shares
 from cats.results import QUANTISED
 from cats.weights import QuantisedLinear
-
-PreHook: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 class Variant(ABC):
@@ -39,12 +33,15 @@ class Variant(ABC):
         settings: All that its answers depend on, besides the model and the data.
         dropped: Mean share of neurons that the last measurement dropped; None if it drops none.
         losses: Of the last measurement, the mean negative log-likelihood of each block.
+        read: Of the last measurement, name of each linear layer that is not read whole to the share
+            of its matrix that a token reads.
     """
 
     label: str
     settings: dict[str, str | int | float | bool | None]
     dropped: float | None = None
     losses: list[float]
+    read: Mapping[str, float] = MappingProxyType({})
 
     def base(self, model: nn.Module) -> nn.Module:
         """The dense model whose weights this variant reads, where ``model`` is what is compared."""
@@ -86,13 +83,19 @@ class Dense(Variant):
 class Sparse(Variant):
     """Thresholds on neurons: CATS, ReLU, or any other method that :mod:`cats.methods` has."""
 
-    def __init__(self, config: CatsConfig) -> None:
+    def __init__(self, config: CatsConfig, *, label: str | None = None) -> None:
+        """
+        Args:
+            config: The thresholds.
+            label: Its name; None: by method and target, see :func:`cats.config.label_of`.
+        """
         self._config = config
         target = config.target_sparsity
-        self.label = label_of(config.method, target)
+        self.label = label or label_of(config.method, target, config.target_bytes)
         self.settings = {
             "method": config.method,
             "target_sparsity": target,
+            **({} if config.target_bytes is None else {"target_bytes": config.target_bytes}),
             "calibration_tokens": config.calibration_tokens,
             "calibration_hash": config.calibration_hash,
             "thresholds": fingerprint.of_thresholds(config),
@@ -108,11 +111,11 @@ class Sparse(Variant):
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         self.losses = []
         with self.on(model):
-            value, realized = perplexity_and_sparsity(
+            value, realized, self.read = perplexity_and_shares(
                 model, batches, losses=self.losses, share=True
             )
         self.dropped = sum(realized.values()) / len(realized)
-        return value, mean_share(model, neuron_shares(model, realized))
+        return value, mean_share(model, mlp_shares(model, self.read))
 
 
 class InCodes(Variant):
@@ -164,71 +167,34 @@ class InCodes(Variant):
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
         value, share = self._way.measure(self._model, batches)
         self.dropped, self.losses = self._way.dropped, self._way.losses
+        self.read = self._way.read
         return value, share
 
 
-class InputThresholds(Variant):
-    """Input thresholding: small entries of each matrix's input are dropped (arXiv:2408.14690).
+class InputThresholds(Sparse):
+    """Thresholds on the inputs of each matrix: the method ``teal``, chosen in a way of its own."""
 
-    The column of a dropped entry need not be read. For comparison only: there is no kernel for it.
-    """
-
-    def __init__(
-        self,
-        thresholds: dict[str, dict[str, float]],
-        *,
-        method: str,
-        target: float,
-        calibration_tokens: int,
-    ) -> None:
+    def __init__(self, config: CatsConfig, *, method: str, target: float) -> None:
         """
         Args:
-            thresholds: Name of each MLP to {name of a linear layer in it: threshold}.
-            method: ``"input"``, or ``"teal"`` where TEAL's allocation chose the thresholds.
+            config: Thresholds of the method ``teal``.
+            method: ``"input"``, or ``"teal"`` where TEAL's allocation chose them.
             target: Share of the weights that are not read, as calibration intended.
-            calibration_tokens: Number of tokens of the calibration.
         """
-        self.thresholds = thresholds
-        self.label = f"{method}-{target * 100:.3g}"
-        self.settings = {
+        super().__init__(config, label=f"{method}-{target * 100:.3g}")
+        by_mlp: dict[str, dict[str, float]] = {}
+        for name, threshold in config.inputs.items():
+            mlp, _, layer = name.rpartition(".")
+            by_mlp.setdefault(mlp, {})[layer] = float(threshold[0])
+        self.thresholds = by_mlp
+        del self.settings["target_bytes"], self.settings["calibration_hash"]
+        self.settings |= {
             "method": method,
             "target_sparsity": target,
-            "calibration_tokens": calibration_tokens,
-            "thresholds": fingerprint.of_value(thresholds),
+            "thresholds": fingerprint.of_value(by_mlp),
         }
-        # per layer and batch: the share of kept inputs, summed over tokens, and their number
-        self._kept: dict[str, list[tuple[Tensor, int]]] = {}
-
-    @contextmanager
-    def on(self, model: nn.Module) -> Iterator[nn.Module]:
-        with ExitStack() as stack:
-            for mlp, thresholds in self.thresholds.items():
-                for name, threshold in thresholds.items():
-                    layer = model.get_submodule(f"{mlp}.{name}")
-                    hook = self._hook(f"{mlp}.{name}", threshold)
-                    stack.callback(layer.register_forward_pre_hook(hook).remove)
-            yield model
 
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
-        self._kept, self.losses = {}, []
-        with self.on(model):
-            value = perplexity(model, batches, losses=self.losses, share=True)
-        shares = {}
-        for mlp in find_gated_mlps(model, names=self.thresholds):
-            read = 0.0
-            for layer, matrix in mlp.matrices.items():
-                own = [(float(kept), n) for kept, n in self._kept.get(f"{mlp.name}.{layer}", [])]
-                kept, tokens = map(sum, zip(*in_order(own), strict=True))
-                read += matrix.bytes * kept / tokens
-            shares[mlp.name] = read / mlp.bytes
-        return value, mean_share(model, shares)
-
-    def _hook(self, name: str, threshold: float) -> PreHook:
-        @torch.no_grad()
-        def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept = keep_mask(args[0], threshold)
-            share = kept.float().mean(-1).sum()
-            self._kept.setdefault(name, []).append((share, kept[..., 0].numel()))
-            return args[0].masked_fill(~kept, 0), *args[1:]
-
-        return drop
+        value, share = super().measure(model, batches)
+        self.dropped = None  # inputs are dropped, not neurons
+        return value, share

@@ -14,7 +14,7 @@ from cats.finetuning.options import FinetuneOptions
 from cats.finetuning.processes import is_under_fsdp, world_size
 from cats.model import is_sparse
 from cats.protocols import CausalModel
-from cats.weights import is_quantised
+from cats.weights import InputMask, is_quantised
 
 
 def check_run(
@@ -94,6 +94,14 @@ def _check_sparsity(model: nn.Module, options: FinetuneOptions, calibration: Ten
         raise ConfigError(
             "the checkpoint is sparse, but its thresholds are not applied, so that it would be "
             "trained as a dense model: load it with cats.from_pretrained"
+        )
+    masked = next((name for name, m in model.named_modules() if isinstance(m, InputMask)), None)
+    if masked is not None:
+        assert block is not None
+        raise UnsupportedModelError(
+            f"{masked} drops inputs (method {block['method']!r}), which adapters and their merging "
+            "would not follow: fine-tune with thresholds of cats, relu or neuron, which are on "
+            "activations"
         )
     if options.distillation and not sparse:
         raise ConfigError(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Hashable
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cats.errors import BackendError, UnsupportedModelError
-from cats.functional import ACTIVATIONS, keep_mask
+from cats.functional import ACTIVATIONS, cats_activation, keep_mask
 from cats.model import CatsActivation, GatedMLP, Replacement, has_other_forward, share_hooks
+from cats.weights import input_threshold
 
 # Gate, up and down of an MLP; gate is up where both are stacked.
 Layers: TypeAlias = tuple[nn.Module, nn.Module, nn.Module]
@@ -29,7 +30,6 @@ class FusedMLP(Replacement):
     the same thresholds. It has no gradient. Under autocast the original MLP runs.
 
     Attributes:
-        layer_type: The class of gate, up and down.
         layout: Which children are gate, up and down.
         backend: ``"auto"``, or one of :data:`cats.ops.BACKENDS`.
         activation_name: Name of the child that is the activation.
@@ -37,8 +37,6 @@ class FusedMLP(Replacement):
         router: The branch that is compared with the thresholds, ``"gate"`` or ``"up"``.
         intermediate_size: ``F``, the number of neurons.
     """
-
-    layer_type: ClassVar[type[nn.Module]]
 
     def __init__(self, mlp: GatedMLP, backend: str) -> None:
         super().__init__()
@@ -52,6 +50,9 @@ class FusedMLP(Replacement):
         self._argument_name = next(iter(inspect.signature(mlp.module.forward).parameters), "x")
         self._has_dropout = any(isinstance(m, _DropoutNd) and m.p for m in mlp.module.children())
         self._dense_act_kind = _kind_of(act.act)
+        layout, modules = self.layout, mlp.module._modules
+        # a masked layer has a class of its own
+        self._types = tuple(type(modules[n]) for n in (layout.gate, layout.up, layout.down))
         self._checked_call: Hashable = None
         self._original = [mlp.module]  # in a list, so that its weights are not registered twice
         # the same dictionary: a child that is replaced here is replaced there
@@ -92,7 +93,9 @@ class FusedMLP(Replacement):
     def kept(self, x: Tensor) -> Tensor:
         """Neurons of which a kernel reads both rows, ``[..., F]``: it compares before rounding."""
         weight, bias = self._router_operands(self._layers())
-        y = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        inputs = input_threshold(self._layers()[0 if self.router == "gate" else 1])
+        x = x.float() if inputs is None else cats_activation(x.float(), inputs)
+        y = nn.functional.linear(x, weight.float(), None if bias is None else bias.float())
         routed = ACTIVATIONS[self.activation](y) if self.router == "gate" else y
         return keep_mask(routed, self.thresholds) & (routed != 0)
 
@@ -146,7 +149,7 @@ class FusedMLP(Replacement):
         gate, up, down = children
         act = modules[self.activation_name]
         if not (
-            type(gate) is type(up) is type(down) is self.layer_type
+            (type(gate), type(up), type(down)) == self._types
             and self._is_as_fused((gate, up, down))
             and type(act) is CatsActivation
             and (dense_act := act._modules.get("act")) is not None

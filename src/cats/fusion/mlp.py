@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -19,28 +19,35 @@ from cats.ops import (
     is_unwatched,
 )
 from cats.ops.mlp import dense
+from cats.weights import INPUT_THRESHOLD, InputMask
 
 
 class FusedGatedMLP(FusedMLP):
     """A sparse MLP over ordinary weights that runs as one operator.
 
     Attributes:
-        down_shape: Shape of the weight of down.
-        down_stride: Its strides before ``fuse_``, which ``unfuse_`` restores.
+        strides: Name of each layer whose columns are contiguous once it is fused (down, and gate
+            where it drops inputs) to shape and strides of its weight before ``fuse_``, which
+            ``unfuse_`` restores.
     """
-
-    layer_type = nn.Linear
 
     def __init__(self, mlp: GatedMLP, backend: str) -> None:
         super().__init__(mlp, backend)
         self._function: Callable[[GatedMLPArguments], Tensor] = dense.gated_mlp
-        self.down_shape, self.down_stride = self.down_weight.shape, self.down_weight.stride()
+        gate = self._modules[self.layout.gate]
+        by_columns = [
+            self.layout.down,
+            *([self.layout.gate] if isinstance(gate, InputMask) else []),
+        ]
+        self.strides = {name: (w.shape, w.stride()) for name, w in self._of(by_columns).items()}
 
     @property
-    def down_weight(self) -> nn.Parameter:
-        """``[D, F]``, as it is now."""
-        down = cast(nn.Linear, self._modules[self.layout.down])
-        return cast(nn.Parameter, down.weight)
+    def column_weights(self) -> dict[str, nn.Parameter]:
+        """Name of each layer of :attr:`strides` to its weight, as it is now."""
+        return self._of(self.strides)
+
+    def _of(self, layers: Iterable[str]) -> dict[str, nn.Parameter]:
+        return {n: cast(nn.Parameter, cast(nn.Linear, self._modules[n]).weight) for n in layers}
 
     def operands(
         self,
@@ -57,7 +64,8 @@ class FusedGatedMLP(FusedMLP):
             self.activation,
             self.router,
             *self._biases(layers),
-            act._buffers["product_threshold"],
+            layers[2]._buffers.get(INPUT_THRESHOLD),
+            layers[0]._buffers.get(INPUT_THRESHOLD),
         )
         for_compiler = self.backend == "auto" and is_for_compiler() and not torch.is_grad_enabled()
         if for_compiler and is_dense_batch(rows):
@@ -84,6 +92,7 @@ class FusedGatedMLP(FusedMLP):
         """The backend's function without torch's dispatcher; equal calls are checked once."""
         rows, gate, up, down, thresholds = arguments[:5]
         products = arguments.product_thresholds
+        inputs = arguments.input_thresholds
         biases = arguments.gate_bias, arguments.up_bias, arguments.down_bias
         key = (
             self.backend,
@@ -92,7 +101,7 @@ class FusedGatedMLP(FusedMLP):
             up.data_ptr(),
             (down.data_ptr(), down.stride(0)),
             thresholds.data_ptr(),
-            *(t is None or (t.data_ptr(), t.shape, t.dtype) for t in (products, *biases)),
+            *(t is None or (t.data_ptr(), t.shape, t.dtype) for t in (products, inputs, *biases)),
         )
         if key != self._checked_call:
             self._function = checked(arguments, self.backend)

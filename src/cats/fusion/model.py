@@ -23,7 +23,8 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
     """Run the sparse MLPs of a model as one operator each, in place, for fast decoding.
 
     An MLP is taken if a probe shows that it computes ``down(act(gate(x)) * up(x))``. The weight of
-    ``down`` is laid out column by column, in place: same shape, same name, no second copy. Codes of
+    ``down``, and that of ``gate`` where it drops inputs, is laid out column by column, in place:
+    same shape, same name, no second copy. Masks of layers outside of MLPs run as they are. Codes of
     quantised layers are packed, in place; they are saved and loaded as before. The stacked experts
     of a mixture stay as they are, sparse; its other MLPs are fused.
 
@@ -72,19 +73,21 @@ def fuse_(model: M, *, backend: str = "auto") -> M:
     packed = [FusedPackedMLP(mlp, backend) for mlp in mlps if is_quantised_mlp(mlp)]
     dense = [FusedGatedMLP(mlp, backend) for mlp in mlps if not is_quantised_mlp(mlp)]
     strides = {
-        id(module.down_weight): module.down_stride
+        id(weight): module.strides[name][1]
         for module in fused.values()
         if isinstance(module, FusedGatedMLP)
+        for name, weight in module.column_weights.items()
     }
-    check_memory(model, [module.down_weight for module in dense])
+    check_memory(model, [weight for module in dense for weight in module.column_weights.values()])
     replacements: list[FusedMLP] = [*dense, *packed]
     with packed_unless_error(packed), unchanged_on_error(model):
         for module in dense:
-            weight = module.down_weight
-            # a weight that two MLPs share is laid out already
-            module.down_stride = strides.setdefault(id(weight), module.down_stride)
-            # each neuron's column becomes contiguous; the parameter stays the same object
-            lay_out_(weight, (1, len(weight)))
+            for name, weight in module.column_weights.items():
+                shape, stride = module.strides[name]
+                # a weight that two MLPs share is laid out already
+                module.strides[name] = shape, strides.setdefault(id(weight), stride)
+                # each column becomes contiguous; the parameter stays the same object
+                lay_out_(weight, (1, len(weight)))
         for replacement in replacements:
             # kernels read one threshold per neuron
             replacement.widen_thresholds_()
@@ -124,11 +127,11 @@ def restore_layout_(fused: Iterable[FusedMLP]) -> None:
             for layer in module.quantised_layers:
                 layer.unpack_()
         elif isinstance(module, FusedGatedMLP):
-            down = module._modules[module.layout.down]
-            weight = getattr(down, "weight", None)
-            # not a weight that was replaced since, by quantisation or another size
-            if type(weight) is nn.Parameter and weight.shape == module.down_shape:
-                lay_out_(weight, module.down_stride)
+            for name, (shape, stride) in module.strides.items():
+                weight = getattr(module._modules[name], "weight", None)
+                # not a weight that was replaced since, by quantisation or another size
+                if type(weight) is nn.Parameter and weight.shape == shape:
+                    lay_out_(weight, stride)
         act = module._modules.get(module.activation_name)
         if isinstance(act, CatsActivation):
             act.narrow_()

@@ -17,13 +17,11 @@ from cats.ops.packed_mlp import PackedMLPArguments, packed_gated_mlp
 from cats.ops.packed_mlp.backends import BACKENDS
 from cats.ops.packed_mlp.dense import packed_gated_mlp as dense_gated_mlp
 from cats.ops.quantised import ColumnLayout, RowLayout
-from cats.weights import QuantisedLinear
+from cats.weights import INPUT_THRESHOLD, QuantisedLinear
 
 
 class FusedPackedMLP(FusedMLP):
     """A sparse MLP over packed codes that runs as one operator."""
-
-    layer_type = QuantisedLinear
 
     def __init__(self, mlp: GatedMLP, backend: str) -> None:
         super().__init__(mlp, backend)
@@ -73,7 +71,7 @@ class FusedPackedMLP(FusedMLP):
             gate.arithmetic,
             self.router,
             *self._biases(layers),
-            act._buffers["product_threshold"],
+            down._buffers.get(INPUT_THRESHOLD),
         )
         if is_unwatched(rows):
             return self._run_unwatched(arguments)

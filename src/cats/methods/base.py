@@ -1,4 +1,4 @@
-"""The base class of all methods. A new method is one subclass in its own file."""
+"""The base classes of all methods. A new method is one subclass in its own file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,19 +13,73 @@ from cats.weights.placement import input_device
 
 
 class Method(ABC):
-    """A way to choose which neurons are dropped.
+    """A way to choose which weights of an MLP a token does not read.
 
     Attributes:
         name: The value of ``method=``, also in the config of a checkpoint.
-        router: The branch that is read completely and compared: ``"gate"`` or ``"up"``.
-        has_target: Whether it has a target sparsity.
+        router: The branch whose outputs are compared with the thresholds: ``"gate"`` or ``"up"``.
         tensors: Names of the tensors that it stores per MLP.
+        masked: Layers of an MLP whose inputs it compares with thresholds, of ``"gate"``, ``"up"``
+            and ``"down"``.
     """
 
     name: ClassVar[str]
     router: ClassVar[str] = "gate"
-    has_target: ClassVar[bool] = True
     tensors: ClassVar[frozenset[str]] = frozenset({"threshold"})
+    masked: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
+        """Make the MLP sparse in place; its weights do not change.
+
+        A saved model is made sparse again with the tensors of its activation. So they must be those
+        that came, unchanged: what is computed from them is computed in the forward pass.
+
+        Args:
+            mlp: A dense or sparse MLP.
+            tensors: Those of :attr:`tensors`. Thresholds of inputs are applied for all methods
+                alike, after this.
+        """
+
+    def _threshold_on(
+        self,
+        mlp: GatedMLP,
+        act: nn.Module,
+        threshold: Tensor,
+    ) -> None:
+        """Put the thresholded activation into the MLP.
+
+        A method with another router than the gate gives the MLP a forward of its own that compares
+        it. ``fuse_`` then passes the router to the operator, and takes the MLP only if a probe
+        shows that the operator computes the same.
+        """
+        if act is not mlp.dense_act and is_hooked(mlp.dense_act):
+            raise UnsupportedModelError(
+                f"{mlp.name}.{mlp.activation_name} has a hook, and method {self.name!r} puts "
+                "another activation there: remove the hook first"
+            )
+        device = input_device(mlp.module)
+        sparse = CatsActivation(
+            act,
+            threshold.to(device),
+            dense=mlp.dense_act,
+            router=self.router,
+        )
+        if isinstance(mlp.act, CatsActivation):
+            share_hooks(mlp.act, sparse)
+        for module in (sparse,) if act is mlp.dense_act else (sparse, act):
+            module.training = mlp.module.training
+        mlp.replace_act(sparse)
+
+
+class CountedMethod(Method):
+    """A method with one threshold per MLP, which follows from counts of single numbers.
+
+    Attributes:
+        has_target: Whether it has a target sparsity.
+    """
+
+    has_target: ClassVar[bool] = True
 
     def observe(self, mlp: GatedMLP, record: Callable[[Tensor], None]) -> RemovableHandle:
         """Hook the dense MLP so that ``record`` gets the values ``[B, T, F]`` to count.
@@ -42,49 +96,3 @@ class Method(ABC):
     @abstractmethod
     def score(self, values: Tensor, activation: str) -> Tensor:
         """The scores of counted values, float32, same shape; a threshold is compared with them."""
-
-    @abstractmethod
-    def apply_(self, mlp: GatedMLP, tensors: dict[str, Tensor]) -> None:
-        """Make the MLP sparse in place; its weights do not change.
-
-        A saved model is made sparse again with the tensors of its activation. So they must be those
-        that came, unchanged: what is computed from them is computed in the forward pass.
-
-        Args:
-            mlp: A dense or sparse MLP.
-            tensors: Those of :attr:`tensors`.
-        """
-
-    def _threshold_on(
-        self,
-        mlp: GatedMLP,
-        act: nn.Module,
-        threshold: Tensor,
-        product_threshold: Tensor | None = None,
-    ) -> None:
-        """Put the thresholded activation into the MLP.
-
-        A method with another router than the gate, or with thresholds on products, gives the MLP
-        a forward of its own that compares them. ``fuse_`` then passes both to the operator, and
-        takes the MLP only if a probe shows that the operator computes the same.
-        """
-        if act is not mlp.dense_act and is_hooked(mlp.dense_act):
-            raise UnsupportedModelError(
-                f"{mlp.name}.{mlp.activation_name} has a hook, and method {self.name!r} puts "
-                "another activation there: remove the hook first"
-            )
-        device = input_device(mlp.module)
-        if product_threshold is not None:
-            product_threshold = product_threshold.to(device)
-        sparse = CatsActivation(
-            act,
-            threshold.to(device),
-            dense=mlp.dense_act,
-            router=self.router,
-            product_threshold=product_threshold,
-        )
-        if isinstance(mlp.act, CatsActivation):
-            share_hooks(mlp.act, sparse)
-        for module in (sparse,) if act is mlp.dense_act else (sparse, act):
-            module.training = mlp.module.training
-        mlp.replace_act(sparse)

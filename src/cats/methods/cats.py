@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from cats.functional import ACTIVATIONS
-from cats.methods.base import Method
+from cats.methods.base import CountedMethod
 from cats.model import GatedMLP
 
 
-class Cats(Method):
+class Cats(CountedMethod):
     """Drop a neuron where ``abs(act(gate(x)))`` is below the layer's percentile."""
 
     name = "cats"

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from cats.methods.base import Method
+from cats.methods.base import CountedMethod
 from cats.model import GatedMLP
 
 
-class Relu(Method):
+class Relu(CountedMethod):
     """Drop a neuron where its gate is negative; there is no target sparsity."""
 
     name = "relu"

@@ -22,14 +22,11 @@ class CatsActivation(nn.Module):
         threshold: One number, ``[F]``, or ``[E, 1]`` for E stacked experts; always float32,
             whatever the dtype of the model.
         router: The branch that is compared with it. This module compares the gate; where it is
-            ``"up"``, the MLP's own forward does that.
-        product_threshold: ``[F]``, float32, or None: what the MLP's own forward compares the
-            product of both branches with. Like ``router``, it tells ``fuse_`` what to pass to the
+            ``"up"``, the MLP's own forward does that. It tells ``fuse_`` what to pass to the
             operator.
     """
 
     threshold: Tensor
-    product_threshold: Tensor | None
 
     def __init__(
         self,
@@ -38,7 +35,6 @@ class CatsActivation(nn.Module):
         *,
         dense: nn.Module | None = None,
         router: str = "gate",
-        product_threshold: Tensor | None = None,
     ):
         super().__init__()
         self.router = router
@@ -47,9 +43,6 @@ class CatsActivation(nn.Module):
         self._narrow_shape: torch.Size | None = None  # of the threshold before widen_
         self.routes = Routes() if threshold.ndim == 2 else None
         self.register_buffer("threshold", threshold.detach().clone().float())
-        if product_threshold is not None:
-            product_threshold = product_threshold.detach().clone().float()
-        self.register_buffer("product_threshold", product_threshold)
 
     @property
     def dense(self) -> nn.Module:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cats.errors import UnsupportedModelError
 from cats.model.activation import CatsActivation
 from cats.model.mlp import GatedMLP
 from cats.model.modules import evaluating
-from cats.model.probe import UNGATED, random_twin
+from cats.model.probe import UNGATED, Layout, random_twin
 from cats.model.routes import (
     IMPLEMENTATIONS,
     OPERATOR,
@@ -58,6 +59,13 @@ class GatedExperts(GatedMLP):
         with materialized(self.module):
             sums = [entries(self.name, stack) for stack in self._stacks]
         return torch.stack(sums).sum(0)
+
+    def known_layout(self) -> Layout:
+        raise UnsupportedModelError(
+            f"{self.name}: stacked experts have no linear layers, which kernels and thresholds on "
+            f"inputs need: use another method, such as cats, or leave them out with "
+            f"exclude=[{self.name!r}]"
+        )
 
     def replace_act(self, act: nn.Module) -> None:
         place_(self.module, self.activation_name, act, self.layout)

@@ -14,7 +14,7 @@ from cats.model.modules import evaluating, is_hooked
 from cats.model.packable import check_packable
 from cats.ops import GatedMLPArguments
 from cats.ops.mlp import dense
-from cats.weights import Dense, Foreign, Packed, Quantised, weight_of
+from cats.weights import Dense, Foreign, Packed, Quantised, unmasked_class, weight_of
 from cats.weights.placement import has_weights, is_offloaded
 
 # Largest relative error of the probe: both sides run the same GEMMs, so that only rounding differs.
@@ -28,6 +28,8 @@ def check_fusable(mlp: GatedMLP) -> None:
             message says why.
     """
     if reason := _unfusable(mlp):
+        raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
+    if mlp.layout is not None and (reason := _masked(mlp)):
         raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
     if mlp.layout is not None and (reason := _unpackable(mlp)):
         raise UnsupportedModelError(f"{mlp.name} cannot be fused: {reason}")
@@ -88,9 +90,10 @@ def _unfusable(mlp: GatedMLP) -> str | None:
             continue
         elif weight is not None and not isinstance(weight, Foreign):
             return f"{name} is a {weight!r}, which no kernel takes"
-        if type(child) is nn.Linear and "weight" not in child._parameters:
+        is_linear = unmasked_class(child) is nn.Linear
+        if is_linear and "weight" not in child._parameters:
             return f"the weight of {name} is computed from others (by pruning or a weight norm)"
-        if type(child) is nn.Linear:
+        if is_linear:
             kinds = (f"{type(t).__name__} of {t.dtype}" for t in tensors)
             return f"{name} holds {', '.join(kinds)}, expected ordinary floating-point weights"
         kind = type(child).__name__
@@ -101,6 +104,20 @@ def _unfusable(mlp: GatedMLP) -> str | None:
     for name, child in module.named_modules():
         if name and is_hooked(child):
             return f"{name} has a hook, which the operator would not run: hook the MLP itself"
+    return None
+
+
+def _masked(mlp: GatedMLP) -> str | None:
+    """Which masks no kernel reads; None where there are none of them."""
+    operands, as_it_is = mlp.operands(), "the sparse model runs as it is, without fuse_"
+    if operands.up_inputs is not None:
+        return f"it drops inputs of up, which no kernel does yet; {as_it_is}"
+    if operands.gate_inputs is None:
+        return None
+    if operands.router != "gate":
+        return f"it drops inputs of gate, and its router is {operands.router}; {as_it_is}"
+    if is_quantised_mlp(mlp):
+        return f"it drops inputs of gate, whose codes kernels read by rows; {as_it_is}"
     return None
 
 
@@ -127,6 +144,7 @@ def _arguments(x: Tensor, operands: GatedOperands) -> GatedMLPArguments:
         up.bias,
         down.bias,
         operands.product_thresholds,
+        operands.gate_inputs,
     )
 
 

@@ -15,7 +15,7 @@ from cats.model.activation import CatsActivation, activation_kind
 from cats.model.linear import Linear
 from cats.model.probe import Layout, inputs
 from cats.model.slot import opened, place_
-from cats.weights import Weight, weight_of
+from cats.weights import Weight, input_threshold, weight_of
 from cats.weights.placement import materialized
 
 
@@ -31,7 +31,10 @@ class GatedOperands:
             too. Zero for a dense MLP.
         activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``.
         router: The branch that is compared with the thresholds.
-        product_thresholds: ``[F]``, float32, compared with the product of both branches; or None.
+        product_thresholds: ``[F]``, float32, compared with the product of both branches, the input
+            of down; or None.
+        gate_inputs: ``[D]``, float32, compared with the inputs of gate; or None.
+        up_inputs: ``[D]``, float32, compared with the inputs of up; or None.
     """
 
     gate: Linear
@@ -41,6 +44,8 @@ class GatedOperands:
     activation: str
     router: str = "gate"
     product_thresholds: Tensor | None = None
+    gate_inputs: Tensor | None = None
+    up_inputs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +166,9 @@ class GatedMLP:
         gate, up, down = self.gate, self.up, self.down
         threshold = torch.zeros(()) if sparse is None else sparse.threshold
         thresholds = threshold.to(down.matrix.device).expand(self.intermediate_size).contiguous()
-        if sparse is None:
-            return GatedOperands(gate, up, down, thresholds, kind)
-        products = sparse.product_threshold
-        return GatedOperands(gate, up, down, thresholds, kind, sparse.router, products)
+        router = "gate" if sparse is None else sparse.router
+        masks = (input_threshold(part.layer) for part in (down, gate, up))
+        return GatedOperands(gate, up, down, thresholds, kind, router, *masks)
 
     def fingerprint(self) -> Tensor:
         """Some of the MLP's weights, ``[8]``, float32: the same in every dtype up to rounding.

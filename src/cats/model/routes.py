@@ -135,6 +135,20 @@ def calling_activation(experts: Any) -> Iterator[None]:
         config._experts_implementation = OPERATOR
 
 
+def own_rows(routes: Routes, gates: Tensor, mask: Tensor | None) -> Tensor:
+    """Which rows of an activation of experts are those of tokens that are routed to the expert.
+
+    Args:
+        routes: Of the forward pass that runs.
+        gates: The activation's next input, which has rows.
+        mask: ``[B, T]``; False is padding, whose rows are left out.
+    """
+    tokens = routes.take(gates)[1]
+    # an expert that runs on all tokens gets zeros for those that are not its own
+    own: Tensor = (gates != 0).any(-1)
+    return own if mask is None else own & mask.flatten().to(gates.device)[tokens]
+
+
 def expert_count(experts: nn.Module) -> int:
     """How many experts have weights: the fewest that a stacked parameter holds."""
     return min(len(p) for p in experts.parameters() if p.ndim == 3)

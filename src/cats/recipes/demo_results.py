@@ -1,4 +1,4 @@
-"""The results of a demo: numbers of the dense and of the sparse model, records, and a page."""
+"""The results of a demo: numbers of the dense model and of sparse ones, records, and a page."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from cats.config import label_of
 from cats.evaluation.profile import Profile
 from cats.recipes.evaluation import write_results
 from cats.recipes.generation import Answer
 from cats.results import DemoTime, Perplexity, Result, environment
 
+# The name of the model without thresholds.
+DENSE = "dense"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """Measurements of the dense model, or of the sparse model.
+    """Measurements of the dense model, or of a sparse one.
 
     Attributes:
         perplexity: Perplexity on the held-out text.
@@ -24,7 +26,11 @@ class Side:
         token_bytes: Bytes that a token reads.
         answer: The first answer of ``cats.generate`` to the prompt.
         rounds: Tokens per second of ``cats.generate``, of each round.
-        transformers_rounds: Tokens per second of ``model.generate``, of each round.
+        transformers_rounds: Tokens per second of ``model.generate``, of each round; empty for a
+            sparse model.
+        target_sparsity: Target of its calibration; None for another target or none.
+        target_bytes: Its target as a share of bytes, or None.
+        realized_sparsity: Name of each MLP to the share of neurons that it dropped.
     """
 
     perplexity: float
@@ -33,29 +39,23 @@ class Side:
     answer: Answer
     rounds: list[float]
     transformers_rounds: list[float]
+    target_sparsity: float | None = None
+    target_bytes: float | None = None
+    realized_sparsity: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
         """Of ``cats.generate``: the median of the rounds."""
         return median(self.rounds)
 
-    @property
-    def transformers_tokens_per_second(self) -> float:
-        """Of ``model.generate``: the median of the rounds."""
-        return median(self.transformers_rounds)
-
     def to_dict(self) -> dict[str, Any]:
         """All fields in one level, as ``cats demo --json`` prints them."""
-        return {
-            "perplexity": self.perplexity,
-            "mlp_share": self.mlp_share,
-            "token_bytes": self.token_bytes,
-            **asdict(self.answer),
-            "tokens_per_second": self.tokens_per_second,
-            "rounds": self.rounds,
-            "transformers_tokens_per_second": self.transformers_tokens_per_second,
-            "transformers_rounds": self.transformers_rounds,
-        }
+        fields = asdict(self)
+        answer: dict[str, Any] = fields.pop("answer")
+        speeds = {"tokens_per_second": self.tokens_per_second}
+        if self.transformers_rounds:
+            speeds["transformers_tokens_per_second"] = median(self.transformers_rounds)
+        return answer | fields | speeds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +69,11 @@ class Demonstration:
         device: Device of the model.
         block: Tokens per block.
         seed: Seed of the draw of blocks.
-        target_sparsity: Target of the calibration.
         calibration_tokens: Number of calibration tokens.
         calibration_hash: Hash of the calibration tokens.
         held_out_tokens: Number of tokens for perplexity.
-        thresholds: Name of each MLP to its threshold.
-        realized_sparsity: Name of each MLP to the share of neurons that it dropped.
-        prompt: Prompt of both models.
-        dense: The dense model.
-        cats: The sparse model.
+        prompt: Prompt of all models.
+        sides: Label of each model, such as ``"dense"`` and ``"cats-50"``, to its measurements.
         profiles: Activations of ``"dense"`` and ``"cats"``, where they were profiled.
     """
 
@@ -87,27 +83,26 @@ class Demonstration:
     device: str
     block: int
     seed: int
-    target_sparsity: float
     calibration_tokens: int
     calibration_hash: str
     held_out_tokens: int
-    thresholds: dict[str, float]
-    realized_sparsity: dict[str, float]
     prompt: str
-    dense: Side
-    cats: Side
+    sides: dict[str, Side]
     profiles: dict[str, Profile] = field(default_factory=dict, repr=False)
+
+    @property
+    def dense(self) -> Side:
+        return self.sides[DENSE]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the profiles, as ``cats demo --json`` prints it."""
         names = [name for name in self.__dataclass_fields__ if name != "profiles"]
         values = {name: getattr(self, name) for name in names}
-        return values | {"dense": self.dense.to_dict(), "cats": self.cats.to_dict()}
+        return values | {"sides": {name: side.to_dict() for name, side in self.sides.items()}}
 
     def results(self) -> list[Result]:
-        """Perplexity, and the time of a token through both loops, dense and sparse."""
-        dense = self._results_of(self.dense, "dense", None)
-        return dense + self._results_of(self.cats, "cats", self.target_sparsity)
+        """Perplexity and the time of a token of each model."""
+        return [r for name, side in self.sides.items() for r in self._results_of(side, name)]
 
     def save(self, folder: Path) -> Path:
         """Write results, profiles and a page of them; files of an earlier run are replaced.
@@ -120,16 +115,18 @@ class Demonstration:
         files = [folder / "results.jsonl"]
         write_results(files[0], self.results())
         about = {"model": self.model, "text": self.text, "block": self.block}
-        sparse = {"method": "cats", "target_sparsity": self.target_sparsity}
+        targets = [side.target_sparsity for side in self.sides.values() if side.target_sparsity]
         for name, profile in self.profiles.items():
             files.append(folder / f"profile-{name}.json")
-            profile.save(files[-1], **about, cats=sparse if name == "cats" else None)
+            sparse = {"method": "cats", "target_sparsity": targets[0]} if name == "cats" else None
+            profile.save(files[-1], **about, cats=sparse)
         page = folder / "report.html"
         write_page(Material.read(files), page, title=f"CATS on {self.model}: a demo")
         return page
 
-    def _results_of(self, side: Side, name: str, target: float | None) -> list[Result]:
-        dropped = sum(self.realized_sparsity.values()) / len(self.realized_sparsity)
+    def _results_of(self, side: Side, name: str) -> list[Result]:
+        shares = side.realized_sparsity
+        dropped = sum(shares.values()) / len(shares) if shares else None
         measured_on = environment(self.device)
         common = {
             "model": self.model,
@@ -149,12 +146,15 @@ class Demonstration:
                 **common,
             }
 
+        # a label is a method and its target
+        method = name if side.target_sparsity is side.target_bytes else name.rpartition("-")[0]
         quality = Perplexity(
             **quartiles([side.perplexity]),
-            variant=label_of(name, target),
-            method=name,
-            target_sparsity=target,
-            realized_sparsity=None if target is None else dropped,
+            variant=name,
+            method=method,
+            target_sparsity=side.target_sparsity,
+            target_bytes=side.target_bytes,
+            realized_sparsity=dropped,
             text=f"{self.text}, held out",
             tokens=self.held_out_tokens,
             block=self.block,
@@ -162,17 +162,17 @@ class Demonstration:
             token_bytes=side.token_bytes,
             calibration_hash=self.calibration_hash,
         )
-        speeds = {
-            f"cats.generate, {side.answer.engine}": side.rounds,
-            "model.generate": side.transformers_rounds,
-        }
+        speeds = {f"cats.generate, {side.answer.engine}": side.rounds}
+        if side.transformers_rounds:
+            speeds["model.generate"] = side.transformers_rounds
         # an answer of one token has no step to time
         times = [
             DemoTime(
                 **quartiles([1e3 / speed for speed in rounds]),
                 variant=loop,
-                sparsity=target or 0.0,
-                realized_sparsity=0.0 if target is None else dropped,
+                model_variant=name,
+                sparsity=dropped or 0.0,
+                realized_sparsity=dropped or 0.0,
                 prompt=self.prompt,
             )
             for loop, rounds in speeds.items()

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from cats.apply import sparsify_
-from cats.benchmarks.decode import copy_for_fusion
+from cats.benchmarks.copies import copy_for_fusion
 from cats.benchmarks.decode_runs import run_transformers
-from cats.calibration import calibrate
-from cats.config import check_target
+from cats.calibration import collect
+from cats.config import check_target, label_of
 from cats.evaluation.profile import profile
-from cats.evaluation.traffic import mean_share, neuron_shares, token_bytes
+from cats.evaluation.traffic import mean_share, mlp_shares, token_bytes
 from cats.fusion import fuse_
-from cats.metrics import perplexity, perplexity_and_sparsity
+from cats.metrics import perplexity, perplexity_and_shares
 from cats.protocols import CausalModel, Tokenizer
-from cats.recipes.demo_results import Demonstration, Side
+from cats.recipes.demo_results import DENSE, Demonstration, Side
 from cats.recipes.generation import Answer, answer, encode, tokens_per_second
 from cats.recipes.progress import Progress, duration
+from cats.recipes.splitting import split_masks
 from cats.recipes.text import split
 from cats.weights.placement import input_device
 
@@ -32,6 +33,8 @@ _BATCH = 4
 # Rows and tokens of the batch whose activations are drawn: a profile counts unions of up to eight
 # rows, and a short block shows the same as a long one.
 _PROFILED = (8, 128)
+# Blocks of the calibration text whose inputs and gradients serve the search for masks.
+_SAMPLED = 8
 # How often each loop answers, in turns with the others, since the load of a machine changes.
 _ROUNDS = 3
 
@@ -42,9 +45,10 @@ def demonstrate(
     texts: str | Iterable[str],
     *,
     prompt: str = "Explain in two sentences why the sky is blue.",
-    target_sparsity: float = 0.5,
-    tokens: int = 10_240,
-    held_out_tokens: int = 8_000,
+    sparsities: Sequence[float] = (0.5, 0.7),
+    method: str = "cascade",
+    tokens: int = 8_192,
+    held_out_tokens: int = 6_144,
     max_new_tokens: int = 64,
     seed: int = 0,
     bos: bool | None = None,
@@ -53,27 +57,30 @@ def demonstrate(
     text_name: str = "",
     progress: Progress | None = None,
 ) -> Demonstration:
-    """Calibrate a model, and compare it with its sparse form.
+    """Calibrate a model, and compare it with sparse forms: of CATS, and of another method.
+
+    The other method reads the same bytes as CATS at each sparsity.
 
     Args:
         model: A dense model; it stays dense.
         tokenizer: Its tokenizer.
         texts: Texts to calibrate on, and to measure perplexity on.
-        prompt: Prompt of both models.
-        target_sparsity: Share of neurons to drop, inside (0, 1).
+        prompt: Prompt of all models.
+        sparsities: Shares of neurons that CATS drops, inside (0, 1).
+        method: A method with several masks.
         tokens: Largest number of calibration tokens.
         held_out_tokens: Largest number of tokens for perplexity.
         max_new_tokens: Largest number of tokens per answer, at least 2.
         seed: Seed of the draw of blocks.
         bos: As for :func:`cats.data.token_blocks`.
-        profiled: Profile the activations as well.
+        profiled: Profile the activations as well, dense and at the first sparsity.
         model_name: Name of the model in results.
         text_name: Name of the text in results.
         progress: Shows how long the demo will take, and each step.
     """
     progress = progress or Progress()
-    causal = cast(CausalModel, model)
-    check_target(target_sparsity)
+    for sparsity in sparsities:
+        check_target(sparsity)
     calibration, held = split(
         tokenizer,
         texts,
@@ -84,60 +91,59 @@ def demonstrate(
         bos=bos,
     )
     blocks, held_out = calibration.split(_BATCH), held.split(_BATCH)
+    sampled = calibration[:_SAMPLED]
     profile_batches = [held[: _PROFILED[0], : _PROFILED[1]]] if profiled else []
-    # calibration runs once; perplexity and profiles run once dense and once sparse
-    passes = (calibration, held, held, *profile_batches, *profile_batches)
+    variants = 1 + 2 * len(sparsities)
+    # gradients take as long as two more passes, and the search about as long as the passes
+    passes = (calibration, *[sampled] * 6, *[held] * variants, *profile_batches, *profile_batches)
     tokens_in_blocks = sum(b.numel() for b in passes)
     alone, in_block = _seconds_per_token(model, blocks[0])
-    answered = 2 * len(("dense", "sparse")) * _ROUNDS * max_new_tokens
+    answered = (1 + variants) * _ROUNDS * max_new_tokens
     seconds = tokens_in_blocks * in_block + answered * alone
     progress.say(f"about {duration(seconds)} at the speed of a first short batch")
-    config = calibrate(
-        model, progress.track(blocks, "calibrating"), target_sparsity=target_sparsity
-    )
+    statistics = collect(model, progress.track(blocks, "calibrating"))
+    masks = split_masks(model, sampled, method=method, batch_size=_BATCH, progress=progress)
+    configs = [statistics.config(sparsity) for sparsity in sparsities]
+    # CATS reads gate whole, and the share that it keeps of two matrices of three
+    configs += [masks.config(max(1 - 2 / 3 * s, masks.paths.lowest)) for s in sparsities]
     profiles = {}
     if profiled:
         profiles["dense"] = profile(model, progress.track(profile_batches, "activations"))
     dense = perplexity(model, progress.track(held_out, "dense perplexity"))
-    # the copy shares every weight
-    sparse = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    sparsify_(sparse, config)
-    sparse_perplexity, realized = perplexity_and_sparsity(
-        sparse, progress.track(held_out, "CATS perplexity")
-    )
-    share = mean_share(sparse, neuron_shares(sparse, realized))
-    if profiled:
-        profiles["cats"] = profile(sparse, progress.track(profile_batches, "activations"))
-    dense_speeds, sparse_speeds = _answers_in_turns(
-        [(model, model), (sparse, fuse_(copy_for_fusion(sparse)))],
-        tokenizer,
-        prompt,
-        max_new_tokens,
-        progress,
-    )
+    sides: dict[str, dict[str, Any]] = {}
+    sides[DENSE] = {"perplexity": dense, "mlp_share": 1.0, "token_bytes": token_bytes(model)}
+    models: dict[str, nn.Module] = {DENSE: model}
+    for config in configs:
+        label = label_of(config.method, config.target_sparsity, config.target_bytes)
+        # the copy shares every weight
+        sparse = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        sparsify_(sparse, config)
+        measured = progress.track(held_out, f"{label} perplexity")
+        value, realized, read = perplexity_and_shares(sparse, measured)
+        sides[label] = {
+            "perplexity": value,
+            "mlp_share": mean_share(sparse, mlp_shares(sparse, read)),
+            "token_bytes": token_bytes(sparse, read),
+            "target_sparsity": config.target_sparsity,
+            "target_bytes": config.target_bytes,
+            "realized_sparsity": realized,
+        }
+        if profiled and len(models) == 1:
+            profiles["cats"] = profile(sparse, progress.track(profile_batches, "activations"))
+        models[label] = fuse_(copy_for_fusion(sparse))
+    speeds = _answers_in_turns(models, tokenizer, prompt, max_new_tokens, progress)
     return Demonstration(
         model=model_name,
         text=text_name,
-        dtype=str(causal.dtype).removeprefix("torch."),
-        device=str(causal.device),
+        dtype=str(cast(CausalModel, model).dtype).removeprefix("torch."),
+        device=str(cast(CausalModel, model).device),
         block=held.shape[1],
         seed=seed,
-        target_sparsity=target_sparsity,
-        calibration_tokens=config.calibration_tokens,
-        calibration_hash=config.calibration_hash,
+        calibration_tokens=statistics.tokens,
+        calibration_hash=f"{statistics.text_hash:016x}",
         held_out_tokens=held.numel(),
-        thresholds={name: float(t) for name, t in config.thresholds.items()},
-        realized_sparsity=realized,
         prompt=prompt,
-        dense=Side(
-            perplexity=dense, mlp_share=1.0, token_bytes=token_bytes(model, 1.0), **dense_speeds
-        ),
-        cats=Side(
-            perplexity=sparse_perplexity,
-            mlp_share=share,
-            token_bytes=token_bytes(sparse, share),
-            **sparse_speeds,
-        ),
+        sides={name: Side(**side, **speeds[name]) for name, side in sides.items()},
         profiles=profiles,
     )
 
@@ -157,30 +163,30 @@ def _seconds_per_token(model: nn.Module, blocks: Tensor) -> tuple[float, float]:
 
 
 def _answers_in_turns(
-    models: Sequence[tuple[nn.Module, nn.Module]],
+    models: Mapping[str, nn.Module],
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """Answers and speeds of each pair of models.
+) -> dict[str, dict[str, Any]]:
+    """Answers and speeds of each model through ``cats.generate``.
 
-    The first model of a pair answers through ``model.generate``, the second one through
-    ``cats.generate``.
+    The dense model answers through ``model.generate`` as well.
 
     Returns:
-        Fields of :class:`Side` for each pair.
+        Name of each model to fields of :class:`Side`.
     """
-    transformers_rounds: list[list[float]] = [[] for _ in models]
-    answers: list[list[Answer]] = [[] for _ in models]
+    transformers_rounds: list[float] = []
+    answers: dict[str, list[Answer]] = {name: [] for name in models}
     with progress.count("answers", _ROUNDS * len(models) * max_new_tokens) as advance:
         for _ in range(_ROUNDS):
-            for i, (unfused, fused) in enumerate(models):
-                speed = _transformers_speed(unfused, tokenizer, prompt, max_new_tokens)
-                transformers_rounds[i].append(speed)
-                answers[i].append(
+            dense = models[DENSE]
+            speed = _transformers_speed(dense, tokenizer, prompt, max_new_tokens)
+            transformers_rounds.append(speed)
+            for name, model in models.items():
+                answers[name].append(
                     answer(
-                        fused,
+                        model,
                         tokenizer,
                         prompt,
                         max_new_tokens=max_new_tokens,
@@ -188,14 +194,14 @@ def _answers_in_turns(
                         on_token=advance,
                     )
                 )
-    return [
-        {
+    return {
+        name: {
             "answer": rounds[0],
             "rounds": [answered.tokens_per_second for answered in rounds],
-            "transformers_rounds": speeds,
+            "transformers_rounds": transformers_rounds if name == DENSE else [],
         }
-        for rounds, speeds in zip(answers, transformers_rounds, strict=True)
-    ]
+        for name, rounds in answers.items()
+    }
 
 
 def _transformers_speed(

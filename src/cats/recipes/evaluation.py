@@ -35,7 +35,8 @@ class Perplexities:
         dense: Perplexity without thresholds.
         sparse: Perplexity with thresholds; None for a dense model.
         method: Method of the thresholds.
-        target_sparsity: Target of the thresholds; None where the method has no target.
+        target_sparsity: Target of the thresholds; None where the method has no such target.
+        target_bytes: Their target as a share of bytes, or None.
         realized_sparsity: Name of each sparse MLP to the share of neurons that it dropped.
     """
 
@@ -43,6 +44,7 @@ class Perplexities:
     sparse: float | None = None
     method: str | None = None
     target_sparsity: float | None = None
+    target_bytes: float | None = None
     realized_sparsity: dict[str, float] = field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ def compare_perplexities(
         sparse=sparse,
         method=block["method"],
         target_sparsity=block["target_sparsity"],
+        target_bytes=block.get("target_bytes"),
         realized_sparsity=realized,
     )
 

@@ -1,4 +1,4 @@
-"""The largest sparsity at which the perplexity of a model rises by no more than a limit."""
+"""How much a model can skip while its perplexity rises by no more than a limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from cats.apply import densify_, sparsify_
-from cats.calibration import Statistics
+from cats.config import CatsConfig
 from cats.errors import ConfigError
 from cats.metrics import perplexity
 from cats.recipes.progress import Progress, duration
@@ -24,20 +24,22 @@ class LargestSparsity:
     """The result of :func:`largest_sparsity`.
 
     Attributes:
-        target_sparsity: The sparsity, a multiple of 0.01.
+        config: The thresholds.
         perplexity_dense: Perplexity of the dense model on all batches.
     """
 
-    target_sparsity: float
+    config: CatsConfig
     perplexity_dense: float
 
 
 def largest_sparsity(
     model: nn.Module,
-    statistics: Statistics,
+    config_at: Callable[[int], CatsConfig],
     batches: Sequence[Tensor],
     *,
     max_loss: float,
+    most: int = 99,
+    unit: str = "sparsity",
     progress: Progress | None = None,
 ) -> LargestSparsity:
     """The largest whole percentage whose perplexity is within the limit.
@@ -47,33 +49,35 @@ def largest_sparsity(
 
     Args:
         model: The dense model; it is dense again afterwards.
-        statistics: Statistics of the model, see :func:`cats.collect`; the method needs a target.
+        config_at: Thresholds at a whole percentage, such as those of statistics at a sparsity.
         batches: Held-out token ids ``[B, T]`` each.
         max_loss: Allowed rise of the perplexity, as a share of that of the dense model.
+        most: The largest percentage that there is.
+        unit: What the percentage is of, for messages.
         progress: Shows how long the search will take, and each perplexity.
 
     Raises:
         ConfigError: If 1 % of sparsity exceeds the limit.
     """
-    measured = _Perplexities(model, statistics, batches, progress or Progress())
+    measured = _Perplexities(model, config_at, batches, progress or Progress())
     try:
         measured.of_part(0)
         measured.announce()
         dense = measured.of_all(0)
-        percent = _search(measured, max_loss)
+        percent = _search(measured, max_loss, most)
     finally:
         densify_(model)
     if percent == 0:
         raise ConfigError(
-            f"even 1 % sparsity raises the held-out perplexity by more than {max_loss:.2%}: "
+            f"even 1 % {unit} raises the held-out perplexity by more than {max_loss:.2%}: "
             "allow a larger --max-loss"
         )
-    return LargestSparsity(target_sparsity=percent / 100, perplexity_dense=dense)
+    return LargestSparsity(config=config_at(percent), perplexity_dense=dense)
 
 
-def _search(measured: _Perplexities, max_loss: float) -> int:
+def _search(measured: _Perplexities, max_loss: float, most: int) -> int:
     # low is within the limit, high is not
-    low, high = 0, 100
+    low, high = 0, most + 1
 
     def compare(percent: int, perplexity_at: Callable[[int], float]) -> None:
         nonlocal low, high
@@ -82,13 +86,13 @@ def _search(measured: _Perplexities, max_loss: float) -> int:
 
     while high - low > 1:
         compare((low + high) // 2, measured.of_part)
-    guess, low, high = max(low, 1), 0, 100
+    guess, low, high = max(low, 1), 0, most + 1
     # from the guess in steps of 1, 2, 4, ... percent until the limit lies between two of them
     compare(guess, measured.of_all)
     step = 1 if low == guess else -1
-    while (high if step > 0 else low) in (0, 100) and high - low > 1:
+    while (high if step > 0 else low) in (0, most + 1) and high - low > 1:
         start = low if step > 0 else high
-        compare(min(99, max(1, start + step)), measured.of_all)
+        compare(min(most, max(1, start + step)), measured.of_all)
         step *= 2
     while high - low > 1:
         compare((low + high) // 2, measured.of_all)
@@ -104,11 +108,11 @@ class _Perplexities:
     def __init__(
         self,
         model: nn.Module,
-        statistics: Statistics,
+        config_at: Callable[[int], CatsConfig],
         batches: Sequence[Tensor],
         progress: Progress,
     ) -> None:
-        self._model, self._statistics, self._progress = model, statistics, progress
+        self._model, self._config_at, self._progress = model, config_at, progress
         cut = max(1, len(batches) // _PART)
         self._pieces = [piece for piece in (batches[:cut], batches[cut:]) if piece]
         # the first token of a block is not predicted
@@ -138,7 +142,7 @@ class _Perplexities:
     def _of_piece(self, percent: int, i: int) -> float:
         if (percent, i) not in self._known:
             if percent:
-                sparsify_(self._model, self._statistics.config(percent / 100))
+                sparsify_(self._model, self._config_at(percent))
             else:
                 densify_(self._model)
             start = time.perf_counter()

@@ -29,6 +29,7 @@ from cats.recipes.counting import check_text
 from cats.recipes.evaluation import ask_tasks
 from cats.recipes.progress import Progress
 from cats.recipes.recipe_folder import Folder
+from cats.recipes.splitting import split_masks
 from cats.recipes.text import REFINED_WEB, refined_web, shuffled
 from cats.results import Result
 from cats.storage import load_json
@@ -140,7 +141,7 @@ class Recipe:
         }
 
     def variants(self, blocks: Tensor, methods: Iterable[str]) -> Iterator[Variant]:
-        """Dense, CATS at every target, ReLU, and input thresholding at the bytes of each target."""
+        """Dense, CATS at every target, ReLU, and the other methods at the bytes of each target."""
         methods = {*methods}
         yield Dense()
         if "cats" in methods:
@@ -149,6 +150,21 @@ class Recipe:
                 yield Sparse(statistics.config(target))
         if "relu" in methods:
             yield Sparse(self._statistics("relu", blocks).config())
+        for name in sorted(methods - {"cats", "relu", "input", "teal"}):
+            masks = split_masks(
+                self.model,
+                blocks,
+                method=name,
+                batch_size=_BATCH,
+                statistics=self.folder / "samples.safetensors",
+                progress=self.progress,
+            )
+            for target in self.targets:
+                share = 1 - 2 / 3 * target
+                if share < masks.paths.lowest:
+                    self.progress.say(f"{name} cannot read as little as {share:.1%}: left out")
+                else:
+                    yield Sparse(masks.config(share))
         if not {"input", "teal"} & methods:
             return
         batches = self.progress.track(blocks.split(_BATCH), "counting inputs")

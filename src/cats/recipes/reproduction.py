@@ -8,13 +8,16 @@ from pathlib import Path
 from cats.errors import ConfigError
 from cats.recipes.recipe import Recipe
 
+# What is compared by default; the others have several masks, and their split is searched.
 METHODS = ("cats", "relu", "input", "teal")
+STAGED = ("neuron", "two-stage", "cascade")
 
 
 def check_methods(methods: Iterable[str]) -> None:
     """Raise ConfigError for a method that the recipe does not compare."""
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ConfigError(f"--methods: expected some of {', '.join(METHODS)}, got {unknown[0]!r}")
+    known = (*METHODS, *STAGED)
+    if unknown := [name for name in methods if name not in known]:
+        raise ConfigError(f"--methods: expected some of {', '.join(known)}, got {unknown[0]!r}")
 
 
 def reproduce(
@@ -37,8 +40,8 @@ def reproduce(
         text: Calibration text; None streams RefinedWeb from the hub.
         eval_texts: Name to text for perplexity, beside held-out calibration text.
         eval_tokens: Largest number of tokens of each such text, in whole blocks; None: all.
-        methods: Methods to compare with the dense model, of ``METHODS``.
-        tasks: Names; see :func:`cats.evaluation.tasks.task_names`.
+        methods: Methods to compare with the dense model, of ``METHODS`` and ``STAGED``.
+        tasks: Names; see :func:`cats.evaluation.tasks.task_names`. There may be none.
         limit: Questions per task; None: all.
         batch_size: Questions per forward pass, or ``"auto"``.
         data_dir: Folder of the tasks' parquet files.
@@ -59,7 +62,8 @@ def reproduce(
         for title, evaluated in texts.items():
             recipe.perplexity(variant, title, evaluated)
     recipe.profiles(variants[:2], held_out)
-    recipe.tasks(variants, tasks, limit=limit, batch_size=batch_size, data_dir=data_dir)
+    if tasks:
+        recipe.tasks(variants, tasks, limit=limit, batch_size=batch_size, data_dir=data_dir)
     if speed:
         recipe.mlp_times()
         recipe.token_times(held_out)

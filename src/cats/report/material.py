@@ -29,39 +29,72 @@ _GroupKey = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Tradeoff:
-    """What one sparse variant costs in perplexity and gives in speed, measured on one model.
+class Measured:
+    """One variant of a model: its quality and its speed.
 
     Attributes:
-        dense: Perplexity of the dense model.
-        sparse: Perplexity of the sparse one.
-        times: Name of each decode loop to the time of a token, dense and sparse.
+        quality: Its perplexity.
+        times: Name of each decode loop to the time of a token.
     """
 
-    dense: Perplexity
-    sparse: Perplexity
-    times: dict[str, tuple[DemoTime, DemoTime]]
+    quality: Perplexity
+    times: dict[str, DemoTime]
+
+    def speed(self, loop: str, value: float | None = None) -> float:
+        """Tokens per second through a loop, or from another time in milliseconds."""
+        return 1e3 / (self.times[loop].value if value is None else value)
+
+
+@dataclass(frozen=True, slots=True)
+class Tradeoff:
+    """Quality and speed of one model, dense and sparse.
+
+    Attributes:
+        dense: The dense model.
+        sparse: Its sparse variants.
+    """
+
+    dense: Measured
+    sparse: list[Measured]
 
     @property
-    def labels(self) -> tuple[str, str]:
-        """Labels of the dense and the sparse model."""
-        return self.dense.variant, self.sparse.variant
-
-    @staticmethod
-    def speed(time: DemoTime, value: float | None = None) -> float:
-        """Tokens per second, from the value of a time or from another one in milliseconds."""
-        return 1e3 / (time.value if value is None else value)
+    def loop(self) -> str:
+        """The first loop, in which all are compared."""
+        return next(iter(self.dense.times))
 
     def sentence(self) -> str:
-        """What was gained for what, in the first loop."""
-        dense, sparse = (self.speed(time) for time in next(iter(self.times.values())))
-        name = self.labels[1].replace("cats", "CATS")
-        ratio = f"{sparse / dense:.2f} times as fast as the dense model"
+        """What was gained for what: by the best method, and beside it by CATS."""
+        best = self._best()
+        text = f"{_name(best)} {self._gain(best)}"
+        others = [m for m in self.sparse if m.quality.method != best.quality.method]
+        if others:
+            at_speed = best.speed(self.loop)
+            near = min(others, key=lambda m: abs(m.speed(self.loop) - at_speed))
+            text += f"; {_name(near)} {self._gain(near, short=True)}"
+        return f"{text}."
+
+    def _best(self) -> Measured:
+        """The fastest whose perplexity rises by a tenth at most, else the one of best quality."""
+        limit = 1.1 * self.dense.quality.value
+        good = [m for m in self.sparse if m.quality.value <= limit]
+        if good:
+            return max(good, key=lambda m: m.speed(self.loop))
+        return min(self.sparse, key=lambda m: m.quality.value)
+
+    def _gain(self, measured: Measured, *, short: bool = False) -> str:
+        dense, sparse = (m.speed(self.loop) for m in (self.dense, measured))
+        rise = measured.quality.value / self.dense.quality.value - 1
+        if short:
+            return f"decodes {sparse / dense:.2f} times as fast, for {rise:+.1%}"
         return (
-            f"{name} decodes {ratio} ({sparse:.1f} instead of {dense:.1f} tokens per second), and "
-            f"its perplexity on held-out text is {self.sparse.value:.2f} instead of "
-            f"{self.dense.value:.2f}."
+            f"decodes {sparse / dense:.2f} times as fast as the dense model ({sparse:.1f} instead "
+            f"of {dense:.1f} tokens per second), for {rise:+.1%} of perplexity on held-out text "
+            f"({measured.quality.value:.2f} instead of {self.dense.quality.value:.2f})"
         )
+
+
+def _name(measured: Measured) -> str:
+    return measured.quality.variant.replace("cats", "CATS")
 
 
 @dataclass(slots=True)
@@ -127,39 +160,42 @@ class Material:
 
     def times(self) -> dict[str, list[Time]]:
         """What was timed, with its device and settings, to the times of all its variants."""
-        groups: dict[str, dict[tuple[str, float], Time]] = {}
+        groups: dict[str, dict[tuple[str, str, float], Time]] = {}
         for r in self.results:
             if isinstance(r, Time):
+                hidden = ("variant", "model_variant", "sparsity")
                 words = ", ".join(
                     f"{name.replace('_', ' ')} {value:,}"
                     if type(value) is int
                     else f"{name.replace('_', ' ')} {value}"
                     for name, value in r.measured.items()
-                    if name not in ("variant", "sparsity") and value not in (None, "none")
+                    if name not in hidden and value not in (None, "none")
                 )
                 group = groups.setdefault(f"{r.benchmark} on {r.device}: {words}", {})
-                group[r.variant, r.sparsity] = r
+                ran = r.ran if isinstance(r, DemoTime) else ""
+                group[r.variant, ran, r.sparsity] = r
         return {name: list(group.values()) for name, group in groups.items()}
 
     def tradeoffs(self) -> list[Tradeoff]:
         """Perplexity and speed of the same model, dense and sparse, where both were measured."""
-        times: dict[tuple[str, str, str], dict[float, DemoTime]] = {}
+        times: dict[tuple[str, str, str], dict[str, DemoTime]] = {}
         for r in self.results:
             if isinstance(r, DemoTime):
-                times.setdefault((r.model, r.dtype, r.variant), {})[r.sparsity] = r
+                times.setdefault((r.model, r.dtype, r.ran), {})[r.variant] = r
         tradeoffs = []
         for group in self.perplexities().values():
-            dense = next((r for r in group if r.method == "dense"), None)
-            for p in group:
-                target = p.target_sparsity or 0.0
-                pairs = {
-                    loop: (by_sparsity[0.0], by_sparsity[target])
-                    for (model, dtype, loop), by_sparsity in times.items()
-                    if (model, dtype, p.method) == (p.model, p.dtype, "cats")
-                    and {0.0, target} <= by_sparsity.keys()
-                }
-                if dense is not None and target and pairs and p.quantised is None:
-                    tradeoffs.append(Tradeoff(dense, p, pairs))
+            measured = [
+                Measured(p, loops)
+                for p in group
+                if p.quantised is None and (loops := times.get((p.model, p.dtype, p.variant)))
+            ]
+            dense = next((m for m in measured if m.quality.method == "dense"), None)
+            if dense is None:
+                continue
+            loop = next(iter(dense.times))
+            sparse = [m for m in measured if m is not dense and loop in m.times]
+            if sparse:
+                tradeoffs.append(Tradeoff(dense, sparse))
         return tradeoffs
 
 

@@ -115,7 +115,13 @@ class _Page:
             self._heading("Activations")
         for profile in material.profiles:
             sparse = profile.cats
-            label = label_of(sparse["method"], sparse.get("target_sparsity")) if sparse else "dense"
+            label = (
+                label_of(
+                    sparse["method"], sparse.get("target_sparsity"), sparse.get("target_bytes")
+                )
+                if sparse
+                else "dense"
+            )
             tokens = f"{profile.tokens:,} tokens of {profile.text}"
             self._heading(f"{profile.model}, {label}, {tokens}", level=3)
             magnitudes = "Magnitudes of activations; dotted: the threshold of that layer"

@@ -8,7 +8,7 @@ from cats.report import mlp, plots, tokens
 from cats.report.material import Time
 from cats.report.quality import Quality
 from cats.report.tables import Table, plus_minus
-from cats.results import MEAN, Perplexity, TaskScore, TokenTime
+from cats.results import MEAN, DemoTime, Perplexity, TaskScore, TokenTime
 
 
 def has_lines(group: Sequence[Time]) -> bool:
@@ -87,7 +87,7 @@ def difference(r: TaskScore) -> str:
 def time_row(r: Time) -> list[str]:
     limit = "" if r.limit is None else _four_digits(r.limit)
     return [
-        r.variant,
+        f"{r.ran}, {r.variant}" if isinstance(r, DemoTime) else r.variant,
         f"{r.sparsity:.0%}",
         _four_digits(r.value),
         f"{_four_digits(r.low)} to {_four_digits(r.high)}",

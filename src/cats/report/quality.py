@@ -7,12 +7,16 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cats.errors import DataError
 from cats.report import plots
 from cats.report.material import Tradeoff
 from cats.report.tables import Table, cell, plus_minus, points
 from cats.results import COMPARED, MEAN, Perplexity, TaskScore, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Quality = Perplexity | TaskScore
 
@@ -172,41 +176,53 @@ def over(
 
 
 def tradeoff(tradeoff: Tradeoff, name: str) -> str:
-    """Perplexity against measured speed: dense and sparse, one line for each loop."""
+    """Perplexity against measured speed: a line per method and loop, each from the dense model."""
     figure, axis = plots.single()
-    perplexities = tradeoff.dense.value, tradeoff.sparse.value
-    # labels stand above the upper point and below the lower one: away from the line between them
-    sides = (-1, 1) if perplexities[1] >= perplexities[0] else (1, -1)
-    for number, (loop, times) in enumerate(tradeoff.times.items()):
-        speeds = [tradeoff.speed(time) for time in times]
-        below = [v - tradeoff.speed(t, t.high) for v, t in zip(speeds, times, strict=True)]
-        above = [tradeoff.speed(t, t.low) - v for v, t in zip(speeds, times, strict=True)]
-        colour = plots.colour(number)
-        axis.errorbar(
-            speeds,
-            perplexities,
-            xerr=[below, above],
-            label=loop,
-            color=colour,
-            marker="o",
-            markersize=4,
-            capsize=2,
-        )
-        points = zip(speeds, perplexities, strict=True)
-        for point, label, side in zip(points, tradeoff.labels, sides, strict=True):
-            axis.annotate(
-                label,
-                point,
-                xytext=(0, 6 * side),
-                textcoords="offset points",
-                fontsize=8,
-                ha="center",
-                va="bottom" if side > 0 else "top",
+    methods = list(dict.fromkeys(m.quality.method for m in tradeoff.sparse))
+    number = 0
+    for loop in tradeoff.dense.times:
+        for method in methods:
+            line = [m for m in tradeoff.sparse if m.quality.method == method and loop in m.times]
+            if not line:
+                continue
+            measured = [tradeoff.dense, *line]
+            speeds = [m.speed(loop) for m in measured]
+            below = [
+                v - m.speed(loop, m.times[loop].high) for v, m in zip(speeds, measured, strict=True)
+            ]
+            above = [
+                m.speed(loop, m.times[loop].low) - v for v, m in zip(speeds, measured, strict=True)
+            ]
+            axis.errorbar(
+                speeds,
+                [m.quality.value for m in measured],
+                xerr=[below, above],
+                label=f"{method}, {loop}" if len(tradeoff.dense.times) > 1 else method,
+                color=plots.colour(number),
+                marker="o",
+                markersize=4,
+                capsize=2,
             )
+            number += 1
+            for m, speed in zip(measured, speeds, strict=True):
+                if m is not tradeoff.dense or method == methods[0]:
+                    _annotate(axis, m.quality.variant, (speed, m.quality.value))
     x, y = "tokens per second (right is faster)", "perplexity (lower is better)"
     plots.label(axis, x=x, y=y)
-    axis.margins(x=0.1, y=0.2)
+    axis.margins(x=0.15, y=0.2)
     axis.set_xlim(left=0)
     # above the frame: inside, it would hide a point
     plots.legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return plots.svg(figure, name)
+
+
+def _annotate(axis: Axes, text: str, point: tuple[float, float]) -> None:
+    axis.annotate(
+        text,
+        point,
+        xytext=(0, 6),
+        textcoords="offset points",
+        fontsize=8,
+        ha="center",
+        va="bottom",
+    )

@@ -44,6 +44,8 @@ class ProfileRecord(BaseModel):
         bos: Whether a beginning-of-sequence token begins each block.
         near: Magnitude below which an output counts as near zero.
         by_token: Quantiles over the tokens of the share of zeros in all layers.
+        read: Kind of mask to what rows that are decoded together read of its entries, by their
+            number; missing in older files.
     """
 
     model_config = _STRICT
@@ -58,6 +60,7 @@ class ProfileRecord(BaseModel):
     tokens: int
     near: float
     by_token: dict[str, float]
+    read: dict[str, dict[str, float]] = {}
 
     @classmethod
     def load(cls, path: Path) -> ProfileRecord:

@@ -9,7 +9,7 @@ from cats.results.result import FOUND, Found, MayBeFound, ModelResult, Result
 # Stands for a task in the mean over the tasks.
 MEAN = "mean"
 # Methods whose quality is compared, in the order of tables.
-COMPARED = ("dense", "cats", "relu", "input", "teal")
+COMPARED = ("dense", "cats", "relu", "input", "teal", "neuron", "two-stage", "cascade")
 # The method of a quantised model without thresholds.
 QUANTISED = "quantised"
 
@@ -23,7 +23,8 @@ class _OfAModel(Result):
     Attributes:
         variant: Its label, such as ``"cats-50"``.
         method: One of ``COMPARED``, ``QUANTISED``, or another one of :mod:`cats.methods`.
-        target_sparsity: None for the dense model and for ReLU.
+        target_sparsity: None for the dense model, for ReLU, and where ``target_bytes`` is given.
+        target_bytes: Share of the bytes of masked layers that calibration aimed to read.
         weights: Hash of the dense weights by :mod:`cats.fingerprint`, which makes all hashes here.
             That of the 16-bit model, also where the variant is a quantised one.
         quantised: Name of the quantised model, such as ``"int4"``; None for the 16-bit one.
@@ -46,6 +47,7 @@ class _OfAModel(Result):
     bos: bool | None = None
     method: str
     target_sparsity: float | None
+    target_bytes: float | None = None
     calibration_tokens: int | None = None
     calibration_hash: str | None = None
     thresholds: str | None = None
@@ -59,10 +61,16 @@ class _OfAModel(Result):
 
     @property
     def order(self) -> tuple[str, int, str, float]:
-        """What tables are sorted by: the weights, 16 bits first, then the method and its target."""
+        """What tables are sorted by: the weights, 16 bits first, then the method and its target.
+
+        The one that skips least comes first.
+        """
         ranks = {QUANTISED: 0} | {method: rank for rank, method in enumerate(COMPARED)}
         rank = ranks.get(self.method, len(COMPARED))
-        return self.quantised or "", rank, self.method, self.target_sparsity or 0.0
+        skipped = self.target_sparsity or 0.0
+        if self.target_bytes is not None:
+            skipped = 1 - self.target_bytes
+        return self.quantised or "", rank, self.method, skipped
 
     @property
     def family(self) -> str:
@@ -126,7 +134,12 @@ class TaskScore(_OfAModel):
 
 
 class DemoTime(ModelResult):
-    """One token of a demo through one loop (``variant``), dense at sparsity 0."""
+    """One token of a demo through one loop (``variant``), dense at sparsity 0.
+
+    Attributes:
+        model_variant: Label of what ran, such as ``"dense"`` or ``"cats-50"``; older files tell it
+            by the sparsity alone.
+    """
 
     benchmark: Literal["demo"] = "demo"
     quantity: Literal["time"] = "time"
@@ -134,9 +147,17 @@ class DemoTime(ModelResult):
     seed: int
     calibration_tokens: int
     variant: str
+    model_variant: str | None = None
     sparsity: float
     realized_sparsity: Found
     prompt: str
+
+    @property
+    def ran(self) -> str:
+        """Label of what ran."""
+        if self.model_variant is not None:
+            return self.model_variant
+        return f"cats-{self.sparsity * 100:g}" if self.sparsity else "dense"
 
     @property
     def limit(self) -> None:

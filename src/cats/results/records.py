@@ -318,6 +318,34 @@ class SessionLatency(SessionsWait):
     unit: Literal["s"] = "s"
 
 
+class _Costs(ModelResult):
+    """Of ``cats bench costs``; ``weights`` is the hash of the model."""
+
+    benchmark: Literal["costs"] = "costs"
+    weights: str
+
+
+class TokenCost(_Costs):
+    """One token of the dense model, through ``cats.generate``."""
+
+    quantity: Literal["token"] = "token"
+    unit: Literal["ms"] = "ms"
+
+
+class MaskTime(_Costs):
+    """All MLPs of a model for one token, with one mask that drops a share of its entries.
+
+    Attributes:
+        mask: ``"gate"`` (its inputs), ``"rows"``, ``"columns"`` or ``"none"``.
+        dropped: The share.
+    """
+
+    quantity: Literal["mlps"] = "mlps"
+    unit: Literal["ms"] = "ms"
+    mask: str
+    dropped: float
+
+
 class SeveralGPUs(Result):
     """Tokens per second of one piece of work on one or more GPUs of one machine.
 

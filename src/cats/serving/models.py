@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from cats.decode import Sessions
@@ -21,6 +21,7 @@ from cats.serving.grammar import Grammars
 from cats.serving.prompts import Prompts
 from cats.serving.queue import Queue
 from cats.serving.tool_format import ToolFormat
+from cats.weights import INPUT_THRESHOLD, input_threshold
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
@@ -191,31 +192,29 @@ def dense_copy(model: nn.Module) -> nn.Module:
     """
     copy = shadow_of(model)
     for module in copy.modules():
-        if not isinstance(module, CatsActivation):
-            continue
-        if module.dense is not module.act or set(module._buffers) - _THRESHOLDS:
+        if isinstance(module, CatsActivation) and module.dense is not module.act:
             raise UnsupportedModelError(
                 "the dense model cannot be served beside this one, whose method replaces the "
                 "activation itself: use --dense-rows 0"
             )
-        for name, thresholds in module._buffers.items():
-            if thresholds is not None:
-                # not in place: the original has the same tensor
-                module._buffers[name] = torch.zeros_like(thresholds)
+        for name, thresholds in _thresholds(module):
+            # not in place: the original has the same tensor
+            module._buffers[name] = torch.zeros_like(thresholds)
     return copy
 
 
-_THRESHOLDS = {"threshold", "product_threshold"}
+def _thresholds(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The thresholds that a module holds itself: on its neurons, or on its inputs."""
+    if isinstance(module, CatsActivation):
+        return [("threshold", module.threshold)]
+    threshold = input_threshold(module)
+    return [] if threshold is None else [(INPUT_THRESHOLD, threshold)]
 
 
 def _keeps_all(model: nn.Module) -> bool:
     """Whether no neuron can be dropped, as in :func:`dense_copy`."""
     return not any(
-        bool(thresholds.any())
-        for module in model.modules()
-        if isinstance(module, CatsActivation)
-        for thresholds in module._buffers.values()
-        if thresholds is not None
+        bool(thresholds.any()) for m in model.modules() for _, thresholds in _thresholds(m)
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cats.weights.base import Order, Weight
+from cats.weights.masked import INPUT_THRESHOLD
 
 
 class Dense(Weight):
@@ -25,7 +26,7 @@ class Dense(Weight):
     @classmethod
     def of(cls, layer: nn.Module) -> Self | None:
         # a subclass may compute something else; pruning and weight norms keep more tensors
-        if type(layer) is not nn.Linear or layer._buffers:
+        if type(layer) is not nn.Linear or layer._buffers.keys() - {INPUT_THRESHOLD}:
             return None
         weight = layer._parameters.get("weight")
         if type(weight) is not nn.Parameter or not layer._parameters.keys() <= {"weight", "bias"}:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cats.errors import UnsupportedModelError
 from cats.weights.base import Order, Weight, entries
+from cats.weights.masked import INPUT_THRESHOLD
 
 # What libraries call the numbers of inputs and outputs; the second is Conv1D of transformers.
 _SIZES = (("in_features", "out_features"), ("nx", "nf"))
@@ -58,7 +59,8 @@ class Foreign(Weight):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         named = (*self.layer.named_parameters(), *self.layer.named_buffers())
-        return tuple(t for name, t in named if name.rpartition(".")[2] != "bias")
+        others = ("bias", INPUT_THRESHOLD)
+        return tuple(t for name, t in named if name.rpartition(".")[2] not in others)
 
     @property
     def order(self) -> Order | None:

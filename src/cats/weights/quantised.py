@@ -15,6 +15,7 @@ from cats.ops.packed_linear import PackedLinearArguments, call
 from cats.ops.quantised import ColumnLayout, PackedColumns, PackedRows, RowLayout
 from cats.ops.quantised.numbers import packed, unpacked
 from cats.weights.codes import FLOAT8, Quantised, described
+from cats.weights.masked import INPUT_THRESHOLD
 from cats.weights.packed import Packed
 
 __all__ = ["FLOAT8", "PLAIN", "Quantised", "QuantisedLinear", "is_quantised", "packed", "unpacked"]
@@ -146,7 +147,10 @@ class QuantisedLinear(nn.Module):
             else:
                 scales, extras = matrix.scales, matrix.extras
                 tensors = dict(packed=matrix.columns, packed_scales=scales, packed_extras=extras)
+        mask = self._buffers.get(INPUT_THRESHOLD)
         self._buffers.clear()
+        if mask is not None:
+            self._buffers[INPUT_THRESHOLD] = mask
         self.layout = weight.layout if isinstance(weight, Packed) else None
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)

@@ -11,8 +11,8 @@ from cats.ops.mlp.triton import kernels
 
 def compile_for(backend: str, architecture: int | str, fn: object, **constants: object) -> set[str]:
     """Names of the stages of compilation. Arguments without a type are ``constants``, or None."""
-    types = dict.fromkeys(("x", "routing", "other", "down", "out"), "*bf16")
-    types |= dict.fromkeys(("thresholds", "partial"), "*fp32")
+    types = dict.fromkeys(("x", "routing", "other", "down", "out", "weight"), "*bf16")
+    types |= dict.fromkeys(("thresholds", "partial", "sums"), "*fp32")
     types |= dict.fromkeys(("D", "F", "programs"), "i32")
     names = fn.arg_names
     constants |= dict.fromkeys(
@@ -34,6 +34,8 @@ def main(target: str) -> None:
     dependent = backend == "cuda" and int(name) >= 90
     constants = dict(BATCH=1, ROWS=64, BLOCK_D=32, DEPENDENT=dependent)
     stages = compile_for(backend, architecture, kernels.add_partials, **constants)
+    columns = dict(BATCH=2, ROWS=32, BLOCK_F=128, DEPENDENT=dependent)
+    stages &= compile_for(backend, architecture, kernels.sum_columns, **columns)
     constants |= dict(ROWS=2, BLOCK_D=1024, ACTIVATION="gelu_tanh")
     for batch, gate_routes in ((1, True), (2, False)):
         constants |= dict(BATCH=batch, GATE_ROUTES=gate_routes)

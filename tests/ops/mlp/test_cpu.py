@@ -57,6 +57,26 @@ def test_instruction_set_matches_in_each_form(instruction_set, activation, route
     assert_matches("cpu", inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "router"), [(1, "gate"), (1, "up"), (5, "gate")])
+def test_instruction_set_skips_inputs_of_the_router(instruction_set, batch, router, dtype):
+    # columns longer and shorter than a page are read in different ways
+    for D, F in ((1, 1), (37, 61), (131, 2100)):
+        for sparsity in (0, 0.4, 1):
+            options = dict(batch=batch, router=router, bias=True, product_sparsity=0.3)
+            inputs = make_inputs(D, F, dtype=dtype, device=CPU, input_sparsity=sparsity, **options)
+            assert_matches("cpu", inputs)
+
+
+def test_columns_of_dropped_inputs_are_not_read(instruction_set):
+    inputs = make_inputs(40, 64, dtype=torch.float32, device=CPU, batch=2, input_sparsity=0.5)
+    dropped = (inputs.x.abs() < inputs.input_thresholds).all(0)
+    assert dropped.any()
+    expected = run("cpu", inputs)
+    inputs.gate[:, dropped] = torch.nan
+    assert torch.equal(run("cpu", inputs), expected)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_set_shows_nan_and_inf(instruction_set, dtype, value):

@@ -113,6 +113,12 @@ def test_every_form_at_once_matches_in_each_dtype(backend, router, dtype, device
     assert_matches(backend, make_inputs(129, 61, **shape, **form, per_neuron=True))
 
 
+@pytest.mark.parametrize("router", ["gate", "up"])
+def test_router_drops_inputs(backend, router, device):
+    options = dict(batch=3, router=router, bias=True, product_sparsity=0.3, input_sparsity=0.4)
+    assert_matches(backend, make_inputs(64, 96, dtype=torch.float32, device=device, **options))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_are_accurate_far_from_zero(backend, activation, device):
     # one neuron at a time: a sum over many would hide an error

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 from torch import Tensor, nn
 
 from cats.decode.rows.row import Row
 from cats.decode.tracing import exclusion, shadow_of
-from cats.fusion import take_out_
-from cats.model import CatsActivation, find_gated_mlps
+from cats.fusion import ReadShares, take_out_
+from cats.model import is_sparse
 from cats.model.traffic import token_bytes
+from cats.weights import weight_of
 
 # A counted step runs module by module, which takes longer than others.
 EVERY = 8
 
 
 class ReadCounter:
-    """Counts the neurons that a pass drops, on a copy of the modules that shares the weights.
+    """Counts what the masks of a pass keep, on a copy of the modules that shares the weights.
 
     Attributes:
         model: The copy. Its sparse MLPs are not fused, since an operator does not say what it
@@ -29,16 +29,13 @@ class ReadCounter:
         with exclusion.tracing():  # while nothing runs, since modules are copied
             self.model = shadow_of(model)
             take_out_(self.model)
-            self._acts = {
-                name.rpartition(".")[0]: module
-                for name, module in self.model.named_modules()
-                if isinstance(module, CatsActivation)
-            }
+            self._reads = ReadShares(self.model) if is_sparse(self.model) else None
             whole = token_bytes(self.model)
-            # the share of a token's bytes that a dropped neuron of each MLP saves
-            self._savings = {
-                mlp.name: (mlp.bytes - mlp.bytes_read(1.0)) / whole
-                for mlp in (find_gated_mlps(self.model, names=self._acts) if self._acts else ())
+            # the share of a token's bytes that is in each linear layer
+            self._shares = {
+                name: weight.bytes / whole
+                for name, module in self.model.named_modules()
+                if (weight := weight_of(module)) is not None
             }
 
     def run(self, forward: Callable[[nn.Module], Tensor]) -> tuple[Tensor, float]:
@@ -47,17 +44,13 @@ class ReadCounter:
         Args:
             forward: Runs one token through a model.
         """
-        dropped: dict[str, Tensor] = {}
-        with ExitStack() as hooks:
-            for name in self._savings:
-                act = self._acts[name]
-                handle = act.register_forward_hook(
-                    lambda module, args, output, name=name: dropped.update({name: output == 0})
-                )
-                hooks.callback(handle.remove)
+        if self._reads is None:
+            return forward(self.model), 1.0
+        self._reads.clear()
+        with self._reads:
             logits = forward(self.model)
-        saved = sum(self._savings[name] * float(d.float().mean()) for name, d in dropped.items())
-        return logits, 1 - saved
+        read = self._reads.shares()
+        return logits, 1 - sum(self._shares[name] * (1 - share) for name, share in read.items())
 
 
 def most_overdue(rows: Sequence[Row]) -> Row | None:

@@ -12,7 +12,7 @@ from cats.decode.rotary import LengthRule
 from cats.errors import UnsupportedModelError
 from cats.model import Decoder, DecoderLayer, Linear, describe_decoder
 from cats.protocols import CausalModel
-from cats.weights import Dense, Packed, Quantised
+from cats.weights import Dense, InputMask, Packed, Quantised
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,6 +58,10 @@ def read_spec(model: nn.Module, *, any_mask: bool = False) -> ModelSpec:
         matrices = {name: getattr(layer, name) for name in ("q", "k", "v", "o")}
         for name, matrix in (matrices | {"gate": layer.mlp.gate, "up": layer.mlp.up}).items():
             _check_rows(matrix, f"{name} of layer {index}")
+            if isinstance(matrix.layer, InputMask):
+                raise UnsupportedModelError(
+                    f"{name} of layer {index} drops small inputs, which no kernel here does"
+                )
         _check_storage(layer.mlp.down, f"down of layer {index}")
         on_gate = layer.mlp.router == "gate" and layer.mlp.product_thresholds is None
         if not on_gate and not any_mask:

@@ -28,6 +28,7 @@ def gated_mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     product_thresholds: Tensor | None = None,
+    input_thresholds: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sparse gated MLP: ``down @ (keep(act(gate @ x)) * (up @ x))``.
@@ -48,6 +49,8 @@ def gated_mlp(
         down_bias: ``[D]``, optional.
         product_thresholds: ``[F]``, float32, optional: a neuron whose product ``act(g) * u`` is
             absolutely smaller is dropped as well, and its column of ``down`` is not read.
+        input_thresholds: ``[D]``, float32, optional: an entry of ``x`` that is absolutely smaller
+            is dropped for the router, which is column-major then, and its column is not read.
         backend: ``"auto"``, or one of :data:`cats.ops.BACKENDS`.
 
     Returns:
@@ -75,6 +78,7 @@ def gated_mlp(
         up_bias,
         down_bias,
         product_thresholds,
+        input_thresholds,
     )
     try:
         return call(arguments, backend)
@@ -108,6 +112,7 @@ def _gated_mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     product_thresholds: Tensor | None = None,
+    input_thresholds: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     arguments = GatedMLPArguments(
@@ -122,6 +127,7 @@ def _gated_mlp(
         up_bias,
         down_bias,
         product_thresholds,
+        input_thresholds,
     )
     return checked(arguments, backend)(arguments)
 
@@ -133,7 +139,8 @@ for _name in ("gated_mlp", "_gated_mlp"):
     _LIBRARY.define(
         f"{_name}(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor thresholds, "
         "str activation, str router='gate', Tensor? gate_bias=None, Tensor? up_bias=None, "
-        "Tensor? down_bias=None, Tensor? product_thresholds=None, str backend='auto') -> Tensor",
+        "Tensor? down_bias=None, Tensor? product_thresholds=None, Tensor? input_thresholds=None, "
+        "str backend='auto') -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     _LIBRARY.impl(_name, _gated_mlp, "CompositeExplicitAutograd")

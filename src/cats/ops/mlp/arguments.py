@@ -31,6 +31,8 @@ class GatedMLPArguments(NamedTuple):
         up_bias: ``[F]`` or None.
         down_bias: ``[D]`` or None.
         product_thresholds: ``[F]``, float32, or None; compared with the product of the branches.
+        input_thresholds: ``[D]``, float32, or None; compared with what the router gets of ``x``.
+            The router is column-major then.
     """
 
     x: Tensor
@@ -44,6 +46,7 @@ class GatedMLPArguments(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     product_thresholds: Tensor | None = None
+    input_thresholds: Tensor | None = None
 
     def by_role(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Weight and bias of the router, then those of the other branch."""
@@ -65,11 +68,13 @@ class GatedMLPArguments(NamedTuple):
             "up_bias": ((f,), x.dtype),
             "down_bias": ((d,), x.dtype),
             "product_thresholds": ((f,), torch.float32),
+            "input_thresholds": ((d,), torch.float32),
         }
+        column_major = ("down",) if self.input_thresholds is None else ("down", self.router)
         for name, (shape, dtype) in shapes.items():
             tensor: Tensor | None = getattr(self, name)
             if tensor is not None:
-                _check_tensor(name, tensor, shape, dtype, x.device)
+                _check_tensor(name, tensor, shape, dtype, x.device, name in column_major)
         if self.activation not in ACTIVATIONS:
             raise ShapeError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}"
@@ -79,7 +84,12 @@ class GatedMLPArguments(NamedTuple):
 
 
 def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    is_column_major: bool,
 ) -> None:
     if is_traceable_wrapper_subclass(tensor):
         raise ShapeError(
@@ -91,11 +101,11 @@ def _check_tensor(
             f"expected {name} {list(shape)} {dtype} on {device}, "
             f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
         )
-    if name == "down":
+    if is_column_major:
         if tensor.stride() != (1, shape[0]) and not tensor.t().is_contiguous():
             raise ShapeError(
-                "down must be column-major: store it once as w.t().contiguous().t(); where it was "
-                "replaced in a fused model, call cats.unfuse_(model), then cats.fuse_(model)"
+                f"{name} must be column-major: store it once as w.t().contiguous().t(); where it "
+                "was replaced in a fused model, call cats.unfuse_(model), then cats.fuse_(model)"
             )
     elif not tensor.is_contiguous():
         raise ShapeError(

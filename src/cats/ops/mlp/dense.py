@@ -16,7 +16,9 @@ from cats.ops.watching import is_for_compiler
 def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
     """See :func:`cats.ops.gated_mlp`."""
     a = arguments
-    g, u = F.linear(a.x, a.gate, a.gate_bias), F.linear(a.x, a.up, a.up_bias)
+    kept = a.x if a.input_thresholds is None else cats_activation(a.x, a.input_thresholds)
+    of_gate, of_up = (kept, a.x) if a.router == "gate" else (a.x, kept)
+    g, u = F.linear(of_gate, a.gate, a.gate_bias), F.linear(of_up, a.up, a.up_bias)
     h = product(g, u, a.thresholds, a.activation, a.router, a.product_thresholds)
     return F.linear(h, a.down, a.down_bias)
 

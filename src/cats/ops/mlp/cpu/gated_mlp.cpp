@@ -10,7 +10,8 @@ namespace cats {
 namespace {
 
 enum Argument {
-  kX, kGate, kUp, kDown, kThresholds, kActivation, kRouter, kGateBias, kUpBias, kDownBias, kProductThresholds, kBackend,
+  kX, kGate, kUp, kDown, kThresholds, kActivation, kRouter, kGateBias, kUpBias, kDownBias, kProductThresholds,
+  kInputThresholds, kBackend,
   kArguments
 };
 
@@ -27,7 +28,8 @@ struct Arguments {
   }
   void release() {
     for (Argument i : {kX, kGate, kUp, kDown, kThresholds}) release_tensor(stack[i]);
-    for (Argument i : {kGateBias, kUpBias, kDownBias, kProductThresholds}) release_optional_tensor(stack[i]);
+    for (Argument i : {kGateBias, kUpBias, kDownBias, kProductThresholds, kInputThresholds})
+      release_optional_tensor(stack[i]);
     for (Argument i : {kActivation, kRouter, kBackend})
       torch.torch_delete_string(reinterpret_cast<StringHandle>(stack[i]));
   }
@@ -94,8 +96,14 @@ GatedMlpCall checked(const Arguments& arguments) {
   call.F = F;
   call.bfloat16 = bfloat16;
   call.x = matrix(kX, "x", B, D, D, 1);
-  call.gate = matrix(kGate, "gate", F, D, D, 1);
-  call.up = matrix(kUp, "up", F, D, D, 1);
+  call.gate_is_router = gate_routes(arguments.string(kRouter));
+  call.input_thresholds =
+      static_cast<const float*>(vector(arguments.optional(kInputThresholds), "input_thresholds", float32, D));
+  const bool drops_inputs = call.input_thresholds != nullptr;
+  // columns of the router are contiguous where it skips some of them
+  const bool gate_columns = drops_inputs && call.gate_is_router, up_columns = drops_inputs && !call.gate_is_router;
+  call.gate = matrix(kGate, "gate", F, D, gate_columns ? 1 : D, gate_columns ? F : 1);
+  call.up = matrix(kUp, "up", F, D, up_columns ? 1 : D, up_columns ? F : 1);
   call.down = matrix(kDown, "down", D, F, 1, D);
   call.thresholds = static_cast<const float*>(vector(arguments.tensor(kThresholds), "thresholds", float32, F));
   call.product_thresholds =
@@ -104,7 +112,6 @@ GatedMlpCall checked(const Arguments& arguments) {
   call.up_bias = vector(arguments.optional(kUpBias), "up_bias", dtype, F);
   call.down_bias = vector(arguments.optional(kDownBias), "down_bias", dtype, D);
   call.activation = activation_named(arguments.string(kActivation));
-  call.gate_is_router = gate_routes(arguments.string(kRouter));
   call.out = nullptr;
   return call;
 }

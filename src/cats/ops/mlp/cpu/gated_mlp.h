@@ -18,6 +18,7 @@ struct GatedMlpCall {
   const void* down;  // [F, D]
   const float* thresholds;          // [F]
   const float* product_thresholds;  // [F], or null
+  const float* input_thresholds;    // [D], of the router, which is [D, F] then; or null
   const void* gate_bias;            // [F], or null
   const void* up_bias;              // [F], or null
   const void* down_bias;            // [D], or null

@@ -2,20 +2,17 @@
 //
 //   1. Neurons are dealt to threads in chunks. For a chunk, read the router's rows one after the other, list the neurons
 //      that some token keeps, then read the listed rows of the other branch, several at once.
-//   2. Read the rows of `down` of all neurons that some token needs. A task is a piece of the output (columns) and a piece
-//      of the list, with its own accumulator: which thread runs a task does not change the result.
-//   3. Add the accumulators in a fixed order.
+//   2. Read the rows of `down` of all neurons that some token needs (cpu/columns.h).
 //
-// The distances between kept rows are random, which no hardware prefetcher follows. So, while a group of rows is read, the
-// same line of each row of the next group is prefetched into the second-level cache.
+// Where the router drops inputs, its columns are contiguous, and those of kept inputs are summed before step 1, in the same
+// way as those of `down`.
 #pragma once
 
-#include <cmath>
 #include <limits>
 #include <numeric>
 
 #include "mlp/cpu/gated_mlp.h"
-#include "cpu/rows.h"
+#include "cpu/columns.h"
 
 namespace cats {
 namespace {
@@ -69,41 +66,16 @@ inline void activate(Activation activation, float* values, int64_t count) {
   }
 }
 
-// The rule of cats.functional.keep_mask: NaN is kept.
-inline bool keeps(float value, float threshold) { return !(std::fabs(value) < threshold); }
-
-// sums[b][i] += h[r][b] * rows[r][i] for all r and for i in [begin, end); prefetches next[r]. `sums` has rows of length D.
-template <class Lanes, int R, int B>
-void add_scaled(const typename Lanes::Weight* const (&rows)[R], const typename Lanes::Weight* const (&next)[R],
-                const float* h, int64_t begin, int64_t end, int64_t D, float* sums) {
-  constexpr int64_t kLine = kLineBytes / sizeof(typename Lanes::Weight);
-  int64_t i = begin;
-  for (; i + kLine <= end; i += kLine) {
-    for (int r = 0; r < R; ++r) prefetch(next[r] + i);
-    for (int64_t k = i; k < i + kLine; k += Lanes::kWidth) {
-      typename Lanes::Vector weights[R];
-      for (int r = 0; r < R; ++r) weights[r] = Lanes::widen(rows[r] + k);
-      for (int b = 0; b < B; ++b) {
-        auto sum = Lanes::load(sums + b * D + k);
-        for (int r = 0; r < R; ++r) sum = Lanes::multiply_add(weights[r], Lanes::broadcast(h[r * B + b]), sum);
-        Lanes::store(sums + b * D + k, sum);
-      }
-    }
-  }
-  for (; i < end; ++i)
-    for (int b = 0; b < B; ++b)
-      for (int r = 0; r < R; ++r) sums[b * D + i] += h[r * B + b] * to_float(rows[r][i]);
-}
-
 // --- the steps
 
 // Memory of a call. The calling thread keeps it for its next call.
 struct Workspace {
   std::vector<float> inputs;        // [B, D]: x in float32, where the kernel reads it so
+  std::vector<float> routed;        // [B, F]: outputs of a router that drops inputs
   std::vector<int64_t> counts;      // [chunks]
-  std::vector<int64_t> neurons;     // [F]: the needed ones, first at the start of each chunk, then packed
+  std::vector<int64_t> neurons;     // [F]: the needed ones, at the start of each chunk
   std::vector<float> products;      // [F, B]: act(gate) * up of these neurons
-  std::vector<float> accumulators;  // [pieces, B, D]
+  ListedColumns sums;
 };
 
 template <class Lanes, int B>
@@ -113,11 +85,10 @@ struct GatedMlp {
 
   static constexpr int kRows = rows_at_once<Lanes, B>();
   static constexpr int64_t kMaxChunk = 64;
-  // at most 32 KiB of accumulators, in whole lines of weights: long pieces of rows, and sums in the first-level cache
-  static constexpr int64_t kColumns = 8192 / B / 32 * 32;
 
   const GatedMlpCall& call;
   const Input* x;
+  const float* routed_before;  // [B, F]: outputs of the router, or null where they are still to be computed
 
   static const Weight* weights(const void* pointer) { return static_cast<const Weight*>(pointer); }
 
@@ -136,7 +107,6 @@ struct GatedMlp {
 
   // Writes the chunk's needed neurons and their products; returns how many there are.
   int64_t route(int64_t first, int64_t last, int64_t* neurons, float* products) const {
-    const int64_t D = call.D;
     const bool gate_is_router = call.gate_is_router;
     const Weight* router = weights(gate_is_router ? call.gate : call.up);
     const Weight* router_bias = weights(gate_is_router ? call.gate_bias : call.up_bias);
@@ -148,7 +118,13 @@ struct GatedMlp {
     int64_t listed[kMaxChunk];
     std::iota(listed, listed + size, first);
     float routed[kMaxChunk][B];
-    dot_listed(router, router_bias, listed, size, size, routed);
+    if (routed_before) {
+      for (int64_t j = first; j < last; ++j)
+        for (int b = 0; b < B; ++b)
+          routed[j - first][b] = routed_before[b * call.F + j] + (router_bias ? to_float(router_bias[j]) : 0.0f);
+    } else {
+      dot_listed(router, router_bias, listed, size, size, routed);
+    }
     if (gate_is_router) activate(call.activation, routed[0], size * B);
 
     int64_t count = 0;
@@ -185,34 +161,20 @@ struct GatedMlp {
     return needed;
   }
 
-  // sums[b][begin:end] += products of the neurons times their rows of down
-  void accumulate(const int64_t* neurons, const float* products, int64_t count, int64_t begin, int64_t end,
-                  float* sums) const {
-    const int64_t D = call.D;
-    const Weight* down = weights(call.down);
-    int64_t i = 0;
-    const auto add_groups = [&](auto group) {
-      constexpr int R = decltype(group)::value;
-      for (; i + R <= count; i += R) {
-        const Weight *rows[R], *next[R];
-        for (int r = 0; r < R; ++r) {
-          rows[r] = down + neurons[i + r] * D;
-          next[r] = down + neurons[std::min(i + r + 8, count - 1)] * D;
-        }
-        add_scaled<Lanes, R, B>(rows, next, products + i * B, begin, end, D, sums);
-      }
-    };
-    if (!are_short<Weight>(call.D)) add_groups(std::integral_constant<int, 8>{});
-    add_groups(std::integral_constant<int, 4>{});
-    add_groups(std::integral_constant<int, 1>{});
-  }
-
   static void run(const GatedMlpCall& call, const Threads& threads) {
     static thread_local Workspace memory;
     const int64_t D = call.D, F = call.F;
 
-    const GatedMlp mlp{call, inputs_of<Lanes>(call.x, B * D, memory.inputs)};
     const int64_t workers = workers_for(F * D * static_cast<int64_t>(sizeof(Weight)), threads);
+    const float* routed = nullptr;
+    if (call.input_thresholds) {
+      const int64_t kept = memory.sums.template keep<Weight, B>(call.x, call.input_thresholds, D);
+      sum_columns<Lanes, B>(weights(call.gate_is_router ? call.gate : call.up), F, kept, memory.sums, workers, threads);
+      // these sums stay, while the next ones are added up elsewhere
+      memory.routed.swap(memory.sums.accumulators);
+      routed = memory.routed.data();
+    }
+    const GatedMlp mlp{call, inputs_of<Lanes>(call.x, B * D, memory.inputs), routed};
 
     const int64_t chunk = std::clamp<int64_t>(F / (workers * 8), 8, kMaxChunk);
     const int64_t chunks = ceil_div(F, chunk);
@@ -224,29 +186,18 @@ struct GatedMlp {
       counts[c] = mlp.route(first, std::min(first + chunk, F), neurons + first, products + first * B);
     });
     int64_t needed = 0;
+    int64_t* listed = at_least(memory.sums.listed, F);
+    float* values = at_least(memory.sums.values, F * B);
     for (int64_t c = 0; c < chunks; ++c) {
-      std::copy_n(neurons + c * chunk, counts[c], neurons + needed);
-      std::copy_n(products + c * chunk * B, counts[c] * B, products + needed * B);
+      std::copy_n(neurons + c * chunk, counts[c], listed + needed);
+      std::copy_n(products + c * chunk * B, counts[c] * B, values + needed * B);
       needed += counts[c];
     }
-
-    const int64_t blocks = ceil_div(D, kColumns);
-    const int64_t tasks = workers == 1 ? 1 : 4 * workers;
-    const int64_t pieces = ceil_div(tasks, blocks);
-    const int64_t piece = ceil_div(std::max<int64_t>(needed, 1), pieces);
-    float* accumulators = at_least(memory.accumulators, pieces * B * D);
-    for_each(threads, workers, blocks * pieces, [&](int64_t task) {
-      const int64_t p = task / blocks, begin = task % blocks * kColumns, end = std::min(begin + kColumns, D);
-      float* sums = accumulators + p * B * D;
-      for (int b = 0; b < B; ++b) std::fill(sums + b * D + begin, sums + b * D + end, 0.0f);
-      const int64_t first = std::min(p * piece, needed), last = std::min(first + piece, needed);
-      mlp.accumulate(neurons + first, products + first * B, last - first, begin, end, sums);
-    });
+    sum_columns<Lanes, B>(weights(call.down), D, needed, memory.sums, workers, threads);
 
     Weight* out = static_cast<Weight*>(call.out);
     const Weight* bias = weights(call.down_bias);
-    for (int64_t p = 1; p < pieces; ++p)
-      for (int64_t i = 0; i < B * D; ++i) accumulators[i] += accumulators[p * B * D + i];
+    const float* accumulators = memory.sums.accumulators.data();
     for (int b = 0; b < B; ++b)
       for (int64_t i = 0; i < D; ++i)
         round_to(accumulators[b * D + i] + (bias ? to_float(bias[i]) : 0.0f), out[b * D + i]);

@@ -36,6 +36,8 @@ def refuses(arguments: GatedMLPArguments) -> str | None:
         return f"rows must be a multiple of {VECTOR_BYTES} bytes, got {row}"
     if any(t.data_ptr() % VECTOR_BYTES for t in (x, gate, up, down)):
         return f"tensors must begin at a multiple of {VECTOR_BYTES} bytes"
+    if arguments.input_thresholds is not None:
+        return "it does not skip inputs of the router"
     if not x.is_cuda:
         return f"expected tensors on an NVIDIA GPU, got {x.device}"
     limit = shared_memory(x.device.index)

@@ -1,4 +1,4 @@
-"""The two kernels. :mod:`cats.ops` checks shapes and layouts before."""
+"""The kernels. :mod:`cats.ops` checks shapes and layouts before."""
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, assignment"
 
@@ -45,6 +45,56 @@ def dot_rows(tile, x, bias, rows, needed):
 
 
 @triton.jit
+def sum_columns(
+    x,
+    weight,
+    thresholds,
+    sums,
+    D,
+    F,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """``sums[b] = weight @ keep(x[b])``, ``[BATCH, F]``, float32; dropped columns are not read.
+
+    ``weight`` is column-major, so it is read as ``[D, F]``. Each program has ``BLOCK_F`` outputs.
+    """
+    if DEPENDENT:
+        # before any load: the previous kernel may write the weights
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    neurons = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    totals = ()
+    for _ in tl.static_range(BATCH):
+        totals = totals + (tl.zeros([BLOCK_F], tl.float32),)
+    for first in range(0, D, ROWS):
+        inputs = first + tl.arange(0, ROWS)
+        exists = inputs < D
+        threshold = tl.load(thresholds + inputs, mask=exists, other=0)
+        values = ()
+        needed = exists & False
+        for b in tl.static_range(BATCH):
+            value = tl.load(x + b * D + inputs, mask=exists, other=0).to(tl.float32)
+            # NaN is kept
+            value = tl.where(tl.abs(value) < threshold, 0, value)
+            values = values + (value,)
+            needed = needed | (value != 0)
+        # int64: D * F passes 2**31
+        offsets = inputs.to(tl.int64)[:, None] * F + neurons[None, :]
+        mask = needed[:, None] & (neurons < F)[None, :]
+        tile = tl.load(weight + offsets, mask=mask, other=0, eviction_policy="evict_first")
+        new_totals = ()
+        for b in tl.static_range(BATCH):
+            products = tile.to(tl.float32) * values[b][:, None]
+            new_totals = new_totals + (totals[b] + tl.sum(products, axis=0),)
+        totals = new_totals
+    for b in tl.static_range(BATCH):
+        tl.store(sums + b * F + neurons, totals[b], mask=neurons < F)
+
+
+@triton.jit
 def stream_neurons(
     x,
     routing,
@@ -54,6 +104,7 @@ def stream_neurons(
     routing_bias,
     other_bias,
     product_thresholds,
+    routed_sums,
     partial,
     D,
     F,
@@ -67,6 +118,7 @@ def stream_neurons(
     """Each program takes every ``num_programs``-th block of ``ROWS`` neurons through the MLP.
 
     ``routing`` is the weight of the router (gate or up), ``other`` that of the other branch.
+    Where ``routed_sums`` of :func:`sum_columns` are given, they stand for its products.
     ``down`` is read as ``[F, D]``. The sums over a program's neurons stay in registers and go to
     ``partial[program]``, ``[BATCH, D]``, float32.
     """
@@ -84,7 +136,8 @@ def stream_neurons(
         sums = sums + (tl.zeros([BLOCK_D], tl.float32),)
 
     rows = program * ROWS + tl.arange(0, ROWS)
-    tile = load_rows(routing, rows, rows < F, D, BLOCK_D)
+    if routed_sums is None:
+        tile = load_rows(routing, rows, rows < F, D, BLOCK_D)
     for _ in range(program * ROWS, F, programs * ROWS):
         exists = rows < F
         threshold = tl.load(thresholds + rows, mask=exists, other=0)
@@ -92,7 +145,12 @@ def stream_neurons(
         keeps = ()
         needed = exists & False
         for b in tl.static_range(BATCH):
-            r = dot_rows(tile, xs[b], routing_bias, rows, exists)
+            if routed_sums is None:
+                r = dot_rows(tile, xs[b], routing_bias, rows, exists)
+            else:
+                r = tl.load(routed_sums + b * F + rows, mask=exists, other=0)
+                if routing_bias is not None:
+                    r += tl.load(routing_bias + rows, mask=exists, other=0).to(tl.float32)
             if GATE_ROUTES:
                 r = activate(r, ACTIVATION)
             # kept and not an exact zero, which adds nothing; NaN is kept
@@ -103,7 +161,8 @@ def stream_neurons(
 
         # requested now, used in the next round: it arrives while this round waits for its neurons
         next_rows = rows + programs * ROWS
-        tile = load_rows(routing, next_rows, next_rows < F, D, BLOCK_D)
+        if routed_sums is None:
+            tile = load_rows(routing, next_rows, next_rows < F, D, BLOCK_D)
 
         if tl.max(needed.to(tl.int32), axis=0) > 0:
             other_tile = load_rows(other, rows, needed, D, BLOCK_D)

@@ -24,6 +24,8 @@ class Plan:
 # By width of a row in elements: rows per block, warps per program, programs per processor. Measured
 # on an H200 with one token and 16-bit weights (docs/kernels.md).
 _MEASURED = {1024: (4, 4, 4), 2048: (2, 4, 4), 4096: (2, 4, 3), 8192: (1, 8, 2)}
+# Outputs of one program, and inputs at once, where the router drops inputs; not measured yet.
+_COLUMNS, _INPUTS = 128, 32
 # Triton's interpreter pays for each operation, not for each byte: few programs, large blocks.
 INTERPRETED = Plan(rows=32, warps=1, programs=2)
 
@@ -71,6 +73,21 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
         options = dict(BATCH=batch, DEPENDENT=dependent, num_stages=1)
         if dependent:
             options["launch_pdl"] = True
+        sums = None
+        if arguments.input_thresholds is not None:
+            sums = torch.empty(batch, F, dtype=torch.float32, device=x.device)
+            kernels.sum_columns[(triton.cdiv(F, _COLUMNS),)](
+                x,
+                routing,
+                arguments.input_thresholds,
+                sums,
+                D,
+                F,
+                ROWS=_INPUTS,
+                BLOCK_F=_COLUMNS,
+                num_warps=4,
+                **options,
+            )
         kernels.stream_neurons[(shape.programs,)](
             x,
             routing,
@@ -80,6 +97,7 @@ def gated_mlp(arguments: GatedMLPArguments) -> Tensor:
             routing_bias,
             other_bias,
             arguments.product_thresholds,
+            sums,
             partial,
             D,
             F,
