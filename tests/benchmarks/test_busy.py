@@ -13,7 +13,8 @@ from cats.errors import ConfigError
 
 # A process that runs busy ones, says their ids, and waits.
 _HOST = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for its jobs
 from cats.benchmarks.busy import busy_processes
 with busy_processes(2) as ids:
     print(*ids, flush=True)

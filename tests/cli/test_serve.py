@@ -71,6 +71,16 @@ def test_the_command_says_what_is_served_and_where(command, checkpoint, adapter,
     assert "warning" not in err
 
 
+def test_a_dense_model_is_made_sparse_at_the_start(command, checkpoint, served):
+    small = ("--context", 64, "--rows", 1)
+    code, _, err = command("serve", checkpoint, "--sparsity", 0.5, *small)
+    assert code == 0, err
+    [(models, _)] = served
+    assert [model.describe()["cats"]["sparse"] for model in models] == [True, False]
+    assert "thresholds of" in err
+    assert "what they cost in quality was not measured" in " ".join(err.split())
+
+
 def test_another_address_comes_with_a_warning(command, checkpoint, served):
     small = ("--context", 64, "--rows", 1)
     code, _, err = command("serve", checkpoint, "--host", "0.0.0.0", *small)
@@ -95,6 +105,10 @@ def test_a_chat_template_of_a_file_replaces_the_models_own(command, checkpoint, 
     ("arguments", "words"),
     [
         (("--adapter", "x", "--thresholds", "y"), "an adapter brings its own thresholds"),
+        (("--adapter", "x", "--sparsity", "0.5"), "an adapter brings its own thresholds"),
+        (("--thresholds", "y", "--sparsity", "0.5"), "--thresholds or --sparsity, not both"),
+        (("--sparsity", "50"), "inside (0, 1)"),
+        (("--text", "y"), "give --sparsity too"),
         (("--api-key", " k"), "an API key is"),
         (("--request-timeout", "0"), "positive request_timeout"),
         (("--chat-template", "absent.jinja"), "absent.jinja"),

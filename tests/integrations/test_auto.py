@@ -227,6 +227,8 @@ def test_push_to_hub_sends_the_thresholds(folder, config, registered, monkeypatc
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    # transformers keeps one, which remembers the address of whoever asked first
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     try:
         AutoModelForCausalLM.from_pretrained(folder).push_to_hub("org/model", token="hf_x")
     finally:

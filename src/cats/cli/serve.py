@@ -11,8 +11,14 @@ import typer
 from cats.cli import options
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from cats.protocols import Tokenizer
     from cats.serving.models import Models
     from cats.serving.settings import Settings
+
+# As many as tell thresholds well; more take longer than a server should to start.
+_CALIBRATION_TOKENS = 20_480
 
 access_option = partial(typer.Option, rich_help_panel="Access")
 limit_option = partial(typer.Option, rich_help_panel="Limits")
@@ -21,6 +27,15 @@ limit_option = partial(typer.Option, rich_help_panel="Limits")
 def serve(
     model: options.Model,
     thresholds: options.Thresholds = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Instead of --thresholds: find them at the start, so that this share of neurons "
+            "is dropped.",
+        ),
+    ] = None,
+    text: options.Texts = None,
     adapter: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Adapter of [b]cats finetune[/b] on MODEL: run/adapter."),
@@ -112,8 +127,9 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients, with a chat page.
 
-    Example: [b]cats serve smollm2 --thresholds cats50.safetensors[/b]
+    Example: [b]cats serve smollm2 --sparsity 0.5[/b]
     """
+    from cats.config import check_target
     from cats.data import read_text
     from cats.errors import ConfigError
 
@@ -138,8 +154,16 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         log_json=log_json,
     )
-    if adapter is not None and thresholds is not None:
-        raise ConfigError("an adapter brings its own thresholds: leave --thresholds out")
+    if adapter is not None and (thresholds is not None or sparsity is not None):
+        raise ConfigError(
+            "an adapter brings its own thresholds: leave --thresholds and --sparsity out"
+        )
+    if sparsity is None and text:
+        raise ConfigError("--text is what --sparsity finds thresholds on: give --sparsity too")
+    if sparsity is not None:
+        if thresholds is not None:
+            raise ConfigError("give --thresholds or --sparsity, not both")
+        check_target(sparsity)
     template = None if chat_template is None else read_text(chat_template)
     loaded, tokenizer = options.load(
         model,
@@ -152,6 +176,8 @@ def serve(
     )
     if template is not None:
         tokenizer.chat_template = template
+    if sparsity is not None:
+        _make_sparse_(loaded, tokenizer, sparsity, text)
     if fuse:
         options.fuse_where_possible(loaded)
     served_name = name or model.rstrip("/")
@@ -168,6 +194,23 @@ def serve(
             queue=queue,
         )
     run(models, settings, on_start=partial(_tell, models, settings))
+
+
+def _make_sparse_(
+    model: nn.Module, tokenizer: Tokenizer, sparsity: float, text: list[Path] | None
+) -> None:
+    from cats.apply import sparsify_
+    from cats.calibration import calibrate
+    from cats.data import token_blocks
+
+    texts = options.texts_or_sample(text)
+    blocks = token_blocks(tokenizer, texts, limit=_CALIBRATION_TOKENS // 512)
+    batches = options.progress(blocks.split(4), "finding thresholds")
+    sparsify_(model, calibrate(model, batches, target_sparsity=sparsity))
+    _print(
+        f"thresholds of {blocks.numel():,} tokens of {options.describe_texts(text)}; what they "
+        "cost in quality was not measured: cats calibrate does that, and keeps them in a file"
+    )
 
 
 def _tell(models: Models, settings: Settings, address: str) -> None:
