@@ -305,7 +305,10 @@ def _engines(
     options.quiet()
     load = from_pretrained if sparse else load_dense
     with options.err.status("loading the model ..."):
-        loaded = load(path, dtype="auto", **hub).to(device)
+        try:
+            loaded = load(path, dtype="auto", **hub).to(device)
+        except CatsError as error:
+            return {"none": str(error)}
     if sparse and not is_quantised(loaded):
         fuse_(loaded)
     chosen = make_engine("auto", loaded).name

@@ -710,14 +710,16 @@ def test_a_negative_number_of_logprobs_is_refused(sessions):
 
 
 def test_on_change_is_called_after_each_token_and_at_the_end(sessions):
-    seen, ended = [], threading.Event()
+    seen, opened, ended = [], threading.Event(), threading.Event()
 
     def on_change():
+        assert opened.wait(10)  # the first token may come before open returns
         seen.append((len(session.so_far()), session.reason))
         if session.reason:
             ended.set()
 
     session = sessions.open([1, 2, 3], max_new_tokens=90, on_change=on_change, **ENDLESS)
+    opened.set()
     assert ended.wait(10)
     assert seen[-1] == (90, "length")
     assert len(seen) == 91
