@@ -67,6 +67,20 @@ inline void release_optional_tensor(StableIValue value) {
   delete reinterpret_cast<StableIValue*>(value);
 }
 
+// The end of a boxed kernel: what it computes takes the place of its arguments, which are released also if it throws.
+template <typename Compute, typename Release>
+void return_tensor(StableIValue* stack, Compute compute, Release release) {
+  AtenTensorHandle out;
+  try {
+    out = compute();
+  } catch (...) {
+    release(stack);
+    throw;
+  }
+  release(stack);
+  stack[0] = reinterpret_cast<StableIValue>(out);
+}
+
 inline int32_t dtype_of(AtenTensorHandle tensor) {
   int32_t dtype;
   check(torch.aoti_torch_get_dtype(tensor, &dtype), "get a dtype");

@@ -51,15 +51,7 @@ void linear(StableIValue* stack, uint64_t, uint64_t) {
     check(torch.torch_call_dispatcher("aten::linear", "", stack, kTorchVersion), "run aten::linear");
     return;
   }
-  AtenTensorHandle out;
-  try {
-    out = compute(x, weight, bias, tokens);
-  } catch (...) {
-    release(stack);
-    throw;
-  }
-  release(stack);
-  stack[0] = reinterpret_cast<StableIValue>(out);
+  return_tensor(stack, [&] { return compute(x, weight, bias, tokens); }, release);
 }
 
 }  // namespace cats

@@ -76,15 +76,7 @@ AtenTensorHandle compute(const StableIValue* stack) {
 }  // namespace
 
 void dequantise_rows(StableIValue* stack, uint64_t, uint64_t) {
-  AtenTensorHandle out;
-  try {
-    out = compute(stack);
-  } catch (...) {
-    release_tensor(stack[kRows]);
-    throw;
-  }
-  release_tensor(stack[kRows]);
-  stack[0] = reinterpret_cast<StableIValue>(out);
+  return_tensor(stack, [&] { return compute(stack); }, [](const StableIValue* all) { release_tensor(all[kRows]); });
 }
 
 }  // namespace cats

@@ -34,15 +34,7 @@ void release(const StableIValue* stack) {
 }  // namespace
 
 void packed_linear(StableIValue* stack, uint64_t, uint64_t) {
-  AtenTensorHandle out;
-  try {
-    out = compute(stack);
-  } catch (...) {
-    release(stack);
-    throw;
-  }
-  release(stack);
-  stack[0] = reinterpret_cast<StableIValue>(out);
+  return_tensor(stack, [&] { return compute(stack); }, release);
 }
 
 }  // namespace cats

@@ -93,15 +93,7 @@ void release(const StableIValue* stack) {
 }  // namespace
 
 void dequantise_columns(StableIValue* stack, uint64_t, uint64_t) {
-  AtenTensorHandle out;
-  try {
-    out = compute(stack);
-  } catch (...) {
-    release(stack);
-    throw;
-  }
-  release(stack);
-  stack[0] = reinterpret_cast<StableIValue>(out);
+  return_tensor(stack, [&] { return compute(stack); }, release);
 }
 
 }  // namespace cats

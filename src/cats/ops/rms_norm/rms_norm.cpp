@@ -74,15 +74,7 @@ void release(StableIValue* stack) {
 void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   double eps;
   std::memcpy(&eps, &stack[kEps], sizeof eps);
-  AtenTensorHandle out;
-  try {
-    out = compute(tensor_of(stack[kX]), tensor_of(stack[kWeight]), eps);
-  } catch (...) {
-    release(stack);
-    throw;
-  }
-  release(stack);
-  stack[0] = reinterpret_cast<StableIValue>(out);
+  return_tensor(stack, [&] { return compute(tensor_of(stack[kX]), tensor_of(stack[kWeight]), eps); }, release);
 }
 
 }  // namespace cats

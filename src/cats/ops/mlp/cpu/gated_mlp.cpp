@@ -133,15 +133,7 @@ void gated_mlp(StableIValue* stack, uint64_t, uint64_t) {
     check(torch.torch_call_dispatcher("cats::_gated_mlp", "", stack, kTorchVersion), "run cats::_gated_mlp");
     return;
   }
-  AtenTensorHandle out;
-  try {
-    out = compute(arguments);
-  } catch (...) {
-    arguments.release();
-    throw;
-  }
-  arguments.release();
-  stack[0] = reinterpret_cast<StableIValue>(out);
+  return_tensor(stack, [&] { return compute(arguments); }, [&](const StableIValue*) { arguments.release(); });
 }
 
 }  // namespace cats
